@@ -1,0 +1,63 @@
+"""Argument checks whose messages name the argument, the rule and the value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def positive_int(name: str, value: Any) -> int:
+    """Return `value` if it is an int of at least 1, else raise ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"`{name}` must be an integer >= 1. Received: {name}={value!r}"
+        )
+    return value
+
+
+def unit_sizes(name: str, value: Any, allow_empty: bool = False) -> tuple[int, ...]:
+    """Return the layer widths in `value` (an int or a sequence) as a tuple."""
+    sizes = (value,) if isinstance(value, int) else value
+    if not isinstance(sizes, Iterable) or isinstance(sizes, str | bytes):
+        raise ValueError(
+            f"`{name}` must be an integer or a sequence of integers >= 1. "
+            f"Received: {name}={value!r}"
+        )
+    sizes = tuple(sizes)
+    if not sizes and not allow_empty:
+        raise ValueError(f"`{name}` must name at least one layer. Received: {value!r}")
+    return tuple(positive_int(f"{name}[{i}]", size) for i, size in enumerate(sizes))
+
+
+def rate(name: str, value: Any) -> float:
+    """Return `value` if it is a fraction in [0, 1), else raise ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"`{name}` must be a number. Received: {name}={value!r}")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value!r}")
+    return float(value)
+
+
+def positive_number(name: str, value: Any) -> float:
+    """Return `value` if it is a finite number above 0, else raise ValueError."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0.0 < value < float("inf"):
+        raise ValueError(
+            f"`{name}` must be a finite number > 0. Received: {name}={value!r}"
+        )
+    return float(value)
+
+
+def last_dimension(layer: str, shape: tuple[int | None, ...]) -> int:
+    """Return the size of the last axis, which a layer's weights are built from."""
+    if len(shape) < 2:
+        raise ValueError(
+            f"{layer} expects inputs of rank >= 2, (..., features). "
+            f"Received an input of shape {shape}"
+        )
+    if shape[-1] is None:
+        raise ValueError(
+            f"{layer} needs the last axis of its inputs to be known. "
+            f"Received an input of shape {shape}"
+        )
+    return shape[-1]

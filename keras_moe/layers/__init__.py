@@ -1,0 +1,6 @@
+"""The layers that a user puts in a model."""
+
+from keras_moe.layers.multi_gate import MMoE, SharedBottom
+from keras_moe.layers.tower import Tower
+
+__all__ = ["MMoE", "SharedBottom", "Tower"]

@@ -1,0 +1,64 @@
+"""What the argument `tasks` means: names give a dict of outputs, a count a list."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from keras_moe import _checks
+
+# A task names an output, a metric, a weight path and a SavedModel output, so it is
+# held to what all four take.
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+
+
+class Tasks:
+    """The tasks of a layer, and the form in which their outputs are handed out."""
+
+    def __init__(self, tasks: int | Sequence[str]) -> None:
+        if isinstance(tasks, int):
+            self.count = _checks.positive_int("tasks", tasks)
+            self.names: tuple[str, ...] | None = None
+        else:
+            self.names = _checked_names(tasks)
+            self.count = len(self.names)
+
+    def pack(self, outputs: Sequence[Any]) -> dict[str, Any] | list[Any]:
+        """Return one output a task as a dict by name, or as a list."""
+        if self.names is None:
+            return list(outputs)
+        return dict(zip(self.names, outputs, strict=True))
+
+    def repeat(self, value: Any) -> dict[str, Any] | list[Any]:
+        """Return `value` once for each task, in the form of the outputs."""
+        return self.pack([value] * self.count)
+
+    @property
+    def config(self) -> int | list[str]:
+        """The value of the argument `tasks` that makes this object again."""
+        return self.count if self.names is None else list(self.names)
+
+
+def _checked_names(tasks: Any) -> tuple[str, ...]:
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable):
+        raise ValueError(
+            "`tasks` must be a number of tasks or a sequence of task names. "
+            f"Received: tasks={tasks!r}"
+        )
+    names = tuple(tasks)
+    if not names:
+        raise ValueError(f"`tasks` must name at least one task. Received: {tasks!r}")
+    for name in names:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(
+                "every name in `tasks` must start with a letter and go on in letters, "
+                f"digits, '_', '.' and '-'. Received: {name!r} in tasks={tasks!r}"
+            )
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"the names in `tasks` must differ. Received {repeated[0]!r} "
+            f"more than once in tasks={tasks!r}"
+        )
+    return names

@@ -1,0 +1,131 @@
+"""The head of one task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_moe import _checks
+from keras_moe.initializers import independent
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class Tower(keras.layers.Layer):
+    """A task head: an MLP that ends in one unit.
+
+    Args:
+        units: int or sequence of ints, widths of the hidden layers; `()` for none.
+        activation: activation of the one output unit: None for a logit or a
+            regression, "sigmoid" for a probability.
+        hidden_activation: activation of the hidden layers.
+        dropout: float in [0, 1), dropped share of every hidden layer's units.
+        kernel_initializer: initializer of the kernels; each layer gets its own draw.
+        bias_initializer: initializer of the biases. For the last unit, a constant
+            near the label's mean (for a logit, its log odds) saves the first steps.
+        kernel_regularizer: regularizer of the kernels.
+        seed: int, the seed of the dropout.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`.
+        training: bool, whether dropout is active.
+
+    Returns:
+        A tensor of shape `(..., 1)`, in float32 where the dtype policy computes in a
+        shorter type: losses and metrics of a half-precision logit lose digits.
+
+    Raises:
+        ValueError: if an argument breaks its rule.
+
+    Example:
+
+    >>> tower = keras_moe.layers.Tower((16,), activation="sigmoid")
+    >>> tower(np.ones((2, 8))).shape == (2, 1)
+    True
+    """
+
+    def __init__(
+        self,
+        units: int | Sequence[int],
+        activation: Any = None,
+        *,
+        hidden_activation: Any = "relu",
+        dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.units = _checks.unit_sizes("units", units, allow_empty=True)
+        self.activation = keras.activations.get(activation)
+        self.hidden_activation = keras.activations.get(hidden_activation)
+        self.dropout = _checks.rate("dropout", dropout)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.seed = seed
+        self.hidden = [
+            self._dense(i, size, self.hidden_activation, dtype=self.dtype_policy)
+            for i, size in enumerate(self.units)
+        ]
+        self.dropouts = [
+            keras.layers.Dropout(
+                self.dropout,
+                seed=None if seed is None else seed + i,
+                dtype=self.dtype_policy,
+            )
+            for i in range(len(self.units))
+        ]
+        self.output_unit = self._dense(
+            len(self.units),
+            1,
+            self.activation,
+            bias_initializer=self.bias_initializer,
+            dtype="float64" if self.compute_dtype == "float64" else "float32",
+        )
+
+    def _dense(
+        self, i: int, units: int, activation: Any, **kwargs: Any
+    ) -> keras.layers.Dense:
+        return keras.layers.Dense(
+            units,
+            activation,
+            kernel_initializer=independent(self.kernel_initializer, i),
+            kernel_regularizer=self.kernel_regularizer,
+            **kwargs,
+        )
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        for layer, dropout in zip(self.hidden, self.dropouts, strict=True):
+            layer.build(input_shape)
+            input_shape = layer.compute_output_shape(input_shape)
+            dropout.build(input_shape)
+        self.output_unit.build(input_shape)
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        outputs = inputs
+        for layer, dropout in zip(self.hidden, self.dropouts, strict=True):
+            outputs = dropout(layer(outputs), training=training)
+        return self.output_unit(outputs)
+
+    def compute_output_shape(
+        self, input_shape: tuple[int | None, ...]
+    ) -> tuple[int | None, ...]:
+        return (*input_shape[:-1], 1)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "units": self.units,
+            "activation": keras.activations.serialize(self.activation),
+            "hidden_activation": keras.activations.serialize(self.hidden_activation),
+            "dropout": self.dropout,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "seed": self.seed,
+        }

@@ -1,0 +1,1 @@
+"""Recommender examples that train and compare the library on public data."""

@@ -1,0 +1,1 @@
+"""The MovieLens example: data, split, models and their comparison."""

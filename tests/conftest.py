@@ -1,0 +1,19 @@
+"""What every test shares: names for the docstring examples, and quiet runs."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("MPLBACKEND", "Agg")
+# The float64 oracles need float64 on JAX, which computes in float32 by default.
+os.environ.setdefault("JAX_ENABLE_X64", "1")
+# Two processes share two cores; implicit warns about a threaded OpenBLAS.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    import keras
+
+    keras.utils.set_random_seed(0)

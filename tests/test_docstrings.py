@@ -1,0 +1,43 @@
+"""Every example in a docstring runs, and every public name has one."""
+
+import doctest
+import importlib
+import pkgutil
+
+import keras
+import numpy as np
+import pytest
+
+import keras_moe
+import keras_moe.plots
+
+MODULES = sorted(
+    module.name for module in pkgutil.walk_packages(keras_moe.__path__, "keras_moe.")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name):
+    module = importlib.import_module(name)
+    names = {"keras": keras, "np": np, "keras_moe": keras_moe}
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for test in doctest.DocTestFinder().find(module, name):
+        test.globs.update(names)
+        runner.run(test)
+    assert runner.failures == 0
+
+
+@pytest.mark.parametrize(
+    "public",
+    [
+        getattr(module, name)
+        for module in (keras_moe.layers, keras_moe.multitask)
+        for name in module.__all__
+    ],
+    ids=lambda public: public.__name__,
+)
+def test_public_classes_are_described(public):
+    text = public.__doc__ or ""
+    for section in ("Returns:", "Example:"):
+        assert section in text or issubclass(public, keras.Model)
+    assert ">>> " in text
