@@ -1,0 +1,81 @@
+"""The rankings to beat: popularity, item neighbours, and matrix factorisation."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from implicit.als import AlternatingLeastSquares
+from implicit.nearest_neighbours import CosineRecommender
+from implicit.utils import ParameterWarning
+from scipy import sparse
+from threadpoolctl import threadpool_limits
+
+from recsys_examples.movielens.ranking import RankingTask, Scorer, rank
+
+
+def popularity(interactions: sparse.csr_matrix) -> Scorer:
+    """Score every movie by its number of ratings, the same for all users."""
+    counts = np.asarray(interactions.sum(axis=0)).ravel()
+    return lambda users: np.tile(counts, (len(users), 1))
+
+
+class ALSSettings(NamedTuple):
+    """What matters in implicit-feedback ALS, in the terms of the `implicit` package."""
+
+    factors: int
+    regularization: float
+    alpha: float
+
+
+ALS_GRID = tuple(
+    itertools.starmap(
+        ALSSettings,
+        itertools.product(
+            (16, 32, 64, 96, 128), (0.01, 0.1, 1.0, 10.0, 30.0), (0.5, 1, 2, 5, 10, 20)
+        ),
+    )
+)
+# The best of the grid on the default data's validation window, as --study finds it.
+TUNED_ALS = ALSSettings(factors=96, regularization=10.0, alpha=1)
+
+
+def als(
+    interactions: sparse.csr_matrix, settings: ALSSettings, seed: int = 0
+) -> Scorer:
+    """Factorise the watched matrix (Hu, Koren and Volinsky, 2008)."""
+    model = AlternatingLeastSquares(
+        **settings._asdict(), iterations=15, random_state=seed
+    )
+    # implicit runs its own threads and warns of a BLAS that does so too.
+    with threadpool_limits(1, "blas"):
+        model.fit(interactions, show_progress=False)
+    return lambda users: model.user_factors[users] @ model.item_factors.T
+
+
+KNN_GRID = (20, 50, 100, 200, 500)
+
+
+def item_knn(interactions: sparse.csr_matrix, neighbours: int) -> Scorer:
+    """Score a movie by its cosine similarity to the movies that a user has watched."""
+    model = CosineRecommender(K=neighbours)
+    with warnings.catch_warnings():
+        # implicit hands itself a matrix in a format that it then warns of.
+        warnings.simplefilter("ignore", ParameterWarning)
+        model.fit(interactions, show_progress=False)
+    similarity = model.similarity.tocsr()
+    return lambda users: (interactions[users] @ similarity).toarray()
+
+
+def tune(
+    make: Callable[..., Scorer],
+    grid: tuple,
+    interactions: sparse.csr_matrix,
+    validation: RankingTask,
+) -> Iterator[tuple[object, float]]:
+    """Yield every setting of the grid with its NDCG@10 on the validation window."""
+    for settings in grid:
+        yield settings, rank(make(interactions, settings), validation)["ndcg@10"]

@@ -1,0 +1,102 @@
+"""What a trained ranker is worth on a window of time it has not seen.
+
+Predictions are asked of the model that is exported, from raw features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+from scipy import sparse
+from sklearn.metrics import log_loss, roc_auc_score, root_mean_squared_error
+
+from recsys_examples.movielens.features import Catalogue, Sequences
+from recsys_examples.movielens.model import EVALUATION_NEGATIVES
+from recsys_examples.movielens.ranking import LIKED, group_auc
+
+
+@dataclass(frozen=True)
+class Rows:
+    """(user, movie) pairs to predict: the window's, and unseen ones beside them.
+
+    Attributes:
+        users: (n,) user rows.
+        movies: (n,) catalogue rows.
+        watched: (n,) bool, whether the pair is of the window.
+        ratings: (n,) stars, 0 where not watched.
+    """
+
+    users: np.ndarray
+    movies: np.ndarray
+    watched: np.ndarray
+    ratings: np.ndarray
+
+
+def sample_rows(
+    window: Sequences, rated: sparse.csr_matrix, num_movies: int, seed: int = 0
+) -> Rows:
+    """Put unseen movies beside every watched one of a window.
+
+    Args:
+        window: the window's ratings.
+        rated: (u, i) sparse, all that a user ever rated: never taken for unseen.
+        num_movies: size of the catalogue.
+        seed: seed of the sample, which is uniform.
+    """
+    rng = np.random.default_rng(seed)
+    users = np.repeat(window.users, EVALUATION_NEGATIVES)
+    movies = rng.integers(0, num_movies, len(users))
+    unseen = np.asarray(rated[users, movies]).ravel() == 0
+    return Rows(
+        users=np.concatenate([window.users, users[unseen]]),
+        movies=np.concatenate([window.movies, movies[unseen]]),
+        watched=np.arange(len(window.movies) + unseen.sum()) < len(window.movies),
+        ratings=np.concatenate([window.ratings, np.zeros(unseen.sum(), np.float32)]),
+    )
+
+
+def raw_pairs(
+    rows: Rows, sequences: Sequences, catalogue: Catalogue
+) -> dict[str, np.ndarray]:
+    """Return the raw features of the pairs, as a client of the model would send."""
+    return {
+        **sequences.histories(catalogue, rows.users),
+        "movie_id": catalogue.movie_ids[rows.movies],
+        "genres": catalogue.genres[rows.movies],
+        "year": catalogue.years[rows.movies],
+    }
+
+
+def predict_pairs(
+    pairs: keras.Model, features: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Predict pairs of raw features: (n,) for each task."""
+    # Keras takes strings as tensors only.
+    tensors = {name: keras.ops.convert_to_tensor(v) for name, v in features.items()}
+    return pairs.predict(tensors, batch_size=4096, verbose=0)
+
+
+def measure(rows: Rows, predictions: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return AUC, log loss, GAUC and RMSE of the tasks that were predicted.
+
+    `watch` is measured on all rows, `like` and `rating` on the watched ones only.
+    """
+    found: dict[str, float] = {}
+    for task, labels, on in (
+        ("watch", rows.watched, np.ones_like(rows.watched)),
+        ("like", rows.ratings >= LIKED, rows.watched),
+    ):
+        if task in predictions:
+            scores = predictions[task][on]
+            found[f"{task}_auc"] = float(roc_auc_score(labels[on], scores))
+            found[f"{task}_log_loss"] = float(log_loss(labels[on], scores))
+            found[f"{task}_gauc"] = group_auc(rows.users[on], labels[on], scores)
+    if "rating" in predictions:
+        found["rating_rmse"] = float(
+            root_mean_squared_error(
+                rows.ratings[rows.watched], predictions["rating"][rows.watched]
+            )
+        )
+    return found

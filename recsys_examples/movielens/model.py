@@ -1,0 +1,358 @@
+"""The ranker: a user's history, through a multi-gate mixture of experts, meets movies.
+
+    x    what is known of a user: the pooled history, a few counts, the id
+    h_t  = MMoE(x)_t                                one mixture of experts a task
+    u_t  = W_t h_t, and + the pooled history for t = watch
+    v    = id embedding + projected genres and year      one vector a movie
+    score_t(user, movie) = <u_t, v> + bias_t(movie) + Tower_t(h_t)
+
+A movie meets a user only in the last line, so the whole catalogue is scored by one
+matmul. That makes two things cheap: training against all unseen movies instead of a
+few sampled ones, and recommending.
+
+Axis letters: b batch, l history length, p pools, d dimensions of a vector, i movies of
+the catalogue, c movies watched next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from keras_moe.layers import MMoE, SharedBottom, Tower
+from keras_moe.multitask import MultiTaskModel
+from recsys_examples.movielens.features import HISTORY_LENGTH, NO_MOVIE, Catalogue
+
+TASKS = ("watch", "like", "rating")
+EVALUATION_NEGATIVES = 4  # unseen movies to a watched one, where watch is a probability
+
+_FIRST_MOVIE = 2  # a lookup's 0 is padding and its 1 is every unknown movie
+_YEARS = tuple(range(1920, 2030, 3))
+_LAST_SEEN = tuple(range(1996, 2030))
+_RATING_STEPS = 11  # 0 to 5 stars by halves
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the model and its training are made of.
+
+    Attributes:
+        body: "mmoe" or "shared_bottom".
+        dimensions: size of movie and user vectors.
+        num_experts: experts of the MMoE.
+        units: width of an expert, or of the shared bottom.
+        recency: half-forgotten after so many movies, one pool of the history for each.
+        history_dropout: share of the history's movies hidden in a training example.
+        dropout: share of the inputs of the body that is dropped.
+        block: movies watched next that one training example predicts.
+        batch_size: training examples a step.
+        learning_rate: of Adam, falling by a cosine to a twentieth.
+        max_epochs: passes over the data at most.
+        level_weight: weight of the cross-entropy that makes watch a probability.
+        task_weights: weights of the like and the rating loss; watch has 1.
+    """
+
+    body: str = "mmoe"
+    dimensions: int = 64
+    num_experts: int = 4
+    units: int = 64
+    recency: tuple[float, ...] = (3.0, 10.0, 1e9)
+    history_dropout: float = 0.3
+    dropout: float = 0.2
+    block: int = 5
+    batch_size: int = 128
+    learning_rate: float = 5e-3
+    max_epochs: int = 4
+    level_weight: float = 0.05
+    task_weights: tuple[float, float] = (0.1, 0.1)
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """Three models over the same layers.
+
+    Attributes:
+        training: the features of users at some moment -> the scores that the losses
+            need. Its input `next_movies` (b, c) are the catalogue rows watched next.
+        catalogue: the features of users -> per task (b, i) scores of all movies.
+        pairs: the raw features of users and movies -> per task (b,) a prediction:
+            the probability of watch and of like, and the stars of rating.
+        user: the features of users -> what the body sees, for a look at its gates.
+        body: the layer that the tasks share.
+        watch_offset: what to add to a watch score before the sigmoid, see
+            `EVALUATION_NEGATIVES`.
+    """
+
+    training: keras.Model
+    catalogue: keras.Model
+    pairs: keras.Model
+    user: keras.Model
+    body: keras.layers.Layer
+    watch_offset: float
+
+
+def build_ranker(
+    catalogue: Catalogue,
+    user_ids: np.ndarray,
+    popularity: np.ndarray,
+    settings: Settings,
+    tasks: tuple[str, ...] = TASKS,
+) -> Ranker:
+    """Build the models.
+
+    Args:
+        catalogue: all movies.
+        user_ids: ids of the known users.
+        popularity: (i,) ratings of each movie in the training window, from which
+            the movies' watch biases start.
+        settings: sizes and rates.
+        tasks: the tasks to learn, some of `TASKS`.
+    """
+    movies = _MovieSide(catalogue, popularity, settings, tasks)
+    user_inputs = {
+        "user_id": keras.Input((), dtype="int64", name="user_id"),
+        "history": keras.Input((HISTORY_LENGTH,), dtype="int64", name="history"),
+        "history_ratings": keras.Input((HISTORY_LENGTH,), name="history_ratings"),
+        "last_seen": keras.Input((), dtype="int64", name="last_seen"),
+    }
+    pools, features = _user_features(user_inputs, movies.lookup, user_ids, settings)
+    body = _body(settings, tasks)
+    shared = body(features)
+    users = {task: _user_vector(task, shared[task], pools, settings) for task in tasks}
+    levels = {task: Tower((), name=f"level_{task}")(shared[task]) for task in tasks}
+    scores = {
+        task: movies.scores_of_all(task)(users[task]) + levels[task] for task in tasks
+    }
+
+    next_movies = keras.Input((None,), dtype="int32", name="next_movies")
+    training_outputs = {
+        task: score
+        if task == "watch"
+        else ops.expand_dims(ops.take_along_axis(score, next_movies, axis=1), -1)
+        for task, score in scores.items()
+    }
+    offset = _watch_offset(settings, len(catalogue))
+    movie_inputs = movies.inputs()
+    pair_scores = {
+        task: movies.score_of_one(task, movie_inputs, users[task])
+        + ops.squeeze(levels[task], -1)
+        for task in tasks
+    }
+    return Ranker(
+        training=MultiTaskModel(
+            {**user_inputs, "next_movies": next_movies}, training_outputs
+        ),
+        catalogue=MultiTaskModel(user_inputs, scores),
+        pairs=MultiTaskModel(
+            {**user_inputs, **movie_inputs},
+            {
+                task: layers.Identity(name=task)(prediction(task, score, offset))
+                for task, score in pair_scores.items()
+            },
+            name="movielens_ranker",
+        ),
+        user=keras.Model(user_inputs, features),
+        body=body,
+        watch_offset=offset,
+    )
+
+
+def prediction(task: str, score: Any, watch_offset: float) -> Any:
+    """Turn scores of a task into what it predicts: a probability, or stars."""
+    if task == "rating":
+        return score
+    return ops.sigmoid(score + watch_offset if task == "watch" else score)
+
+
+def _watch_offset(settings: Settings, num_movies: int) -> float:
+    """Return the change in log odds from training to use.
+
+    Scores are learned where `block` of all movies are watched, and a probability is
+    asked where 1 is watched for every `EVALUATION_NEGATIVES` that are not.
+    """
+    return float(np.log(1 / EVALUATION_NEGATIVES) - np.log(settings.block / num_movies))
+
+
+def _body(settings: Settings, tasks: tuple[str, ...]) -> keras.layers.Layer:
+    if settings.body == "shared_bottom":
+        return SharedBottom(settings.units, tasks, name="shared_bottom")
+    return MMoE(settings.num_experts, settings.units, tasks, name="mmoe")
+
+
+def _user_features(
+    inputs: dict[str, Any],
+    movie_lookup: Callable[[Any], Any],
+    user_ids: np.ndarray,
+    settings: Settings,
+) -> tuple[Any, Any]:
+    """Return the pooled history (b, p, d) and all that the body sees (b, features)."""
+    ratings = inputs["history_ratings"]
+    watched = ops.cast(inputs["history"] != NO_MOVIE, "float32")
+    movie_vectors = layers.Embedding(
+        movie_lookup.vocabulary_size(),
+        settings.dimensions,
+        embeddings_initializer=_normal(0.05),
+        name="history_movies",
+    )(movie_lookup(inputs["history"]))
+    rating_vectors = layers.Embedding(
+        _RATING_STEPS,
+        settings.dimensions,
+        embeddings_initializer="zeros",
+        name="history_stars",
+    )(ops.cast(ops.clip(ratings, 0.0, 5.0) * 2, "int32"))
+    # Whole movies are hidden, so that no single one of them is relied upon.
+    kept = layers.Dropout(settings.history_dropout, name="hide_movies")(watched)
+    vectors = (movie_vectors + rating_vectors) * ops.expand_dims(kept, -1)
+    pooling = layers.EinsumDense(
+        "bld,lp->bpd",
+        (len(settings.recency), settings.dimensions),
+        name="recency_pools",
+    )
+    pools = pooling(vectors)
+    pooling.set_weights([_recency_weights(settings.recency)])
+
+    count = ops.sum(watched, 1, keepdims=True)
+    share = 1.0 / ops.maximum(count, 1.0)
+    liked = ops.cast(ratings >= 4.0, "float32")
+    known_user = layers.IntegerLookup(vocabulary=user_ids, name="user_lookup")
+    summary = [
+        layers.Flatten()(pools),
+        ops.log1p(count),
+        ops.sum(ratings, 1, keepdims=True) * share - 3.5 * ops.minimum(count, 1.0),
+        ops.sum(liked, 1, keepdims=True) * share,
+        layers.Embedding(len(_LAST_SEEN) + 1, 8, name="last_seen_years")(
+            layers.Discretization(_LAST_SEEN, name="last_seen_bins")(
+                inputs["last_seen"]
+            )
+        ),
+        layers.Embedding(len(user_ids) + 1, 8, name="users")(
+            known_user(inputs["user_id"])
+        ),
+    ]
+    features = layers.Concatenate(name="user_features")(summary)
+    return pools, layers.Dropout(settings.dropout)(features)
+
+
+def _user_vector(task: str, shared: Any, pools: Any, settings: Settings) -> Any:
+    vector = layers.Dense(
+        settings.dimensions, kernel_initializer=_normal(0.05), name=f"user_{task}"
+    )(shared)
+    if task != "watch":
+        return vector
+    # The item-to-item way: movies that follow each other find each other directly.
+    return vector + ops.sum(pools, axis=1)
+
+
+class _MovieSide:
+    """Vectors and biases of movies, from raw values or for the whole catalogue."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        popularity: np.ndarray,
+        settings: Settings,
+        tasks: tuple[str, ...],
+    ) -> None:
+        self.lookup = layers.IntegerLookup(
+            vocabulary=catalogue.movie_ids, mask_token=NO_MOVIE, name="movie_lookup"
+        )
+        genres = np.unique(catalogue.genres[catalogue.genres != ""])
+        self._genre_lookup = layers.StringLookup(
+            vocabulary=genres, mask_token="", output_mode="multi_hot", name="genres_hot"
+        )
+        self._year_bins = layers.Discretization(
+            _YEARS, output_mode="one_hot", name="year_bins"
+        )
+        self._genres_per_movie = catalogue.genres.shape[1]
+        self._vectors = layers.Embedding(
+            self.lookup.vocabulary_size(),
+            settings.dimensions,
+            embeddings_initializer=_normal(0.05),
+            name="movies",
+        )
+        self._project = layers.Dense(
+            settings.dimensions,
+            use_bias=False,
+            kernel_initializer=_normal(0.025),
+            name="movie_content",
+        )
+        start = {"watch": np.log(popularity + 0.5) - 6, "rating": 3.5}
+        self._biases = {
+            task: self._bias(task, start.get(task, 0.0), len(catalogue))
+            for task in tasks
+        }
+        self._content = self._encode(catalogue.genres, catalogue.years)
+
+    def _bias(self, task: str, start: Any, num_movies: int) -> keras.layers.Layer:
+        bias = layers.Embedding(
+            self.lookup.vocabulary_size(), 1, name=f"movie_bias_{task}"
+        )
+        bias.build((None,))
+        values = np.broadcast_to(start, num_movies)
+        unknown = np.full(_FIRST_MOVIE, values.min())
+        bias.set_weights([np.concatenate([unknown, values])[:, None]])
+        return bias
+
+    def _encode(self, genres: Any, years: Any) -> Any:
+        hot = ops.cast(self._genre_lookup(genres), "float32")
+        return ops.concatenate([hot, self._year_bins(years)], axis=-1)
+
+    def inputs(self) -> dict[str, Any]:
+        return {
+            "movie_id": keras.Input((), dtype="int64", name="movie_id"),
+            "genres": keras.Input(
+                (self._genres_per_movie,), dtype="string", name="genres"
+            ),
+            "year": keras.Input((), dtype="int64", name="year"),
+        }
+
+    def score_of_one(self, task: str, movie: dict[str, Any], user: Any) -> Any:
+        """(b, d) user vectors -> (b,) scores, each with the movie of its row."""
+        row = self.lookup(movie["movie_id"])
+        content = self._encode(movie["genres"], movie["year"])
+        vector = self._vectors(row) + self._project(content)
+        return ops.sum(user * vector, -1) + ops.squeeze(self._biases[task](row), -1)
+
+    def scores_of_all(self, task: str) -> keras.layers.Layer:
+        """Return a layer, (b, d) user vectors -> (b, i) scores."""
+        return _CatalogueScores(
+            self._vectors,
+            self._project,
+            self._biases[task],
+            self._content,
+            name=f"catalogue_{task}",  # TensorFlow takes no scope like "__catalogue"
+        )
+
+
+class _CatalogueScores(layers.Layer):
+    """User vectors against all movies: one matmul."""
+
+    def __init__(
+        self, vectors: Any, project: Any, biases: Any, content: Any, name: str
+    ) -> None:
+        super().__init__(name=name)
+        self.vectors, self.project, self.biases = vectors, project, biases
+        self.content = ops.convert_to_tensor(content)
+        self.rows = np.arange(len(content)) + _FIRST_MOVIE
+
+    def call(self, users: Any) -> Any:
+        vectors = self.vectors(self.rows) + self.project(self.content)  # (i, d)
+        biases = ops.squeeze(self.biases(self.rows), -1)
+        return ops.matmul(users, ops.transpose(vectors)) + biases
+
+
+def _recency_weights(recency: tuple[float, ...]) -> np.ndarray:
+    """Start the pools (l, p) as means of the history that fade exponentially."""
+    ago = np.arange(HISTORY_LENGTH)[:, None]
+    weights = np.exp(-ago / np.array(recency))
+    # Ten times a mean: many histories are shorter than the full length.
+    return 10 * weights / weights.sum(0)
+
+
+def _normal(stddev: float) -> keras.initializers.Initializer:
+    return keras.initializers.RandomNormal(stddev=stddev)

@@ -1,0 +1,94 @@
+"""The pictures of a run: learning curves, gates, expert usage, calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # a run may have no screen
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+from sklearn.calibration import calibration_curve
+
+from keras_moe import plots
+from keras_moe.layers import MMoE
+from recsys_examples.movielens.evaluation import Rows
+from recsys_examples.movielens.features import Catalogue, Sequences
+from recsys_examples.movielens.model import TASKS, Ranker
+from recsys_examples.movielens.ranking import LIKED
+
+
+def draw(
+    folder: Path,
+    curves: dict[str, list[float]],
+    ranker: Ranker,
+    sequences: Sequences,
+    catalogue: Catalogue,
+    rows: Rows,
+    predictions: dict[str, np.ndarray],
+) -> None:
+    """Write all pictures of a run as PNG files into a folder."""
+    _learning_curves(curves).savefig(folder / "learning_curves.png", dpi=120)
+    _calibration(rows, predictions).savefig(folder / "calibration.png", dpi=120)
+    if isinstance(ranker.body, MMoE):
+        users = np.flatnonzero(sequences.lengths)
+        features = ranker.user.predict(
+            sequences.histories(catalogue, users), batch_size=256, verbose=0
+        )
+        gates = np.asarray(ranker.body.gate_weights(features))
+        figure, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+        plots.gate_heatmap(gates, TASKS, ax)
+        figure.savefig(folder / "gate_weights.png", dpi=120)
+        figure, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+        plots.expert_usage(gates, TASKS, ax)
+        figure.savefig(folder / "expert_usage.png", dpi=120)
+    plt.close("all")
+
+
+def _learning_curves(curves: dict[str, list[float]]) -> plt.Figure:
+    """Losses of the training to the left, quality on validation to the right."""
+    figure, (losses, quality) = plt.subplots(
+        1, 2, figsize=(9, 3.5), layout="constrained"
+    )
+    epochs = np.arange(1, len(curves["loss"]) + 1)
+    for task in TASKS:
+        if f"{task}_loss" in curves:
+            losses.plot(epochs, curves[f"{task}_loss"], "o-", label=task)
+    losses.set_yscale("log")
+    losses.set_title("training loss")
+    losses.legend()
+    quality.plot(epochs, curves["val_ndcg@10"], "o-", color="black")
+    quality.set_ylim(bottom=0)
+    quality.set_title("validation NDCG@10, whole catalogue")
+    for ax in (losses, quality):
+        ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _calibration(rows: Rows, predictions: dict[str, np.ndarray]) -> plt.Figure:
+    """Observed share against predicted probability, in ten equally filled bins."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
+    watched = rows.watched
+    panels = {
+        "watch": (watched, predictions["watch"]),
+        "like": (rows.ratings[watched] >= LIKED, predictions["like"][watched]),
+    }
+    for ax, (task, (labels, probabilities)) in zip(axes, panels.items(), strict=True):
+        observed, predicted = calibration_curve(
+            labels, probabilities, n_bins=10, strategy="quantile"
+        )
+        ax.plot([0, 1], [0, 1], ":", color="grey")
+        ax.plot(predicted, observed, "o-")
+        ax.set(
+            title=task,
+            xlabel="predicted probability",
+            ylabel="observed share",
+            xlim=(0, 1),
+            ylim=(0, 1),
+            aspect="equal",
+        )
+    return figure

@@ -1,0 +1,157 @@
+"""From ratings to a measured ranker: select on validation, fit again, test.
+
+The test window is read once, by the ranker that is kept. What was chosen (the number of
+epochs) was chosen on validation; then the ranker is trained anew on everything before
+the test window, as ALS is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from recsys_examples.errors import InputError
+from recsys_examples.movielens.data import MovieLens
+from recsys_examples.movielens.evaluation import (
+    Rows,
+    measure,
+    predict_pairs,
+    raw_pairs,
+    sample_rows,
+)
+from recsys_examples.movielens.features import Catalogue, Sequences
+from recsys_examples.movielens.model import TASKS, Settings
+from recsys_examples.movielens.ranking import RankingTask, rank
+from recsys_examples.movielens.split import Split, split_by_time
+from recsys_examples.movielens.training import Fit, fit_ranker, fused_scorer
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The data of an experiment, with the windows of time kept apart.
+
+    Attributes:
+        catalogue: all movies.
+        train: every user's ratings of the training window.
+        before_test: those of the training and the validation window.
+        test: those of the test window.
+        validation_task: the validation window's ranking, with `train` as the past.
+        test_task: the test window's ranking, with `before_test` as the past.
+    """
+
+    catalogue: Catalogue
+    train: Sequences
+    before_test: Sequences
+    test: Sequences
+    validation_task: RankingTask
+    test_task: RankingTask
+
+
+def make_windows(data: MovieLens) -> Windows:
+    """Split a data set by time within each user.
+
+    Raises:
+        InputError: if a window holds no liked movie to rank.
+    """
+    catalogue = Catalogue.from_movies(data.movies)
+    user_ids = np.unique(data.ratings.user_id)
+    split: Split = split_by_time(data.ratings)
+
+    def laid_out(ratings: pd.DataFrame) -> Sequences:
+        return Sequences.from_ratings(ratings, catalogue, user_ids)
+
+    train, before_test = laid_out(split.train), laid_out(split.before_test)
+    windows = Windows(
+        catalogue,
+        train,
+        before_test,
+        test=laid_out(split.test),
+        validation_task=RankingTask.from_window(train, split.validation, catalogue),
+        test_task=RankingTask.from_window(before_test, split.test, catalogue),
+    )
+    for name, task in (
+        ("validation", windows.validation_task),
+        ("test", windows.test_task),
+    ):
+        if not len(task.users):
+            raise InputError(
+                f"{data.name}: no user has a movie rated 4 or more in the {name} "
+                "window, so there is nothing to rank"
+            )
+    return windows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trained ranker, and what it is worth on the test window.
+
+    Attributes:
+        fit: the ranker that was kept, trained on all before the test window.
+        curves: the curves of the fit that selected the number of epochs.
+        rows: the pairs that were predicted.
+        predictions: per task, the prediction of each pair.
+        metrics: by name.
+    """
+
+    fit: Fit
+    curves: dict[str, list[float]]
+    rows: Rows
+    predictions: dict[str, np.ndarray]
+    metrics: dict[str, float]
+
+
+def run_ranker(
+    windows: Windows,
+    settings: Settings,
+    *,
+    tasks: tuple[str, ...] = TASKS,
+    seed: int = 0,
+    verbose: int = 1,
+) -> Outcome:
+    """Select on validation, train on all before the test window, and measure."""
+    catalogue = windows.catalogue
+    selection = fit_ranker(
+        windows.train,
+        catalogue,
+        settings,
+        tasks=tasks,
+        seed=seed,
+        validation=windows.validation_task if "watch" in tasks else None,
+        verbose=verbose,
+    )
+    fit = fit_ranker(
+        windows.before_test,
+        catalogue,
+        settings,
+        tasks=tasks,
+        seed=seed,
+        epochs=selection.epochs,
+        verbose=verbose,
+    )
+    rated = windows.before_test.matrix(len(catalogue)) + windows.test.matrix(
+        len(catalogue)
+    )
+    rows = sample_rows(windows.test, rated, len(catalogue))
+    predictions = predict_pairs(
+        fit.ranker.pairs, raw_pairs(rows, windows.before_test, catalogue)
+    )
+    metrics = measure(rows, predictions)
+    if "watch" in tasks:
+        scorer = fused_scorer(fit.ranker, windows.before_test, catalogue)
+        metrics = {**rank(scorer, windows.test_task), **metrics}
+    return Outcome(fit, selection.curves, rows, predictions, metrics)
+
+
+def smaller(data: MovieLens, users: int) -> MovieLens:
+    """Keep the first so many users and the movies that they rated, for a quick run."""
+    keep = np.unique(data.ratings.user_id)[:users]
+    ratings = data.ratings[data.ratings.user_id.isin(keep)]
+    movies = data.movies[data.movies.movie_id.isin(ratings.movie_id)]
+    return replace(
+        data,
+        ratings=ratings.reset_index(drop=True),
+        movies=movies.reset_index(drop=True),
+        name=f"{data.name}, first {users} users",
+    )

@@ -1,0 +1,154 @@
+"""The SavedModel: predictions for raw pairs, and recommendations all in the graph.
+
+Signatures:
+    serving_default  raw features of users and movies -> one named output a task
+    recommend        user ids and k -> movies that the user has not seen, best first
+
+Axis letters: b batch, u known users, i movies, k length of a list.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from recsys_examples.errors import InputError
+from recsys_examples.movielens.features import NO_MOVIE, Catalogue, Sequences
+from recsys_examples.movielens.model import Ranker, prediction
+from recsys_examples.movielens.training import fuse
+
+
+class Recommender(keras.layers.Layer):
+    """Ranks the catalogue for known users by what was known of them at export.
+
+    Args:
+        ranker: the trained models.
+        sequences: every user's ratings at export, which make the histories and are
+            left out of the lists.
+        catalogue: all movies.
+    """
+
+    def __init__(
+        self, ranker: Ranker, sequences: Sequences, catalogue: Catalogue
+    ) -> None:
+        super().__init__()
+        self._model, self._watch_offset = ranker.catalogue, ranker.watch_offset
+        self._user_lookup = keras.layers.IntegerLookup(vocabulary=sequences.user_ids)
+        self._num_users = len(sequences.user_ids)
+        known = sequences.histories(catalogue, np.arange(self._num_users))
+        # One more row, all zeros, for whoever is unknown: no id, no history.
+        self._features = {
+            name: tf.constant(np.concatenate([values, np.zeros_like(values[:1])]))
+            for name, values in known.items()
+        }
+        self._seen_starts = tf.constant(
+            np.append(sequences.starts, sequences.starts[-1])
+        )
+        self._seen = tf.constant(sequences.movies)
+        self._movie_ids = tf.constant(catalogue.movie_ids)
+        self._titles = tf.constant(catalogue.titles)
+
+    def call(self, user_id: Any, k: Any) -> dict[str, Any]:
+        num_movies = len(self._movie_ids)
+        tf.debugging.assert_greater_equal(k, 1, "k must be at least 1")
+        tf.debugging.assert_less_equal(
+            k, num_movies, f"k must not exceed the catalogue of {num_movies} movies"
+        )
+        # The lookup gives 0 to the unknown and then counts from 1.
+        found = self._user_lookup(user_id)
+        unknown = tf.cast(self._num_users, found.dtype)
+        row = tf.where(found == 0, unknown, found - 1)
+        features = {name: tf.gather(v, row) for name, v in self._features.items()}
+        scores = self._model(features, training=False)
+        ranking = self._without_seen(fuse(scores), row)
+        best, movies = tf.math.top_k(ranking, k)
+        # Whoever has seen nearly all gets fewer than k movies, then blanks.
+        unseen = best > best.dtype.min
+        predictions = {
+            task: prediction(
+                task, tf.gather(score, movies, batch_dims=1), self._watch_offset
+            )
+            for task, score in scores.items()
+        }
+        return {
+            "movie_id": tf.where(
+                unseen, tf.gather(self._movie_ids, movies), tf.cast(NO_MOVIE, tf.int64)
+            ),
+            "title": tf.where(unseen, tf.gather(self._titles, movies), ""),
+            "score": best,
+            **{task: tf.where(unseen, p, 0.0) for task, p in predictions.items()},
+        }
+
+    def _without_seen(self, ranking: Any, row: Any) -> Any:
+        """Put the movies that each user has seen behind all others."""
+        seen = tf.RaggedTensor.from_row_splits(
+            self._seen, self._seen_starts, validate=False
+        )
+        seen = tf.gather(seen, row)
+        at = tf.stack([seen.value_rowids(), seen.values], axis=1)
+        lowest = tf.fill(tf.shape(at)[:1], ranking.dtype.min)
+        return tf.tensor_scatter_nd_update(ranking, at, lowest)
+
+
+def export_saved_model(
+    ranker: Ranker, sequences: Sequences, catalogue: Catalogue, folder: Path
+) -> None:
+    """Write a SavedModel that needs TensorFlow alone.
+
+    Args:
+        ranker: the trained models.
+        sequences: what is known of the users: their histories, and what they saw.
+        catalogue: all movies.
+        folder: where to write.
+    """
+    archive = keras.export.ExportArchive()
+    recommender = Recommender(ranker, sequences, catalogue)
+    recommender(tf.constant([0], tf.int64), tf.constant(1))  # Keras exports built ones
+    archive.track(ranker.pairs)
+    archive.track(recommender)
+    features = {
+        name: tf.TensorSpec(tensor.shape, tensor.dtype, name)
+        for name, tensor in ranker.pairs.input.items()
+    }
+    archive.add_endpoint(
+        "serving_default",
+        lambda features: ranker.pairs(features, training=False),
+        [features],
+    )
+    archive.add_endpoint(
+        "recommend",
+        recommender.__call__,
+        [
+            tf.TensorSpec((None,), tf.int64, "user_id"),
+            tf.TensorSpec((), tf.int32, "k"),
+        ],
+    )
+    archive.write_out(folder, verbose=False)
+
+
+def load_recommender(run: Path) -> Any:
+    """Load the `recommend` signature of a run, or of a SavedModel folder itself.
+
+    Raises:
+        InputError: if the folder holds no SavedModel with that signature.
+    """
+    for folder in (run / "saved_model", run):
+        if (folder / "saved_model.pb").is_file():
+            break
+    else:
+        raise InputError(
+            f"{run} is no model folder: it holds neither saved_model/saved_model.pb "
+            "nor saved_model.pb"
+        )
+    try:
+        signatures = tf.saved_model.load(str(folder)).signatures
+    except (OSError, ValueError, tf.errors.OpError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder} cannot be loaded: {reason}") from error
+    if "recommend" not in signatures:
+        raise InputError(f'{folder} has no signature "recommend"')
+    return signatures["recommend"]

@@ -1,0 +1,254 @@
+"""Examples, losses and the fit.
+
+An example is a user at a moment of the past: the history until then, and the next few
+movies that the user watched. Every movie that the user had not rated by then and does
+not watch next is unseen, and `watch` is learned against all of them. `like` and
+`rating` are learned on the watched movies alone.
+
+Axis letters: b batch, i movies of the catalogue, c movies watched next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from recsys_examples.movielens.features import Catalogue, Sequences
+from recsys_examples.movielens.model import TASKS, Ranker, Settings, build_ranker
+from recsys_examples.movielens.ranking import LIKED, RankingTask, Scorer, rank
+
+UNKNOWN_USER = 0  # MovieLens ids start at 1
+_HIDDEN_USERS = 0.2  # share of examples without the user id, so that "unknown" is known
+_ALREADY_SEEN = -1.0
+
+
+class Examples(keras.utils.PyDataset):
+    """Cuts each user's ratings into blocks, at another offset every epoch.
+
+    Item j is a batch (features, labels, sample weights). The label of `watch` is
+    (b, i): 1 watched next, 0 unseen, -1 already seen and no candidate. Those of `like`
+    and `rating` are (b, c, 1), with a sample weight (b, c) of 0 where the user's
+    ratings end before the block does.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        catalogue: Catalogue,
+        settings: Settings,
+        tasks: tuple[str, ...] = TASKS,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._sequences, self._catalogue = sequences, catalogue
+        self._settings, self._tasks = settings, tasks
+        self._rng = np.random.default_rng(seed)
+        self._cut()
+
+    def _cut(self) -> None:
+        block = self._settings.block
+        lengths = self._sequences.lengths
+        # The first movie has no history; from there every `block`-th rating starts one.
+        offsets = self._rng.integers(1, block + 1, len(lengths))
+        counts = np.maximum(0, -(-(lengths - offsets) // block))
+        users = np.repeat(np.arange(len(lengths)), counts)
+        nth = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
+        order = self._rng.permutation(len(users))
+        self._users = users[order]
+        self._ends = (offsets[users] + nth * block)[order]
+
+    def on_epoch_end(self) -> None:
+        self._cut()
+
+    def __len__(self) -> int:
+        return -(-len(self._users) // self._settings.batch_size)
+
+    def __getitem__(self, index: int) -> tuple[dict, dict, dict]:
+        size = self._settings.batch_size
+        batch = slice(index * size, (index + 1) * size)
+        users, ends = self._users[batch], self._ends[batch]
+        features = self._sequences.histories(self._catalogue, users, ends)
+        hidden = self._rng.random(len(users)) < _HIDDEN_USERS
+        features["user_id"] = np.where(hidden, UNKNOWN_USER, features["user_id"])
+
+        starts = self._sequences.starts[users]
+        steps = ends[:, None] + np.arange(self._settings.block)
+        watched = steps < self._sequences.lengths[users][:, None]
+        at = np.where(watched, starts[:, None] + steps, 0)
+        movies = np.where(watched, self._sequences.movies[at], 0)
+        stars = self._sequences.ratings[at]
+        features["next_movies"] = movies.astype(np.int32)
+        ones = np.ones(len(users), np.float32)
+        defined = watched.astype(np.float32)
+        labels = {
+            "watch": self._watch_labels(starts, ends, movies, watched),
+            "like": (stars >= LIKED).astype(np.float32)[..., None],
+            "rating": stars[..., None],
+        }
+        weights = {"watch": ones, "like": defined, "rating": defined}
+        return (
+            features,
+            {task: labels[task] for task in self._tasks},
+            {task: weights[task] for task in self._tasks},
+        )
+
+    def _watch_labels(
+        self,
+        starts: np.ndarray,
+        ends: np.ndarray,
+        movies: np.ndarray,
+        watched: np.ndarray,
+    ) -> np.ndarray:
+        labels = np.zeros((len(starts), len(self._catalogue)), np.float32)
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            labels[row, self._sequences.movies[start : start + end]] = _ALREADY_SEEN
+            labels[row, movies[row, watched[row]]] = 1.0
+        return labels
+
+
+class WatchLoss(keras.losses.Loss):
+    """Softmax over the catalogue, plus a little cross-entropy of each movie.
+
+    The softmax ranks: each watched movie against all unseen ones. It knows no level,
+    so the cross-entropy adds one and the score becomes a log odds. Movies already
+    seen (label -1) take part in neither.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(name="watch")
+        self.block, self.level_weight = settings.block, settings.level_weight
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        candidate = ops.cast(y_true >= 0, y_pred.dtype)
+        watched = ops.maximum(y_true, 0.0)
+        among = y_pred + (candidate - 1.0) * 1e9
+        softmax = ops.sum(
+            watched * (ops.logsumexp(among, -1, keepdims=True) - y_pred), -1
+        )
+        entropies = candidate * (ops.softplus(y_pred) - watched * y_pred)
+        level = ops.sum(entropies, -1)
+        return (softmax + self.level_weight * level) / self.block
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A trained ranker and how it got there.
+
+    Attributes:
+        ranker: the models.
+        curves: by name, one value an epoch.
+        epochs: the epoch whose weights were kept, counted from 1.
+    """
+
+    ranker: Ranker
+    curves: dict[str, list[float]]
+    epochs: int
+
+
+def fused_scorer(ranker: Ranker, sequences: Sequences, catalogue: Catalogue) -> Scorer:
+    """Rank by the log probability that a movie is watched and then liked."""
+
+    def score(users: np.ndarray) -> np.ndarray:
+        features = sequences.histories(catalogue, users)
+        scores = ranker.catalogue.predict(features, batch_size=256, verbose=0)
+        return ops.convert_to_numpy(fuse(scores))
+
+    return score
+
+
+def fuse(scores: dict[str, Any]) -> Any:
+    """Add log P(watch) and log P(like), as far as the model has these tasks."""
+    parts = [ops.log_sigmoid(scores[t]) for t in ("watch", "like") if t in scores]
+    return sum(parts[1:], parts[0])
+
+
+class RankingOnValidation(keras.callbacks.Callback):
+    """Adds `val_ndcg@10` over the whole catalogue to the logs of every epoch."""
+
+    def __init__(self, scorer: Scorer, task: RankingTask) -> None:
+        super().__init__()
+        self._scorer, self._task = scorer, task
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if logs is not None:
+            logs["val_ndcg@10"] = rank(self._scorer, self._task)["ndcg@10"]
+
+
+def fit_ranker(
+    sequences: Sequences,
+    catalogue: Catalogue,
+    settings: Settings,
+    *,
+    tasks: tuple[str, ...] = TASKS,
+    seed: int = 0,
+    validation: RankingTask | None = None,
+    epochs: int | None = None,
+    verbose: int = 1,
+) -> Fit:
+    """Train a ranker.
+
+    Args:
+        sequences: the ratings to learn from.
+        catalogue: all movies.
+        settings: sizes and rates.
+        tasks: the tasks to learn.
+        seed: seed of the weights, the dropout and the order of the examples.
+        validation: the window right after `sequences`. If given, training stops when
+            its NDCG@10 has not risen for two epochs, and the best weights are kept.
+        epochs: number of epochs; `settings.max_epochs` by default.
+        verbose: as in `keras.Model.fit`.
+    """
+    keras.utils.set_random_seed(seed)
+    popularity = np.bincount(sequences.movies, minlength=len(catalogue))
+    ranker = build_ranker(catalogue, sequences.user_ids, popularity, settings, tasks)
+    examples = Examples(sequences, catalogue, settings, tasks, seed)
+    _compile(ranker.training, settings, tasks, steps=len(examples))
+    callbacks: list[keras.callbacks.Callback] = []
+    if validation is not None:
+        scorer = fused_scorer(ranker, sequences, catalogue)
+        callbacks = [
+            RankingOnValidation(scorer, validation),
+            keras.callbacks.EarlyStopping(
+                "val_ndcg@10", mode="max", patience=2, restore_best_weights=True
+            ),
+        ]
+    history = ranker.training.fit(
+        examples,
+        epochs=epochs or settings.max_epochs,
+        callbacks=callbacks,
+        verbose=verbose,
+    )
+    curves = {name: [float(v) for v in h] for name, h in history.history.items()}
+    scores = curves.get("val_ndcg@10")
+    best = int(np.argmax(scores)) + 1 if scores else len(curves["loss"])
+    return Fit(ranker, curves, best)
+
+
+def _compile(
+    model: keras.Model, settings: Settings, tasks: tuple[str, ...], steps: int
+) -> None:
+    mean = "mean_with_sample_weight"  # a row of weight 0 then adds exactly nothing
+    losses = {
+        "watch": WatchLoss(settings),
+        "like": keras.losses.BinaryCrossentropy(from_logits=True, reduction=mean),
+        "rating": keras.losses.MeanSquaredError(reduction=mean),
+    }
+    weights = dict(zip(TASKS, (1.0, *settings.task_weights), strict=True))
+    metrics = {
+        "watch": [],
+        "like": [keras.metrics.AUC(from_logits=True, name="auc")],
+        "rating": [keras.metrics.RootMeanSquaredError(name="rmse")],
+    }
+    schedule = keras.optimizers.schedules.CosineDecay(
+        settings.learning_rate, settings.max_epochs * steps, alpha=0.05
+    )
+    model.compile(
+        keras.optimizers.Adam(schedule),
+        loss={task: losses[task] for task in tasks},
+        loss_weights={task: weights[task] for task in tasks},
+        weighted_metrics={task: metrics[task] for task in tasks},
+    )
