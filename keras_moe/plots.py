@@ -34,7 +34,9 @@ def gate_heatmap(
     """
     ax = _axes(ax)
     means = _by_task(gate_weights, tasks).mean(axis=0)
-    image = ax.imshow(means, vmin=0.0, vmax=max(means.max(), 1e-9), cmap="Blues")
+    image = ax.imshow(
+        means, vmin=0.0, vmax=max(means.max(), 1e-9), cmap="Blues", aspect="auto"
+    )
     for (row, column), value in np.ndenumerate(means):
         dark = value > 0.6 * means.max()
         ax.text(

@@ -7,6 +7,7 @@ python -m recsys_examples.movielens recommend     ask an exported model
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -42,6 +43,8 @@ QUICK_USERS = 150
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(arguments)
+    # TensorFlow warns that models differ from each other, which here they should.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     try:
         options.run(options)
     except InputError as error:
@@ -70,7 +73,9 @@ def train(options: argparse.Namespace) -> None:
 
         data, windows, settings = _prepare(options, console)
         console.print("Training: first to find the number of epochs, then on all.")
-        outcome = run_ranker(windows, settings, seed=options.seed, verbose=1)
+        # A bar that moves needs a terminal; a log gets one line an epoch.
+        verbose = 1 if sys.stdout.isatty() else 2
+        outcome = run_ranker(windows, settings, seed=options.seed, verbose=verbose)
         console.print("Comparing with popularity and ALS.")
         watched = windows.before_test.matrix(len(windows.catalogue))
         als = baselines.als(watched, baselines.TUNED_ALS, options.seed)

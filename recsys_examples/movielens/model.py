@@ -16,7 +16,6 @@ the catalogue, c movies watched next.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,7 +185,7 @@ def _body(settings: Settings, tasks: tuple[str, ...]) -> keras.layers.Layer:
 
 def _user_features(
     inputs: dict[str, Any],
-    movie_lookup: Callable[[Any], Any],
+    movie_lookup: keras.layers.IntegerLookup,
     user_ids: np.ndarray,
     settings: Settings,
 ) -> tuple[Any, Any]:

@@ -49,19 +49,22 @@ def draw(
 
 
 def _learning_curves(curves: dict[str, list[float]]) -> plt.Figure:
-    """Losses of the training to the left, quality on validation to the right."""
+    """Losses by task to the left, the ranking on validation to the right."""
     figure, (losses, quality) = plt.subplots(
         1, 2, figsize=(9, 3.5), layout="constrained"
     )
     epochs = np.arange(1, len(curves["loss"]) + 1)
-    for task in TASKS:
-        if f"{task}_loss" in curves:
-            losses.plot(epochs, curves[f"{task}_loss"], "o-", label=task)
-    losses.set_yscale("log")
-    losses.set_title("training loss")
+    for task, colour in zip(TASKS, ("C0", "C1", "C2"), strict=True):
+        first = curves[f"{task}_loss"][0]
+        for name, style in ((f"{task}_loss", "o-"), (f"val_{task}_loss", "s:")):
+            losses.plot(epochs, np.array(curves[name]) / first, style, color=colour)
+        losses.plot([], [], color=colour, label=task)
+    losses.plot([], [], "o-", color="grey", label="training")
+    losses.plot([], [], "s:", color="grey", label="validation")
+    losses.set_title("loss, first epoch's training loss = 1")
     losses.legend()
-    quality.plot(epochs, curves["val_ndcg@10"], "o-", color="black")
-    quality.set_ylim(bottom=0)
+    quality.plot(epochs, curves["val_ndcg@10"], "s:", color="black")
+    quality.set_ylim(0, 1.1 * max(curves["val_ndcg@10"]))
     quality.set_title("validation NDCG@10, whole catalogue")
     for ax in (losses, quality):
         ax.set_xlabel("epoch")

@@ -25,7 +25,7 @@ from recsys_examples.movielens.features import Catalogue, Sequences
 from recsys_examples.movielens.model import TASKS, Settings
 from recsys_examples.movielens.ranking import RankingTask, rank
 from recsys_examples.movielens.split import Split, split_by_time
-from recsys_examples.movielens.training import Fit, fit_ranker, fused_scorer
+from recsys_examples.movielens.training import Fit, Validation, fit_ranker, fused_scorer
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def run_ranker(
         settings,
         tasks=tasks,
         seed=seed,
-        validation=windows.validation_task if "watch" in tasks else None,
+        validation=Validation(windows.before_test, windows.validation_task),
         verbose=verbose,
     )
     fit = fit_ranker(

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +81,19 @@ def run_study(
     def ranked(scorer: Scorer) -> Metrics:
         return rank(scorer, windows.test_task)
 
+    def factorised(seed: int) -> Metrics:
+        return ranked(baselines.als(watched, als_settings, seed))
+
     def trained(body: Settings, seed: int) -> Metrics:
         return run_ranker(windows, body, seed=seed, verbose=0).metrics
 
     results: dict[str, list[Metrics]] = {model: [] for model in MODELS}
     for seed in range(seeds):
         runs: dict[str, Callable[[], Metrics]] = {
-            "MMoE": lambda seed=seed: trained(settings, seed),
-            "shared bottom": lambda seed=seed: trained(bottom, seed),
-            "single-task": lambda seed=seed: _single_tasks(windows, settings, seed),
-            "ALS": lambda seed=seed: ranked(baselines.als(watched, als_settings, seed)),
+            "MMoE": partial(trained, settings, seed),
+            "shared bottom": partial(trained, bottom, seed),
+            "single-task": partial(_single_tasks, windows, settings, seed),
+            "ALS": partial(factorised, seed),
         }
         for model, run in runs.items():
             results[model].append(kept.get(f"{model}, seed {seed}", run))
@@ -109,10 +113,11 @@ def _single_tasks(windows: Windows, settings: Settings, seed: int) -> Metrics:
             scorers.append(
                 fused_scorer(outcome.fit.ranker, windows.before_test, windows.catalogue)
             )
-    together = rank(
-        lambda users: sum(scorer(users) for scorer in scorers), windows.test_task
-    )
-    return metrics | together
+
+    def together(users: np.ndarray) -> np.ndarray:
+        return np.sum([scorer(users) for scorer in scorers], axis=0)
+
+    return metrics | rank(together, windows.test_task)
 
 
 def _tune(windows: Windows, make: Any, grid: tuple) -> dict[str, Any]:

@@ -33,6 +33,15 @@ class Examples(keras.utils.PyDataset):
     (b, i): 1 watched next, 0 unseen, -1 already seen and no candidate. Those of `like`
     and `rating` are (b, c, 1), with a sample weight (b, c) of 0 where the user's
     ratings end before the block does.
+
+    Args:
+        sequences: the ratings to cut.
+        catalogue: all movies.
+        settings: sizes of block and batch.
+        tasks: the tasks to give labels for.
+        seed: seed of the offsets, the order and the hidden user ids.
+        known: (u,) how many of each user's first ratings are only history. If given,
+            the examples are for validation: the same ones every time, no id hidden.
     """
 
     def __init__(
@@ -42,18 +51,23 @@ class Examples(keras.utils.PyDataset):
         settings: Settings,
         tasks: tuple[str, ...] = TASKS,
         seed: int = 0,
+        known: np.ndarray | None = None,
     ) -> None:
         super().__init__()
         self._sequences, self._catalogue = sequences, catalogue
         self._settings, self._tasks = settings, tasks
         self._rng = np.random.default_rng(seed)
+        self._known = known
         self._cut()
 
     def _cut(self) -> None:
         block = self._settings.block
         lengths = self._sequences.lengths
         # The first movie has no history; from there every `block`-th rating starts one.
-        offsets = self._rng.integers(1, block + 1, len(lengths))
+        if self._known is None:
+            offsets = self._rng.integers(1, block + 1, len(lengths))
+        else:
+            offsets = np.maximum(self._known, 1)
         counts = np.maximum(0, -(-(lengths - offsets) // block))
         users = np.repeat(np.arange(len(lengths)), counts)
         nth = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -62,7 +76,8 @@ class Examples(keras.utils.PyDataset):
         self._ends = (offsets[users] + nth * block)[order]
 
     def on_epoch_end(self) -> None:
-        self._cut()
+        if self._known is None:
+            self._cut()
 
     def __len__(self) -> int:
         return -(-len(self._users) // self._settings.batch_size)
@@ -72,8 +87,9 @@ class Examples(keras.utils.PyDataset):
         batch = slice(index * size, (index + 1) * size)
         users, ends = self._users[batch], self._ends[batch]
         features = self._sequences.histories(self._catalogue, users, ends)
-        hidden = self._rng.random(len(users)) < _HIDDEN_USERS
-        features["user_id"] = np.where(hidden, UNKNOWN_USER, features["user_id"])
+        if self._known is None:
+            hidden = self._rng.random(len(users)) < _HIDDEN_USERS
+            features["user_id"] = np.where(hidden, UNKNOWN_USER, features["user_id"])
 
         starts = self._sequences.starts[users]
         steps = ends[:, None] + np.arange(self._settings.block)
@@ -135,6 +151,19 @@ class WatchLoss(keras.losses.Loss):
 
 
 @dataclass(frozen=True)
+class Validation:
+    """The window right after the ratings that a ranker is fitted to.
+
+    Attributes:
+        sequences: the ratings that are fitted to, and after them the window's.
+        task: the ranking of the window.
+    """
+
+    sequences: Sequences
+    task: RankingTask
+
+
+@dataclass(frozen=True)
 class Fit:
     """A trained ranker and how it got there.
 
@@ -185,7 +214,7 @@ def fit_ranker(
     *,
     tasks: tuple[str, ...] = TASKS,
     seed: int = 0,
-    validation: RankingTask | None = None,
+    validation: Validation | None = None,
     epochs: int | None = None,
     verbose: int = 1,
 ) -> Fit:
@@ -197,8 +226,9 @@ def fit_ranker(
         settings: sizes and rates.
         tasks: the tasks to learn.
         seed: seed of the weights, the dropout and the order of the examples.
-        validation: the window right after `sequences`. If given, training stops when
-            its NDCG@10 has not risen for two epochs, and the best weights are kept.
+        validation: the window to watch. If given, training stops when its NDCG@10
+            (for a model without `watch`, its loss) has not improved for two epochs,
+            and the best weights are kept.
         epochs: number of epochs; `settings.max_epochs` by default.
         verbose: as in `keras.Model.fit`.
     """
@@ -207,25 +237,45 @@ def fit_ranker(
     ranker = build_ranker(catalogue, sequences.user_ids, popularity, settings, tasks)
     examples = Examples(sequences, catalogue, settings, tasks, seed)
     _compile(ranker.training, settings, tasks, steps=len(examples))
-    callbacks: list[keras.callbacks.Callback] = []
+    watched: dict[str, Any] = {}
     if validation is not None:
-        scorer = fused_scorer(ranker, sequences, catalogue)
-        callbacks = [
-            RankingOnValidation(scorer, validation),
-            keras.callbacks.EarlyStopping(
-                "val_ndcg@10", mode="max", patience=2, restore_best_weights=True
-            ),
-        ]
+        watched["validation_data"] = Examples(
+            validation.sequences, catalogue, settings, tasks, known=sequences.lengths
+        )
+        watched["callbacks"] = _early_stopping(
+            fused_scorer(ranker, sequences, catalogue) if "watch" in tasks else None,
+            validation.task,
+        )
     history = ranker.training.fit(
-        examples,
-        epochs=epochs or settings.max_epochs,
-        callbacks=callbacks,
-        verbose=verbose,
+        examples, epochs=epochs or settings.max_epochs, verbose=verbose, **watched
     )
     curves = {name: [float(v) for v in h] for name, h in history.history.items()}
-    scores = curves.get("val_ndcg@10")
-    best = int(np.argmax(scores)) + 1 if scores else len(curves["loss"])
-    return Fit(ranker, curves, best)
+    return Fit(ranker, curves, _best_epoch(curves))
+
+
+def _early_stopping(
+    scorer: Scorer | None, task: RankingTask
+) -> list[keras.callbacks.Callback]:
+    if scorer is None:
+        return [
+            keras.callbacks.EarlyStopping(
+                "val_loss", patience=2, restore_best_weights=True
+            )
+        ]
+    return [
+        RankingOnValidation(scorer, task),
+        keras.callbacks.EarlyStopping(
+            "val_ndcg@10", mode="max", patience=2, restore_best_weights=True
+        ),
+    ]
+
+
+def _best_epoch(curves: dict[str, list[float]]) -> int:
+    if "val_ndcg@10" in curves:
+        return int(np.argmax(curves["val_ndcg@10"])) + 1
+    if "val_loss" in curves:
+        return int(np.argmin(curves["val_loss"])) + 1
+    return len(curves["loss"])
 
 
 def _compile(
