@@ -1,7 +1,7 @@
 """What every layer of keras_moe promises, in functions that a test runs over all.
 
 A `Case` says how to make a layer and what to feed it. Adding a layer to the library
-means adding its cases to `tests/layers/test_contracts.py`.
+means adding its cases to `tests/cases.py`.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,49 @@
+"""Other processes: what a server or another backend does with our files."""
+
+import os
+import subprocess
+import sys
+
+# Runs first in the process and refuses the packages that it is told of.
+_BLOCKER = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is blocked in this test")
+
+sys.meta_path.insert(0, Blocked())
+for package in BLOCKED:
+    try:
+        __import__(package)
+    except ImportError:
+        continue
+    raise SystemExit(f"{package} could be imported")
+"""
+
+
+def run(arguments, cwd, timeout=300, **environment):
+    """Run Python with these arguments, free of this process's paths and workers."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "PYTEST", "KERAS_BACKEND"))
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**inherited, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def run_without(packages, code, cwd, *arguments, **environment):
+    """Run code in a process that cannot import `packages`; it must exit with 0."""
+    script = f"BLOCKED = {list(packages)!r}\n{_BLOCKER}\n{code}"
+    done = run(["-c", script, *arguments], cwd, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

@@ -1,0 +1,75 @@
+"""The layers on JAX, and on torch where it is installed: the same tests and files."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from keras_moe.layers import MMoE, SharedBottom, Tower
+from keras_moe.multitask import MultiTaskModel
+from tests import processes
+
+ROOT = Path(__file__).parent.parent
+CORE = ("layers", "multitask", "test_experts.py", "test_initializers.py")
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="started from TensorFlow's run"
+)
+
+
+def _needs(backend):
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_core_of_the_suite(backend):
+    _needs(backend)
+    tests = [str(ROOT / "tests" / name) for name in CORE]
+    done = processes.run(
+        ["-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *tests],
+        cwd=ROOT,
+        timeout=900,
+        KERAS_BACKEND=backend,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
+
+
+PREDICT = """
+import json, sys
+import keras, keras_moe
+import numpy as np
+
+folder = sys.argv[1]
+model = keras.models.load_model(folder + "/model.keras")
+outputs = model.predict(np.load(folder + "/x.npy"), verbose=0)
+print(json.dumps({k: np.asarray(v).tolist() for k, v in outputs.items()}))
+"""
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_a_model_trained_on_tensorflow_gives_the_same_numbers(backend, tmp_path):
+    _needs(backend)
+    inputs = keras.Input((6,))
+    shared = MMoE(4, (16, 8), ["click", "stay"], gate_units=(8,))(inputs)
+    bottom = SharedBottom(8, ["click", "stay"])(inputs)
+    outputs = {
+        task: Tower((8,))(shared[task] + bottom[task]) for task in ("click", "stay")
+    }
+    model = MultiTaskModel(inputs, outputs)
+    model.compile("adam", loss={"click": "mse", "stay": "mse"})
+    x = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
+    model.fit(x, {"click": x[:, :1], "stay": x[:, 1:2]}, epochs=3, verbose=0)
+    model.save(tmp_path / "model.keras")
+    np.save(tmp_path / "x.npy", x)
+    done = processes.run(
+        ["-c", PREDICT, str(tmp_path)], cwd=ROOT, KERAS_BACKEND=backend
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for task, expected in model.predict(x, verbose=0).items():
+        np.testing.assert_allclose(found[task], expected, rtol=1e-4, atol=1e-5)
