@@ -102,9 +102,10 @@ class MMoE(keras.layers.Layer):
         gate_use_bias: bool = False,
         gate_kernel_initializer: Any = "glorot_uniform",
         seed: int | None = None,
+        name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(name=name or _default_name(), **kwargs)
         self.supports_masking = True
         self.num_experts = _checks.positive_int("num_experts", num_experts)
         self.expert_units = expert_units
@@ -237,6 +238,12 @@ class MMoE(keras.layers.Layer):
         if isinstance(experts, dict):
             experts = keras.saving.deserialize_keras_object(experts)
         return cls(**{**config, "experts": experts})
+
+
+def _default_name() -> str:
+    """Return "mmoe", "mmoe_1", ...: from the class name Keras would make "m_mo_e"."""
+    count = keras.backend.get_uid("mmoe")
+    return "mmoe" if count == 1 else f"mmoe_{count - 1}"
 
 
 def _checked_top_k(top_k: int | None, num_experts: int) -> int | None:

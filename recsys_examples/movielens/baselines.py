@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from implicit.utils import ParameterWarning
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
-from recsys_examples.movielens.ranking import RankingTask, Scorer, rank
+from recsys_examples.movielens.ranking import Scorer
 
 
 def popularity(interactions: sparse.csr_matrix) -> Scorer:
@@ -68,14 +67,3 @@ def item_knn(interactions: sparse.csr_matrix, neighbours: int) -> Scorer:
         model.fit(interactions, show_progress=False)
     similarity = model.similarity.tocsr()
     return lambda users: (interactions[users] @ similarity).toarray()
-
-
-def tune(
-    make: Callable[..., Scorer],
-    grid: tuple,
-    interactions: sparse.csr_matrix,
-    validation: RankingTask,
-) -> Iterator[tuple[object, float]]:
-    """Yield every setting of the grid with its NDCG@10 on the validation window."""
-    for settings in grid:
-        yield settings, rank(make(interactions, settings), validation)["ndcg@10"]

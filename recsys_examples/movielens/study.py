@@ -15,6 +15,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from rich.progress import track
 
 from recsys_examples.movielens import baselines
 from recsys_examples.movielens.model import TASKS, Settings, build_ranker
@@ -69,11 +70,11 @@ def run_study(
     bottom = shared_bottom_of_equal_size(windows, settings)
     kept = _Results(folder, {"data": data_name, "settings": asdict(settings)}, announce)
     als = kept.get(
-        "ALS, tuned", lambda: _tune(windows, baselines.als, baselines.ALS_GRID)
+        "ALS, tuned", lambda: _tune(windows, baselines.als, baselines.ALS_GRID, "ALS")
     )
     knn = kept.get(
         "item-kNN, tuned",
-        lambda: _tune(windows, baselines.item_knn, baselines.KNN_GRID),
+        lambda: _tune(windows, baselines.item_knn, baselines.KNN_GRID, "item-kNN"),
     )
     als_settings = baselines.ALSSettings(*als["settings"])
     watched = windows.before_test.matrix(len(windows.catalogue))
@@ -120,12 +121,21 @@ def _single_tasks(windows: Windows, settings: Settings, seed: int) -> Metrics:
     return metrics | rank(together, windows.test_task)
 
 
-def _tune(windows: Windows, make: Any, grid: tuple) -> dict[str, Any]:
+def _tune(
+    windows: Windows, make: Callable[..., Scorer], grid: tuple, name: str
+) -> dict[str, Any]:
     """Find the best setting on validation, trained on the training window."""
     watched = windows.train.matrix(len(windows.catalogue))
-    scored = baselines.tune(make, grid, watched, windows.validation_task)
-    settings, score = max(scored, key=lambda pair: pair[1])
-    return {"settings": settings, "validation_ndcg@10": score, "tried": len(grid)}
+    scores = [
+        rank(make(watched, settings), windows.validation_task)["ndcg@10"]
+        for settings in track(grid, f"tuning {name}")
+    ]
+    best = int(np.argmax(scores))
+    return {
+        "settings": grid[best],
+        "validation_ndcg@10": scores[best],
+        "tried": len(grid),
+    }
 
 
 class _Results:

@@ -160,6 +160,27 @@ def test_gates_and_experts_start_different():
             assert a.shape != b.shape or not np.allclose(a, b)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="reads TensorFlow's graph"
+)
+@pytest.mark.parametrize("num_experts", [2, 16])
+def test_few_large_matmuls_however_many_experts(num_experts):
+    """Two expert layers, the gates and the mixture: four, forward."""
+    import tensorflow as tf
+
+    layer = MMoE(num_experts, (8, 4), ["a", "b", "c"])
+    layer.build((None, 6))
+    traced = tf.function(layer).get_concrete_function(tf.TensorSpec((None, 6)))
+    kinds = [op.type for op in traced.graph.get_operations()]
+    assert sum("MatMul" in kind for kind in kinds) == 4
+
+
+def test_default_names_are_readable():
+    keras.backend.clear_session()
+    assert [MMoE(2, 2, 2).name for _ in range(2)] == ["mmoe", "mmoe_1"]
+    assert MMoE(2, 2, 2, name="given").name == "given"
+
+
 def test_gate_weights_are_what_call_uses():
     layer = MMoE(4, 5, ["a", "b"], gate_dropout=0.5)
     x = np.random.default_rng(0).normal(size=(3, 6)).astype("float32")

@@ -87,7 +87,11 @@ def test_a_batch_without_a_defined_row_is_finite():
     assert np.isfinite(history.history["loss"]).all()
 
 
-def test_learns_by_fit_evaluate_and_predict(model):
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_learns_by_fit_evaluate_and_predict(model, jit_compile):
+    if keras.backend.backend() == "torch" and jit_compile:
+        pytest.skip("Keras has no compiler for torch")
+    model.jit_compile = jit_compile
     x, y, weights = _rows(256)
     history = model.fit(x, y, sample_weight=weights, epochs=20, verbose=0).history
     assert history["loss"][-1] < history["loss"][0]
