@@ -80,7 +80,7 @@ class MovieLens:
 
 
 def load_movielens(data_dir: str | Path | None = None) -> MovieLens:
-    """Reads a MovieLens data set from a folder, or the embedded default.
+    """Read a MovieLens data set from a folder, or the embedded default.
 
     The format of a folder is told by its files:
 
@@ -268,11 +268,11 @@ def _number(text: str, what: str) -> float:
     return float(text)
 
 
-def _whole_number(text: str, what: str) -> int:
+def _whole_number(text: str, what: str, lowest: int = 0) -> int:
     value = _number(text, what)
-    if not (value.is_integer() and 0 <= value < 2**63):
+    if not (value.is_integer() and lowest <= value < 2**63):
         raise ValueError(
-            f"the {what} must be a whole number from 0; got {_shown(text)}"
+            f"the {what} must be a whole number from {lowest}; got {_shown(text)}"
         )
     return int(value)
 
@@ -319,11 +319,15 @@ def _read_movies(path: Path, form: _Format) -> pd.DataFrame:
 
 def _movie(fields: list[str], form: _Format) -> tuple[int, str, str]:
     _check_field_count(fields, form.movies_fields, form.movies_separator)
-    return _whole_number(fields[0], "movie id"), fields[1], form.genres(fields)
+    return (
+        _whole_number(fields[0], "movie id", lowest=1),
+        fields[1],
+        form.genres(fields),
+    )
 
 
 def _movie_rows(path: Path, form: _Format) -> Iterator[tuple[int, list[str]]]:
-    """Yields the line number and the fields of each row that is not blank."""
+    """Yield the line number and the fields of each row that is not blank."""
     text = _decoded(path, form)
     if form.movies_header:
         yield from _csv_rows(path, text, form.movies_header)
@@ -407,10 +411,10 @@ def _parsed_ratings(path: Path, form: _Format) -> pd.DataFrame:
 
 
 def _follows_rules(table: pd.DataFrame, form: _Format) -> bool:
-    whole = table[["user_id", "movie_id", "timestamp"]]
     gaps = table.columns.difference(_RATING_COLUMNS)
     return bool(
-        whole.min().min() >= 0
+        table[["user_id", "movie_id"]].min().min() >= 1
+        and table["timestamp"].min() >= 0
         and table["rating"].between(form.lowest_rating, _HIGHEST_RATING).all()
         and table[gaps].isna().all(axis=None)
     )
@@ -423,7 +427,7 @@ def _raise_first_fault(path: Path, form: _Format, otherwise: str) -> NoReturn:
 
 
 def _check_rating_lines(path: Path, form: _Format, stop: int | None = None) -> int:
-    """Checks the first `stop` rows, or all, and returns how many there were."""
+    """Check the first `stop` rows, or all, and return how many there were."""
     count = 0
     for line, text in islice(_rating_lines(path, form), stop):
         count += 1
@@ -437,8 +441,9 @@ def _check_rating_lines(path: Path, form: _Format, stop: int | None = None) -> i
 def _check_rating(fields: list[str], form: _Format) -> None:
     _check_field_count(fields, len(_RATING_COLUMNS), form.ratings_separator)
     user, movie, rating, timestamp = fields
-    _whole_number(user, "user id")
-    _whole_number(movie, "movie id")
+    # An id of 0 would be taken for "unknown" by the model.
+    _whole_number(user, "user id", lowest=1)
+    _whole_number(movie, "movie id", lowest=1)
     if not form.lowest_rating <= _number(rating, "rating") <= _HIGHEST_RATING:
         raise ValueError(
             f"the rating must be from {form.lowest_rating:g} to {_HIGHEST_RATING:g}; "
@@ -448,7 +453,7 @@ def _check_rating(fields: list[str], form: _Format) -> None:
 
 
 def _rating_lines(path: Path, form: _Format) -> Iterator[tuple[int, str]]:
-    """Yields the number and text of each row that `_parsed_ratings` sees as one."""
+    """Yield the number and text of each row that `_parsed_ratings` sees as one."""
     with path.open(encoding="utf-8-sig", errors="backslashreplace") as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1 and form.ratings_header:

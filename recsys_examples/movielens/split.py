@@ -34,7 +34,7 @@ class Split:
 
 
 def split_by_time(ratings: pd.DataFrame) -> Split:
-    """Splits the ratings by time within each user.
+    """Split the ratings by time within each user.
 
     The test takes the last `max(1, floor(0.1 n))` of a user's n ratings, the
     validation as many before them, and the training the rest. A user with fewer than

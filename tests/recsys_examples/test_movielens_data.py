@@ -192,7 +192,7 @@ class TestFormats:
 
     def test_every_genre_flag(self, tmp_path):
         flags = ["|".join("1" if i == j else "0" for j in range(19)) for i in range(19)]
-        rows = [f"{i}|M{i}||||{row}\n" for i, row in enumerate(flags)]
+        rows = [f"{i}|M{i}||||{row}\n" for i, row in enumerate(flags, start=1)]
         write(tmp_path, {"u.data": "1\t1\t3\t5\n", "u.item": "".join(rows)})
         genres = (
             "|Action|Adventure|Animation|Children's|Comedy|Crime|Documentary|Drama|"
@@ -212,14 +212,14 @@ class TestFormats:
         pairs = rng.choice(300 * 500, size=5000, replace=False)
         ratings = pd.DataFrame(
             {
-                "user_id": pairs // 500,
-                "movie_id": pairs % 500,
+                "user_id": pairs // 500 + 1,
+                "movie_id": pairs % 500 + 1,
                 "rating": (rng.integers(1, 11, 5000) / 2).astype("float32"),
                 "timestamp": rng.integers(0, 2**40, 5000),
             }
         )
         text = ratings.to_csv(header=False, index=False)
-        titles = "".join(f"{i},M{i} ({1900 + i % 100}),Drama\n" for i in range(500))
+        titles = "".join(f"{i},M{i} ({1900 + i % 100}),Drama\n" for i in range(1, 501))
         if name == "ml-csv":
             header, titles_header = (c.split("\n")[0] + "\n" for c in CSV.values())
             files = {"ratings.csv": header + text, "movies.csv": titles_header + titles}
@@ -228,7 +228,7 @@ class TestFormats:
             files = {file: c.replace(",", "::") for file, c in files.items()}
         data = load_movielens(write(tmp_path, files))
         pd.testing.assert_frame_equal(data.ratings, ratings)
-        assert data.movies["year"].to_list() == [1900 + i % 100 for i in range(500)]
+        assert data.movies["year"].to_list() == [1900 + i % 100 for i in range(1, 501)]
 
 
 @pytest.mark.parametrize(
@@ -374,15 +374,16 @@ class TestRatingFaults:
             ("3;1;5;0", "a row must have 4 fields; got 1 in '3;1;5;0'"),
             ("x,1,5,0", "the user id must be a number; got 'x'"),
             (",1,5,0", "the user id must be a number; got ''"),
-            ("-3,1,5,0", "the user id must be a whole number from 0; got '-3'"),
-            ("3,1.5,5,0", "the movie id must be a whole number from 0; got '1.5'"),
+            ("-3,1,5,0", "the user id must be a whole number from 1; got '-3'"),
+            ("0,1,5,0", "the user id must be a whole number from 1; got '0'"),
+            ("3,1.5,5,0", "the movie id must be a whole number from 1; got '1.5'"),
             ("3,NA,5,0", "the movie id must be a number; got 'NA'"),
             ('3,"1",5,0', "the movie id must be a number; got '\"1\"'"),
             (
                 "99999999999999999999,1,5,0",
-                "the user id must be a whole number from 0; got '99999999999999999999'",
+                "the user id must be a whole number from 1; got '99999999999999999999'",
             ),
-            ("1e30,1,5,0", "the user id must be a whole number from 0; got '1e30'"),
+            ("1e30,1,5,0", "the user id must be a whole number from 1; got '1e30'"),
             ("3,1,5.5,0", "the rating must be from 0.5 to 5; got '5.5'"),
             ("3,1,5.0000001,0", "the rating must be from 0.5 to 5; got '5.0000001'"),
             ("3,1,0,0", "the rating must be from 0.5 to 5; got '0'"),
@@ -493,7 +494,8 @@ class TestMovieFaults:
             ("3,A, B (1995),War", "a row must have 3 fields; got 4 in"),
             ("x,A,War", "the movie id must be a number; got 'x'"),
             (",A,War", "the movie id must be a number; got ''"),
-            ("-3,A,War", "the movie id must be a whole number from 0; got '-3'"),
+            ("-3,A,War", "the movie id must be a whole number from 1; got '-3'"),
+            ("0,A,War", "the movie id must be a whole number from 1; got '0'"),
             ('3,"A"B,War', "not valid csv: "),
             ('3,"A,War', "not valid csv: unexpected end of data"),
         ],
