@@ -10,9 +10,13 @@ import pytest
 
 import keras_moe
 import keras_moe.plots
+import recsys_examples
 
 MODULES = sorted(
-    module.name for module in pkgutil.walk_packages(keras_moe.__path__, "keras_moe.")
+    module.name
+    for package in (keras_moe, recsys_examples)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    if not module.name.endswith("__main__")
 )
 
 
