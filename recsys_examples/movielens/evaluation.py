@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 from scipy import sparse
+from scipy.special import logit
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score, root_mean_squared_error
 
 from recsys_examples.movielens.features import Catalogue, Sequences
-from recsys_examples.movielens.model import EVALUATION_NEGATIVES
+from recsys_examples.movielens.model import EVALUATION_NEGATIVES, Calibration
 from recsys_examples.movielens.ranking import LIKED, group_auc
 
 
@@ -41,7 +43,8 @@ def sample_rows(
 
     Args:
         window: the window's ratings.
-        rated: (u, i) sparse, all that a user ever rated: never taken for unseen.
+        rated: (u, i) sparse, what each user rated until the end of the window: never
+            taken for unseen.
         num_movies: size of the catalogue.
         seed: seed of the sample, which is uniform.
     """
@@ -76,6 +79,22 @@ def predict_pairs(
     # Keras takes strings as tensors only.
     tensors = {name: keras.ops.convert_to_tensor(v) for name, v in features.items()}
     return pairs.predict(tensors, batch_size=4096, verbose=0)
+
+
+def calibrate(
+    rows: Rows, predictions: dict[str, np.ndarray], before: Calibration
+) -> Calibration:
+    """Fit the line from watch scores to log odds (Platt, 1999) to predicted rows.
+
+    Args:
+        rows: pairs of a window that the model was not trained on.
+        predictions: of these pairs.
+        before: the calibration that the predictions were made with.
+    """
+    log_odds = logit(predictions["watch"].astype(np.float64).clip(1e-9, 1 - 1e-9))
+    line = LogisticRegression(C=np.inf).fit(log_odds[:, None], rows.watched)
+    slope, offset = float(line.coef_[0, 0]), float(line.intercept_[0])
+    return Calibration(slope * before.slope, slope * before.offset + offset)
 
 
 def measure(rows: Rows, predictions: dict[str, np.ndarray]) -> dict[str, float]:

@@ -17,7 +17,7 @@ the catalogue, c movies watched next.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -71,6 +71,13 @@ class Settings:
     task_weights: tuple[float, float] = (0.1, 0.1)
 
 
+class Calibration(NamedTuple):
+    """The log odds that a movie is watched, as a line in its score."""
+
+    slope: float
+    offset: float
+
+
 @dataclass(frozen=True)
 class Ranker:
     """Three models over the same layers.
@@ -83,8 +90,7 @@ class Ranker:
             the probability of watch and of like, and the stars of rating.
         user: the features of users -> what the body sees, for a look at its gates.
         body: the layer that the tasks share.
-        watch_offset: what to add to a watch score before the sigmoid, see
-            `EVALUATION_NEGATIVES`.
+        calibration: what makes a probability of a watch score.
     """
 
     training: keras.Model
@@ -92,7 +98,7 @@ class Ranker:
     pairs: keras.Model
     user: keras.Model
     body: keras.layers.Layer
-    watch_offset: float
+    calibration: Calibration
 
 
 def build_ranker(
@@ -101,6 +107,7 @@ def build_ranker(
     popularity: np.ndarray,
     settings: Settings,
     tasks: tuple[str, ...] = TASKS,
+    calibration: Calibration | None = None,
 ) -> Ranker:
     """Build the models.
 
@@ -111,6 +118,7 @@ def build_ranker(
             the movies' watch biases start.
         settings: sizes and rates.
         tasks: the tasks to learn, some of `TASKS`.
+        calibration: of the watch scores, if it is known from an earlier fit.
     """
     movies = _MovieSide(catalogue, popularity, settings, tasks)
     user_inputs = {
@@ -135,7 +143,7 @@ def build_ranker(
         else ops.expand_dims(ops.take_along_axis(score, next_movies, axis=1), -1)
         for task, score in scores.items()
     }
-    offset = _watch_offset(settings, len(catalogue))
+    calibration = calibration or _prior_calibration(settings, len(catalogue))
     movie_inputs = movies.inputs()
     pair_scores = {
         task: movies.score_of_one(task, movie_inputs, users[task])
@@ -150,31 +158,34 @@ def build_ranker(
         pairs=MultiTaskModel(
             {**user_inputs, **movie_inputs},
             {
-                task: layers.Identity(name=task)(prediction(task, score, offset))
+                task: layers.Identity(name=task)(prediction(task, score, calibration))
                 for task, score in pair_scores.items()
             },
             name="movielens_ranker",
         ),
         user=keras.Model(user_inputs, features),
         body=body,
-        watch_offset=offset,
+        calibration=calibration,
     )
 
 
-def prediction(task: str, score: Any, watch_offset: float) -> Any:
+def prediction(task: str, score: Any, calibration: Calibration) -> Any:
     """Turn scores of a task into what it predicts: a probability, or stars."""
     if task == "rating":
         return score
-    return ops.sigmoid(score + watch_offset if task == "watch" else score)
+    if task == "watch":
+        score = calibration.slope * score + calibration.offset
+    return ops.sigmoid(score)
 
 
-def _watch_offset(settings: Settings, num_movies: int) -> float:
-    """Return the change in log odds from training to use.
+def _prior_calibration(settings: Settings, num_movies: int) -> Calibration:
+    """Account for the change in odds from training to use.
 
     Scores are learned where `block` of all movies are watched, and a probability is
     asked where 1 is watched for every `EVALUATION_NEGATIVES` that are not.
     """
-    return float(np.log(1 / EVALUATION_NEGATIVES) - np.log(settings.block / num_movies))
+    offset = np.log(1 / EVALUATION_NEGATIVES) - np.log(settings.block / num_movies)
+    return Calibration(slope=1.0, offset=float(offset))
 
 
 def _body(settings: Settings, tasks: tuple[str, ...]) -> keras.layers.Layer:

@@ -1,8 +1,8 @@
 """From ratings to a measured ranker: select on validation, fit again, test.
 
-The test window is read once, by the ranker that is kept. What was chosen (the number of
-epochs) was chosen on validation; then the ranker is trained anew on everything before
-the test window, as ALS is.
+The test window is read once, by the ranker that is kept. What is chosen (the number of
+epochs, and the line that makes a probability of a watch score) is chosen on validation;
+then the ranker is trained anew on everything before the test window, as ALS is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from recsys_examples.errors import InputError
 from recsys_examples.movielens.data import MovieLens
 from recsys_examples.movielens.evaluation import (
     Rows,
+    calibrate,
     measure,
     predict_pairs,
     raw_pairs,
@@ -36,6 +37,7 @@ class Windows:
         catalogue: all movies.
         train: every user's ratings of the training window.
         before_test: those of the training and the validation window.
+        validation: those of the validation window.
         test: those of the test window.
         validation_task: the validation window's ranking, with `train` as the past.
         test_task: the test window's ranking, with `before_test` as the past.
@@ -44,6 +46,7 @@ class Windows:
     catalogue: Catalogue
     train: Sequences
     before_test: Sequences
+    validation: Sequences
     test: Sequences
     validation_task: RankingTask
     test_task: RankingTask
@@ -67,6 +70,7 @@ def make_windows(data: MovieLens) -> Windows:
         catalogue,
         train,
         before_test,
+        validation=laid_out(split.validation),
         test=laid_out(split.test),
         validation_task=RankingTask.from_window(train, split.validation, catalogue),
         test_task=RankingTask.from_window(before_test, split.test, catalogue),
@@ -121,6 +125,21 @@ def run_ranker(
         validation=Validation(windows.before_test, windows.validation_task),
         verbose=verbose,
     )
+
+    def predicted(
+        fit: Fit, past: Sequences, window: Sequences
+    ) -> tuple[Rows, dict[str, np.ndarray]]:
+        # What the user rated later is unknown here, so it counts as unseen.
+        rated = past.matrix(len(catalogue)) + window.matrix(len(catalogue))
+        rows = sample_rows(window, rated, len(catalogue))
+        return rows, predict_pairs(fit.ranker.pairs, raw_pairs(rows, past, catalogue))
+
+    calibration = None
+    if "watch" in tasks:
+        calibration = calibrate(
+            *predicted(selection, windows.train, windows.validation),
+            selection.ranker.calibration,
+        )
     fit = fit_ranker(
         windows.before_test,
         catalogue,
@@ -128,15 +147,10 @@ def run_ranker(
         tasks=tasks,
         seed=seed,
         epochs=selection.epochs,
+        calibration=calibration,
         verbose=verbose,
     )
-    rated = windows.before_test.matrix(len(catalogue)) + windows.test.matrix(
-        len(catalogue)
-    )
-    rows = sample_rows(windows.test, rated, len(catalogue))
-    predictions = predict_pairs(
-        fit.ranker.pairs, raw_pairs(rows, windows.before_test, catalogue)
-    )
+    rows, predictions = predicted(fit, windows.before_test, windows.test)
     metrics = measure(rows, predictions)
     if "watch" in tasks:
         scorer = fused_scorer(fit.ranker, windows.before_test, catalogue)

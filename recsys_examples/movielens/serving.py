@@ -36,7 +36,7 @@ class Recommender(keras.layers.Layer):
         self, ranker: Ranker, sequences: Sequences, catalogue: Catalogue
     ) -> None:
         super().__init__()
-        self._model, self._watch_offset = ranker.catalogue, ranker.watch_offset
+        self._model, self._calibration = ranker.catalogue, ranker.calibration
         self._user_lookup = keras.layers.IntegerLookup(vocabulary=sequences.user_ids)
         self._num_users = len(sequences.user_ids)
         known = sequences.histories(catalogue, np.arange(self._num_users))
@@ -70,7 +70,7 @@ class Recommender(keras.layers.Layer):
         unseen = best > best.dtype.min
         predictions = {
             task: prediction(
-                task, tf.gather(score, movies, batch_dims=1), self._watch_offset
+                task, tf.gather(score, movies, batch_dims=1), self._calibration
             )
             for task, score in scores.items()
         }

@@ -18,7 +18,13 @@ import numpy as np
 from keras import ops
 
 from recsys_examples.movielens.features import Catalogue, Sequences
-from recsys_examples.movielens.model import TASKS, Ranker, Settings, build_ranker
+from recsys_examples.movielens.model import (
+    TASKS,
+    Calibration,
+    Ranker,
+    Settings,
+    build_ranker,
+)
 from recsys_examples.movielens.ranking import LIKED, RankingTask, Scorer, rank
 
 UNKNOWN_USER = 0  # MovieLens ids start at 1
@@ -216,6 +222,7 @@ def fit_ranker(
     seed: int = 0,
     validation: Validation | None = None,
     epochs: int | None = None,
+    calibration: Calibration | None = None,
     verbose: int = 1,
 ) -> Fit:
     """Train a ranker.
@@ -230,11 +237,14 @@ def fit_ranker(
             (for a model without `watch`, its loss) has not improved for two epochs,
             and the best weights are kept.
         epochs: number of epochs; `settings.max_epochs` by default.
+        calibration: of the watch scores, if it is known from an earlier fit.
         verbose: as in `keras.Model.fit`.
     """
     keras.utils.set_random_seed(seed)
     popularity = np.bincount(sequences.movies, minlength=len(catalogue))
-    ranker = build_ranker(catalogue, sequences.user_ids, popularity, settings, tasks)
+    ranker = build_ranker(
+        catalogue, sequences.user_ids, popularity, settings, tasks, calibration
+    )
     examples = Examples(sequences, catalogue, settings, tasks, seed)
     _compile(ranker.training, settings, tasks, steps=len(examples))
     watched: dict[str, Any] = {}
