@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,20 +30,40 @@ def run_folder(parent: Path) -> Iterator[tuple[Path, Path]]:
     Raises:
         InputError: if nothing can be written under `parent`.
     """
+    made = make_folder(parent)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
         hidden = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
     except OSError as error:
-        raise InputError(
-            f"cannot write to the output folder {parent}: {error.strerror}"
-        ) from error
+        raise _not_writable(parent, error) from error
     try:
         hidden.chmod(0o755)  # mkdtemp makes it private
         final = _free_name(parent / time.strftime("%Y-%m-%dT%H-%M-%S"))
         yield hidden, final
         hidden.rename(final)
-    finally:
+    except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # not ours alone any more
+                folder.rmdir()
+        raise
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder where there is none; return those made, the innermost first.
+
+    Raises:
+        InputError: if it cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    return missing
+
+
+def _not_writable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write to the output folder {folder}: {error.strerror}")
 
 
 def _free_name(path: Path) -> Path:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +116,13 @@ def train(options: argparse.Namespace) -> None:
 def study(options: argparse.Namespace) -> None:
     """Run all models over several seeds; results are kept and taken up again."""
     from recsys_examples.movielens.study import run_study
+    from recsys_examples.runs import make_folder
     from recsys_examples.tables import results_table
 
     console = _console()
-    folder = options.out / "study"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to the output folder {folder}: {error.strerror}"
-        ) from error
     data, windows, settings = _prepare(options, console)
+    folder = options.out / "study"
+    make_folder(folder)
     results = run_study(
         windows, settings, options.seeds, folder, data.name, console.print
     )
@@ -140,9 +138,16 @@ def recommend(options: argparse.Namespace) -> None:
 
     from recsys_examples.movielens.serving import load_recommender
 
-    answer = load_recommender(options.model)(
-        user_id=tf.constant([options.user], tf.int64), k=tf.constant(options.k)
-    )
+    ask = load_recommender(options.model)
+    try:
+        answer = ask(
+            user_id=tf.constant([options.user], tf.int64), k=tf.constant(options.k)
+        )
+    except tf.errors.InvalidArgumentError as error:
+        reason = re.search("k must [^.:]*", error.message)
+        raise InputError(
+            f"--k {options.k}: {reason.group() if reason else error.message}"
+        ) from error
     table = Table(title=f"For user {options.user}", title_justify="left")
     for heading in ("rank", "movie", "title", "watch", "like", "stars"):
         table.add_column(heading, justify="left" if heading == "title" else "right")
@@ -237,7 +242,12 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("runs/movielens"),
         help="where the run's folder appears (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--seed",
+        type=_whole_number(0, 2**32 - 1),
+        default=0,
+        help="of weights, dropout and order (default: %(default)s)",
+    )
     parser.add_argument(
         "--body",
         choices=("mmoe", "shared_bottom"),
@@ -256,19 +266,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seeds",
-        type=_at_least_one,
+        type=_whole_number(1, 1000),
         default=5,
         help="seeds of the study (default: %(default)s)",
     )
     commands = parser.add_subparsers(title="commands")
     ask = commands.add_parser("recommend", help="print movies for a user")
     ask.set_defaults(run=recommend)
-    ask.add_argument("--user", type=int, required=True, help="a user id")
+    ask.add_argument(
+        "--user", type=_whole_number(0, 2**63 - 1), required=True, help="a user id"
+    )
     ask.add_argument(
         "--model", type=Path, required=True, help="a run's folder: runs/movielens/..."
     )
     ask.add_argument(
-        "--k", type=_at_least_one, default=10, help="movies (default: %(default)s)"
+        "--k",
+        type=_whole_number(1, 2**31 - 1),
+        default=10,
+        help="movies (default: %(default)s)",
     )
     return parser
 
@@ -277,14 +292,17 @@ def _train_or_study(options: argparse.Namespace) -> None:
     (study if options.study else train)(options)
 
 
-def _at_least_one(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, not {text!r}")
-    return value
+def _whole_number(lowest: int, highest: int) -> Callable[[str], int]:
+    """Make an argument type that takes the whole numbers of a range."""
+
+    def parse(text: str) -> int:
+        if text.isascii() and text.isdigit() and lowest <= int(text) <= highest:
+            return int(text)
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from {lowest} to {highest}, not {text!r}"
+        )
+
+    return parse
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ Predictions are asked of the model that is exported, from raw features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 import keras
 import numpy as np
@@ -34,6 +35,13 @@ class Rows:
     movies: np.ndarray
     watched: np.ndarray
     ratings: np.ndarray
+
+    def parts(self, size: int) -> Iterator[Rows]:
+        """Cut the rows into parts of at most `size`."""
+        for start in range(0, len(self.users), size):
+            yield Rows(
+                *(getattr(self, f.name)[start : start + size] for f in fields(self))
+            )
 
 
 def sample_rows(
@@ -79,6 +87,24 @@ def predict_pairs(
     # Keras takes strings as tensors only.
     tensors = {name: keras.ops.convert_to_tensor(v) for name, v in features.items()}
     return pairs.predict(tensors, batch_size=4096, verbose=0)
+
+
+def predict_rows(
+    pairs: keras.Model,
+    rows: Rows,
+    sequences: Sequences,
+    catalogue: Catalogue,
+    at_once: int = 65536,
+) -> dict[str, np.ndarray]:
+    """Predict rows from what `sequences` tell of their users: (n,) for each task.
+
+    The histories of so many rows at once bound the memory.
+    """
+    parts = [
+        predict_pairs(pairs, raw_pairs(part, sequences, catalogue))
+        for part in rows.parts(at_once)
+    ]
+    return {task: np.concatenate([part[task] for part in parts]) for task in parts[0]}
 
 
 def calibrate(

@@ -18,8 +18,7 @@ from recsys_examples.movielens.evaluation import (
     Rows,
     calibrate,
     measure,
-    predict_pairs,
-    raw_pairs,
+    predict_rows,
     sample_rows,
 )
 from recsys_examples.movielens.features import Catalogue, Sequences
@@ -132,7 +131,7 @@ def run_ranker(
         # What the user rated later is unknown here, so it counts as unseen.
         rated = past.matrix(len(catalogue)) + window.matrix(len(catalogue))
         rows = sample_rows(window, rated, len(catalogue))
-        return rows, predict_pairs(fit.ranker.pairs, raw_pairs(rows, past, catalogue))
+        return rows, predict_rows(fit.ranker.pairs, rows, past, catalogue)
 
     calibration = None
     if "watch" in tasks:
