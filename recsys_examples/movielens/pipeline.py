@@ -7,7 +7,7 @@ then the ranker is trained anew on everything before the test window, as ALS is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -155,16 +155,3 @@ def run_ranker(
         scorer = fused_scorer(fit.ranker, windows.before_test, catalogue)
         metrics = {**rank(scorer, windows.test_task), **metrics}
     return Outcome(fit, selection.curves, rows, predictions, metrics)
-
-
-def smaller(data: MovieLens, users: int) -> MovieLens:
-    """Keep the first so many users and the movies that they rated, for a quick run."""
-    keep = np.unique(data.ratings.user_id)[:users]
-    ratings = data.ratings[data.ratings.user_id.isin(keep)]
-    movies = data.movies[data.movies.movie_id.isin(ratings.movie_id)]
-    return replace(
-        data,
-        ratings=ratings.reset_index(drop=True),
-        movies=movies.reset_index(drop=True),
-        name=f"{data.name}, first {users} users",
-    )

@@ -20,6 +20,7 @@ from recsys_examples.errors import InputError
 from recsys_examples.movielens.features import NO_MOVIE, Catalogue, Sequences
 from recsys_examples.movielens.model import Ranker, prediction
 from recsys_examples.movielens.training import fuse
+from recsys_examples.runs import find_saved_model
 
 
 class Recommender(keras.layers.Layer):
@@ -136,14 +137,7 @@ def load_recommender(run: Path) -> Any:
     Raises:
         InputError: if the folder holds no SavedModel with that signature.
     """
-    for folder in (run / "saved_model", run):
-        if (folder / "saved_model.pb").is_file():
-            break
-    else:
-        raise InputError(
-            f"{run} is no model folder: it holds neither saved_model/saved_model.pb "
-            "nor saved_model.pb"
-        )
+    folder = find_saved_model(run)
     try:
         signatures = tf.saved_model.load(str(folder)).signatures
     except (OSError, ValueError, tf.errors.OpError) as error:
