@@ -70,6 +70,11 @@ def expert_usage(
 
     Returns:
         The axes.
+
+    Example:
+
+    >>> weights = np.full((10, 2, 4), 0.25)
+    >>> ax = keras_moe.plots.expert_usage(weights, ["click", "buy"])
     """
     ax = _axes(ax)
     weights = _by_task(gate_weights, tasks)

@@ -65,8 +65,9 @@ class MMoE(keras.layers.Layer):
         is a sequence of names, a list if it is a number.
 
     Raises:
-        ValueError: if an argument breaks its rule, or if the leading axes of
-            `gate_inputs` are not those of `inputs`.
+        ValueError: if an argument breaks its rule, if the leading axes of
+            `gate_inputs` are not those of `inputs`, or if `experts` gives outputs of
+            another shape.
 
     Example:
 
@@ -159,6 +160,10 @@ class MMoE(keras.layers.Layer):
         _check_gate_inputs(inputs_shape, gate_inputs_shape)
         if not self.experts.built:  # given ones may have been in use already
             self.experts.build(inputs_shape)
+        _check_expert_outputs(
+            self.experts.compute_output_shape(inputs_shape),
+            (*inputs_shape[:-1], self.num_experts),
+        )
         self.gates.build(gate_inputs_shape or inputs_shape)
 
     def call(
@@ -271,6 +276,16 @@ def _check_experts(experts: Any, num_experts: int, expert_units: Any) -> None:
         raise ValueError(
             "`num_experts` must be the number of experts in `experts`. Received: "
             f"num_experts={num_experts}, experts.num_experts={experts.num_experts}"
+        )
+
+
+def _check_expert_outputs(
+    shape: tuple[int | None, ...], expected: tuple[int | None, ...]
+) -> None:
+    if len(shape) != len(expected) + 1 or shape[-2] != expected[-1]:
+        raise ValueError(
+            "`experts` must map (..., d) to (..., e, u). Received: experts whose "
+            f"outputs have the shape {tuple(shape)} instead of {(*expected, 'u')}"
         )
 
 

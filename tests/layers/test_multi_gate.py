@@ -294,6 +294,12 @@ def test_gate_inputs_of_another_batch_are_refused():
         layer(np.ones((5, 6)), np.ones((4, 2)))
 
 
+def test_experts_of_another_shape_are_refused():
+    layer = MMoE(2, None, 2, experts=keras.layers.Dense(4))
+    with pytest.raises(ValueError, match=r"`experts` must map .* instead of"):
+        layer(np.ones((5, 6)))
+
+
 @pytest.mark.parametrize("shape", [(4,), (None, None)])
 def test_inputs_without_a_feature_axis_are_refused(shape):
     with pytest.raises(ValueError, match="Received an input of shape"):
