@@ -131,8 +131,10 @@ def study(options: argparse.Namespace) -> None:
     windows, settings = _prepare(data, options, console)
     folder = options.out / "study"
     make_folder(folder)
+    # All csv sets have one name, so results are also told apart by the folder.
+    source = f", {options.data_dir.resolve()}" if options.data_dir else ""
     results = run_study(
-        windows, settings, options.seeds, folder, data.name, console.print
+        windows, settings, options.seeds, folder, data.name + source, console.print
     )
     title = (
         f"{data.name}: test window, {options.seeds} seeds, mean ± standard deviation"

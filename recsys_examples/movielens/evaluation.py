@@ -127,13 +127,14 @@ def measure(rows: Rows, predictions: dict[str, np.ndarray]) -> dict[str, float]:
     """Return AUC, log loss, GAUC and RMSE of the tasks that were predicted.
 
     `watch` is measured on all rows, `like` and `rating` on the watched ones only.
+    A figure that is undefined, as an AUC of liked movies alone, is left out.
     """
     found: dict[str, float] = {}
     for task, labels, on in (
         ("watch", rows.watched, np.ones_like(rows.watched)),
         ("like", rows.ratings >= LIKED, rows.watched),
     ):
-        if task in predictions:
+        if task in predictions and 0 < labels[on].mean() < 1:
             scores = predictions[task][on]
             found[f"{task}_auc"] = float(roc_auc_score(labels[on], scores))
             found[f"{task}_log_loss"] = float(log_loss(labels[on], scores))
@@ -144,4 +145,4 @@ def measure(rows: Rows, predictions: dict[str, np.ndarray]) -> dict[str, float]:
                 rows.ratings[rows.watched], predictions["rating"][rows.watched]
             )
         )
-    return found
+    return {name: value for name, value in found.items() if np.isfinite(value)}

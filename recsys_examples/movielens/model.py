@@ -273,7 +273,10 @@ class _MovieSide:
         )
         genres = np.unique(catalogue.genres[catalogue.genres != ""])
         self._genre_lookup = layers.StringLookup(
-            vocabulary=genres, mask_token="", output_mode="multi_hot", name="genres_hot"
+            vocabulary=genres if len(genres) else ["none at all"],  # it needs a word
+            mask_token="",
+            output_mode="multi_hot",
+            name="genres_hot",
         )
         self._year_bins = layers.Discretization(
             _YEARS, output_mode="one_hot", name="year_bins"

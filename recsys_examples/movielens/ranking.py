@@ -20,6 +20,8 @@ from sklearn.metrics import ndcg_score, roc_auc_score
 from recsys_examples.movielens.features import Catalogue, Sequences
 
 LIKED = 4.0  # stars from which a rating counts as liked
+# A floor below every finite score; sklearn's ndcg_score takes no infinity.
+_SEEN = np.finfo(np.float32).min
 # (b,) user rows -> (b, i) scores, higher is better
 Scorer = Callable[[np.ndarray], np.ndarray]
 
@@ -53,7 +55,8 @@ class RankingTask:
 
 
 def top_movies(scores: np.ndarray, k: int) -> np.ndarray:
-    """Return the (b, k) best rows of (b, i) scores, best first."""
+    """Return the (b, k) best rows of (b, i) scores, best first; all if i < k."""
+    k = min(k, scores.shape[1])
     best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
     order = np.argsort(-np.take_along_axis(scores, best, 1), axis=1, kind="stable")
     return np.take_along_axis(best, order, 1)
@@ -78,17 +81,15 @@ def rank(
     listed = np.zeros(task.relevant.shape[1], bool)
     for start in range(0, len(task.users), batch_size):
         users = task.users[start : start + batch_size]
-        # A floor below every finite score; sklearn's ndcg_score takes no infinity.
-        scores = np.where(
-            task.seen[users].toarray() > 0, np.finfo(np.float32).min, scorer(users)
-        )
+        scores = np.where(task.seen[users].toarray() > 0, _SEEN, scorer(users))
         relevant = task.relevant[users].toarray()
         top = top_movies(scores, k)
         hits = np.take_along_axis(relevant, top, 1).sum(1)
         recall.extend(hits / relevant.sum(1))
         mean = ndcg_score(relevant, scores, k=k, ignore_ties=True)
         ndcg.extend([mean] * len(users))
-        listed[np.unique(top)] = True
+        # Whoever has seen nearly all gets a shorter list.
+        listed[top[np.take_along_axis(scores, top, 1) > _SEEN]] = True
     return {
         f"ndcg@{k}": float(np.mean(ndcg)),
         f"recall@{k}": float(np.mean(recall)),

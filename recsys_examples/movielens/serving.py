@@ -55,10 +55,14 @@ class Recommender(keras.layers.Layer):
 
     def call(self, user_id: Any, k: Any) -> dict[str, Any]:
         num_movies = len(self._movie_ids)
-        tf.debugging.assert_greater_equal(k, 1, "k must be at least 1")
-        tf.debugging.assert_less_equal(
-            k, num_movies, f"k must not exceed the catalogue of {num_movies} movies"
-        )
+        checks = [
+            tf.debugging.assert_greater_equal(k, 1, "k must be at least 1"),
+            tf.debugging.assert_less_equal(
+                k, num_movies, f"k must not exceed the catalogue of {num_movies} movies"
+            ),
+        ]
+        with tf.control_dependencies(checks):
+            k = tf.identity(k)  # or top_k may fail first, in words of its own
         # The lookup gives 0 to the unknown and then counts from 1.
         found = self._user_lookup(user_id)
         unknown = tf.cast(self._num_users, found.dtype)

@@ -65,6 +65,9 @@ class Examples(keras.utils.PyDataset):
         self._rng = np.random.default_rng(seed)
         self._known = known
         self._cut()
+        # Keras asks once for the number of batches, while the number of examples
+        # differs a little from epoch to epoch: so the size of a batch gives way.
+        self._num_batches = -(-len(self._users) // settings.batch_size)
 
     def _cut(self) -> None:
         block = self._settings.block
@@ -86,11 +89,11 @@ class Examples(keras.utils.PyDataset):
             self._cut()
 
     def __len__(self) -> int:
-        return -(-len(self._users) // self._settings.batch_size)
+        return self._num_batches
 
     def __getitem__(self, index: int) -> tuple[dict, dict, dict]:
-        size = self._settings.batch_size
-        batch = slice(index * size, (index + 1) * size)
+        first, end = (len(self._users) * i // len(self) for i in (index, index + 1))
+        batch = slice(first, end)
         users, ends = self._users[batch], self._ends[batch]
         features = self._sequences.histories(self._catalogue, users, ends)
         if self._known is None:
