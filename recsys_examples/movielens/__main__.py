@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted: unfinished results were not kept", file=sys.stderr)
         return 130
     return 0
 
@@ -307,6 +307,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train_or_study(options: argparse.Namespace) -> None:
+    if options.study and options.body != "mmoe":
+        raise InputError("--body is for a single run: --study compares both bodies")
     (study if options.study else train)(options)
 
 
