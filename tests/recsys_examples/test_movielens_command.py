@@ -301,7 +301,7 @@ class TestInterruption:
         monkeypatch.setattr(pictures, "draw", draw)
         status, _, err = command("--data-dir", folder, "--out", out, "--quick")
         assert status == 130
-        assert err == "interrupted: nothing was written\n"
+        assert err == "interrupted: unfinished results were not kept\n"
         assert set(written) == {"model.keras", "saved_model"}
         assert not out.exists()
 
