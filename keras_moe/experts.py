@@ -100,6 +100,8 @@ class MLPExperts(keras.layers.Layer):
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         features = _checks.last_dimension(type(self).__name__, input_shape)
+        # Without it, inputs of another width could fit the reshapes below by chance.
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
         for i, units in enumerate(self.units):
             self.kernels.append(
                 self.add_weight(

@@ -54,8 +54,8 @@ def make_folder(folder: Path) -> list[Path]:
     Raises:
         InputError: if it cannot be made.
     """
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _not_writable(folder, error) from error
@@ -96,8 +96,11 @@ def find_saved_model(run: Path) -> Path:
         InputError: if it is neither.
     """
     for folder in (run / "saved_model", run):
-        if (folder / "saved_model.pb").is_file():
-            return folder
+        try:
+            if (folder / "saved_model.pb").is_file():
+                return folder
+        except OSError as error:
+            raise InputError(f"{run}: cannot be read: {error.strerror}") from error
     raise InputError(
         f"{run} is no model folder: it holds neither saved_model/saved_model.pb nor "
         "saved_model.pb"

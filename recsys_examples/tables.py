@@ -1,4 +1,4 @@
-"""Tables of results: models down, metrics across, mean ± standard deviation."""
+"""Tables of results: metrics down, models across, mean ± standard deviation."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from rich.table import Table
 def results_table(
     title: str,
     results: Mapping[str, Sequence[Mapping[str, float]]],
-    columns: Mapping[str, str],
+    metrics: Mapping[str, str],
 ) -> Table:
     """Make one table of all results.
 
     Args:
         title: above the table.
         results: by model, the metrics of each seed.
-        columns: by metric, its heading. A model without the metric shows a dash.
+        metrics: by metric, what its row is called. A model without the metric shows
+            a dash.
     """
     table = Table(title=title, title_justify="left")
-    table.add_column("model", no_wrap=True)
-    for heading in columns.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    for model, runs in results.items():
-        table.add_row(model, *(summary(runs, metric) for metric in columns))
+    table.add_column("")
+    for model in results:
+        table.add_column(model, justify="right")
+    for metric, label in metrics.items():
+        table.add_row(label, *(summary(runs, metric) for runs in results.values()))
     return table
 
 

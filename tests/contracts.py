@@ -158,6 +158,15 @@ def mask_is_passed_on(case: Case) -> None:
     assert layer.compute_mask(inputs[0], None) is None
 
 
+def another_width_is_refused(case: Case) -> None:
+    layer = case.layer()
+    layer(*case.inputs(4))
+    for factor in (2, 3):
+        wider = [np.concatenate([x] * factor, axis=-1) for x in case.inputs(4)]
+        with pytest.raises(ValueError, match="axis -1"):
+            layer(*wider)
+
+
 def no_rows(case: Case) -> None:
     layer = case.layer()
     layer(*case.inputs(2))
@@ -175,6 +184,7 @@ PROMISES = {
         gradients_reach_every_weight,
         deterministic_in_inference,
         mask_is_passed_on,
+        another_width_is_refused,
         no_rows,
     )
 }

@@ -136,7 +136,10 @@ class MMoE(keras.layers.Layer):
             name="gates",
         )
         if self.gate_dropout > 0.0:
-            self.seed_generator = keras.random.SeedGenerator(seed)
+            # Not the stream of the experts' dropout, which has the same seed.
+            self.seed_generator = keras.random.SeedGenerator(
+                None if seed is None else seed + 1
+            )
 
     def _make_experts(self) -> MLPExperts:
         return MLPExperts(
@@ -158,12 +161,9 @@ class MMoE(keras.layers.Layer):
         gate_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> None:
         _check_gate_inputs(inputs_shape, gate_inputs_shape)
-        if not self.experts.built:  # given ones may have been in use already
-            self.experts.build(inputs_shape)
-        _check_expert_outputs(
-            self.experts.compute_output_shape(inputs_shape),
-            (*inputs_shape[:-1], self.num_experts),
-        )
+        # A symbolic call builds experts of any kind, unless they are built already.
+        symbolic = self.experts(keras.KerasTensor(inputs_shape, self.compute_dtype))
+        _check_expert_outputs(symbolic, (*inputs_shape[:-1], self.num_experts))
         self.gates.build(gate_inputs_shape or inputs_shape)
 
     def call(
@@ -211,7 +211,8 @@ class MMoE(keras.layers.Layer):
         inputs_shape: tuple[int | None, ...],
         gate_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> Any:
-        *leading, _, units = self.experts.compute_output_shape(inputs_shape)
+        inputs = keras.KerasTensor(inputs_shape, self.compute_dtype)
+        *leading, _, units = self.experts.compute_output_spec(inputs).shape
         return self.tasks.repeat((*leading, units))
 
     def get_config(self) -> dict[str, Any]:
@@ -279,9 +280,8 @@ def _check_experts(experts: Any, num_experts: int, expert_units: Any) -> None:
         )
 
 
-def _check_expert_outputs(
-    shape: tuple[int | None, ...], expected: tuple[int | None, ...]
-) -> None:
+def _check_expert_outputs(symbolic: Any, expected: tuple[int | None, ...]) -> None:
+    shape: tuple[int | None, ...] = getattr(symbolic, "shape", ())
     if len(shape) != len(expected) + 1 or shape[-2] != expected[-1]:
         raise ValueError(
             "`experts` must map (..., d) to (..., e, u). Received: experts whose "

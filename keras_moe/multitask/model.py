@@ -96,11 +96,12 @@ class MultiTaskModel(keras.Model):
         optimizer: Any = "rmsprop",
         loss: Any = None,
         loss_weights: Any = None,
+        *args: Any,
         **kwargs: Any,
     ) -> None:
         if self.loss_weighting is not None:
             self._losses_by_task = self._checked_losses(loss, loss_weights)
-        super().compile(optimizer, loss, loss_weights, **kwargs)
+        super().compile(optimizer, loss, loss_weights, *args, **kwargs)
 
     def _checked_losses(
         self, loss: Any, loss_weights: Any
@@ -142,6 +143,13 @@ class MultiTaskModel(keras.Model):
         return total + sum(self.losses)
 
     def _task_losses(self, y: Any, y_pred: Any, sample_weight: Any) -> list[Any]:
+        names = list(self._losses_by_task)
+        if not isinstance(y, dict) or not set(names) <= set(y):
+            found = sorted(y) if isinstance(y, dict) else type(y).__name__
+            raise ValueError(
+                "with a `loss_weighting`, the labels must be a dict with one entry for "
+                f"each task of {names}. Received: {found}"
+            )
         by_task = isinstance(sample_weight, dict)
         return [
             loss(

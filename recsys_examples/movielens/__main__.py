@@ -10,13 +10,14 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Before TensorFlow and BLAS are loaded: no start-up chatter, and no second pool of
+# Before TensorFlow and BLAS are loaded: less start-up chatter, and no second pool of
 # threads under implicit's own.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -32,17 +33,17 @@ if TYPE_CHECKING:
     from recsys_examples.movielens.model import Settings
     from recsys_examples.movielens.pipeline import Windows
 
-COLUMNS = {
+METRICS = {
     "ndcg@10": "NDCG@10",
     "recall@10": "Recall@10",
-    "coverage@10": "coverage",
-    "watch_auc": "watch AUC",
-    "watch_log_loss": "log loss",
-    "watch_gauc": "GAUC",
-    "like_auc": "like AUC",
-    "like_log_loss": "log loss",
-    "like_gauc": "GAUC",
-    "rating_rmse": "RMSE",
+    "coverage@10": "coverage@10",
+    "watch_auc": "watch: AUC",
+    "watch_log_loss": "watch: log loss",
+    "watch_gauc": "watch: GAUC",
+    "like_auc": "like: AUC",
+    "like_log_loss": "like: log loss",
+    "like_gauc": "like: GAUC",
+    "rating_rmse": "rating: RMSE",
 }
 QUICK_USERS = 150
 
@@ -53,6 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
     # TensorFlow warns that models differ from each other, which here they should.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     try:
+        backend = os.environ["KERAS_BACKEND"]
+        if backend != "tensorflow":
+            raise InputError(
+                "the pipeline needs KERAS_BACKEND=tensorflow (string features, "
+                f"SavedModel); the environment has KERAS_BACKEND={backend}"
+            )
         options.run(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -85,7 +92,9 @@ def train(options: argparse.Namespace) -> None:
         # A bar that moves needs a terminal; a log gets one line an epoch.
         verbose = 1 if sys.stdout.isatty() else 2
         outcome = run_ranker(windows, settings, seed=options.seed, verbose=verbose)
-        console.print("Comparing with popularity and ALS.")
+        console.print(
+            "Comparing with popularity and ALS (settings tuned on the default data)."
+        )
         watched = windows.before_test.matrix(len(windows.catalogue))
         als = baselines.als(watched, baselines.TUNED_ALS, options.seed)
         results = {
@@ -112,7 +121,7 @@ def train(options: argparse.Namespace) -> None:
         record["seconds"] = round(time.perf_counter() - started, 1)
         write_json(folder / "metrics.json", record)
     title = f"{data.name}: test window, seed {options.seed}"
-    console.print(results_table(title, results, COLUMNS))
+    console.print(results_table(title, results, METRICS))
     console.print(f"{record['seconds']:.0f} s. Written to {final}")
     console.print(
         f"Try: python -m recsys_examples.movielens recommend --user "
@@ -131,15 +140,13 @@ def study(options: argparse.Namespace) -> None:
     windows, settings = _prepare(data, options, console)
     folder = options.out / "study"
     make_folder(folder)
-    # All csv sets have one name, so results are also told apart by the folder.
-    source = f", {options.data_dir.resolve()}" if options.data_dir else ""
     results = run_study(
-        windows, settings, options.seeds, folder, data.name + source, console.print
+        windows, settings, options.seeds, folder, data.name, console.print
     )
     title = (
         f"{data.name}: test window, {options.seeds} seeds, mean ± standard deviation"
     )
-    console.print(results_table(title, results, COLUMNS))
+    console.print(results_table(title, results, METRICS))
 
 
 def recommend(options: argparse.Namespace) -> None:
@@ -161,7 +168,10 @@ def recommend(options: argparse.Namespace) -> None:
         raise InputError(
             f"--k {options.k}: {reason.group() if reason else error.message}"
         ) from error
-    table = Table(title=f"For user {options.user}", title_justify="left")
+    who = f"user {options.user}"
+    if not answer["known_user"][0]:
+        who += ", who is unknown: what any newcomer gets"
+    table = Table(title=f"For {who}", title_justify="left")
     for heading in ("rank", "movie", "title", "watch", "like", "stars"):
         table.add_column(heading, justify="left" if heading == "title" else "right")
     columns = ("movie_id", "title", "watch", "like", "rating")
@@ -326,4 +336,6 @@ def _whole_number(lowest: int, highest: int) -> Callable[[str], int]:
 
 
 if __name__ == "__main__":
+    # A terminated run cleans up as an interrupted one does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -2,7 +2,8 @@
 
 Signatures:
     serving_default  raw features of users and movies -> one named output a task
-    recommend        user ids and k -> movies that the user has not seen, best first
+    recommend        user ids and k -> movies that the user has not seen, best first by
+                     `score`, which is `training.fuse` and not made of the other columns
 
 Axis letters: b batch, u known users, i movies, k length of a list.
 """
@@ -85,6 +86,7 @@ class Recommender(keras.layers.Layer):
             ),
             "title": tf.where(unseen, tf.gather(self._titles, movies), ""),
             "score": best,
+            "known_user": found != 0,
             **{task: tf.where(unseen, p, 0.0) for task, p in predictions.items()},
         }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from recsys_examples.movielens.model import TASKS, Settings, build_ranker
 from recsys_examples.movielens.pipeline import Windows, run_ranker
 from recsys_examples.movielens.ranking import Scorer, rank
 from recsys_examples.movielens.training import fused_scorer
-from recsys_examples.runs import write_json
+from recsys_examples.runs import versions, write_json
 
 MODELS = ("MMoE", "shared bottom", "single-task", "ALS", "item-kNN", "popularity")
 Metrics = dict[str, float]
@@ -61,14 +61,22 @@ def run_study(
         settings: of the MMoE; the other models have the same but for their body.
         seeds: number of seeds, from 0. Models without chance run once.
         folder: where the results are kept, one JSON file each.
-        data_name: which data this is; results of other data are not taken up.
+        data_name: which data this is. Results of other data, settings, grids or
+            package versions are not taken up.
         announce: told of each result as it comes.
 
     Returns:
         By model, the metrics of each seed.
     """
     bottom = shared_bottom_of_equal_size(windows, settings)
-    kept = _Results(folder, {"data": data_name, "settings": asdict(settings)}, announce)
+    depends_on = {
+        "data": data_name,
+        "ratings": _fingerprint(windows),
+        "settings": asdict(settings),
+        "grids": [baselines.ALS_GRID, baselines.KNN_GRID],
+        "versions": versions("keras-moe", "keras", "tensorflow", "implicit"),
+    }
+    kept = _Results(folder, depends_on, announce)
     als = kept.get(
         "ALS, tuned", lambda: _tune(windows, baselines.als, baselines.ALS_GRID, "ALS")
     )
@@ -101,6 +109,15 @@ def run_study(
     results["item-kNN"].append(ranked(baselines.item_knn(watched, knn["settings"])))
     results["popularity"].append(ranked(baselines.popularity(watched)))
     return results
+
+
+def _fingerprint(windows: Windows) -> str:
+    """Tell ratings apart by what is in them."""
+    digest = hashlib.sha256()
+    for part in (windows.before_test, windows.test):
+        for field in fields(part):
+            digest.update(getattr(part, field.name).tobytes())
+    return digest.hexdigest()
 
 
 def _single_tasks(windows: Windows, settings: Settings, seed: int) -> Metrics:

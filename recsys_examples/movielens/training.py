@@ -17,6 +17,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from recsys_examples.errors import InputError
 from recsys_examples.movielens.features import Catalogue, Sequences
 from recsys_examples.movielens.model import (
     TASKS,
@@ -68,6 +69,10 @@ class Examples(keras.utils.PyDataset):
         # Keras asks once for the number of batches, while the number of examples
         # differs a little from epoch to epoch: so the size of a batch gives way.
         self._num_batches = -(-len(self._users) // settings.batch_size)
+        if known is None and not len(self._users):
+            raise InputError(
+                "nothing to learn from: no user has two ratings in the training window"
+            )
 
     def _cut(self) -> None:
         block = self._settings.block
@@ -75,6 +80,8 @@ class Examples(keras.utils.PyDataset):
         # The first movie has no history; from there every `block`-th rating starts one.
         if self._known is None:
             offsets = self._rng.integers(1, block + 1, len(lengths))
+            # Whoever has a second rating gives an example, wherever the cut falls.
+            offsets = np.minimum(offsets, np.maximum(lengths - 1, 1))
         else:
             offsets = np.maximum(self._known, 1)
         counts = np.maximum(0, -(-(lengths - offsets) // block))
@@ -188,7 +195,7 @@ class Fit:
 
 
 def fused_scorer(ranker: Ranker, sequences: Sequences, catalogue: Catalogue) -> Scorer:
-    """Rank by the log probability that a movie is watched and then liked."""
+    """Rank by the fused scores, see `fuse`."""
 
     def score(users: np.ndarray) -> np.ndarray:
         features = sequences.histories(catalogue, users)
@@ -199,7 +206,12 @@ def fused_scorer(ranker: Ranker, sequences: Sequences, catalogue: Catalogue) -> 
 
 
 def fuse(scores: dict[str, Any]) -> Any:
-    """Add log P(watch) and log P(like), as far as the model has these tasks."""
+    """Add log sigmoids of watch and like, as far as the model has these tasks.
+
+    The watch score is the log odds among all unseen movies, as it was learned, and not
+    the calibrated one behind the probability that is shown: at odds of one to some
+    unseen movies nearly every movie of a list is certain, and like would decide alone.
+    """
     parts = [ops.log_sigmoid(scores[t]) for t in ("watch", "like") if t in scores]
     return sum(parts[1:], parts[0])
 

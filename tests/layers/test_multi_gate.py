@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe.experts import MLPExperts
-from keras_moe.layers import MMoE, SharedBottom
+from keras_moe.layers import MMoE, SharedBottom, Tower
 from tests import backends, oracles
 
 ORACLE = {"rtol": 1e-6, "atol": 1e-8}
@@ -128,6 +128,55 @@ def test_shared_bottom_is_one_mlp_for_all_tasks():
     expected = oracles.mlp(x, kernels, biases, oracles.relu, oracles.relu)
     for output in outputs.values():
         np.testing.assert_allclose(ops.convert_to_numpy(output), expected, **ORACLE)
+
+
+def _gradient_check(layer, inputs, oracle):
+    """All gradients of a built float64 layer against those of its oracle.
+
+    `oracle` takes the values of the weights and gives the list of outputs.
+    """
+    rng = np.random.default_rng(5)
+    # Biases too: at 0, a row of dead units would sit on the edge of the next ReLU.
+    values = [rng.normal(size=w.shape) for w in layer.trainable_variables]
+    for variable, value in zip(layer.trainable_variables, values, strict=True):
+        variable.assign(value)
+    cotangents = [rng.normal(size=o.shape) for o in oracle(values)]
+    by_weight, by_input = backends.gradients(layer, inputs, cotangents)
+    expected = oracles.numeric_gradients(
+        lambda: sum(
+            (o * c).sum() for o, c in zip(oracle(values), cotangents, strict=True)
+        ),
+        values + inputs,
+    )
+    for found, wanted in zip([*by_weight, *by_input], expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_of_the_other_layers_equal_the_oracle():
+    x = np.random.default_rng(0).normal(size=(4, 3))
+
+    def pairs(values):  # kernel, bias, kernel, bias, ...
+        return values[::2], values[1::2]
+
+    experts = MLPExperts(3, (4, 2), dtype="float64")
+    experts(x)
+    _gradient_check(experts, [x], lambda v: [oracles.mlp_experts(x, *pairs(v))])
+
+    bottom = SharedBottom((4, 2), 2, dtype="float64")
+    bottom(x)
+
+    def shared(values):
+        kernels, biases = pairs([v[0] for v in values])
+        output = oracles.mlp(x, kernels, biases, oracles.relu, oracles.relu)
+        return [output, output]
+
+    _gradient_check(bottom, [x], shared)
+
+    tower = Tower((4,), dtype="float64")
+    tower(x)
+    _gradient_check(
+        tower, [x], lambda v: [oracles.mlp(x, *pairs(v), oracles.relu, oracles.linear)]
+    )
 
 
 def test_one_expert_equals_a_shared_bottom():
@@ -292,6 +341,33 @@ def test_gate_inputs_of_another_batch_are_refused():
     layer = MMoE(3, 4, 2)
     with pytest.raises(ValueError, match=r"`gate_inputs`.*\(5, 6\).*\(4, 2\)"):
         layer(np.ones((5, 6)), np.ones((4, 2)))
+
+
+@keras.saving.register_keras_serializable("tests")
+class _PlainExperts(keras.layers.Layer):
+    """What a user writes: sublayers and a `call`, nothing more."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.parts = [keras.layers.Dense(4), keras.layers.Dense(4)]
+
+    def call(self, inputs):
+        return ops.stack([part(inputs) for part in self.parts], axis=-2)
+
+
+def test_experts_may_be_any_layer():
+    layer = MMoE(2, None, ["a", "b"], experts=_PlainExperts())
+    x = np.random.default_rng(0).normal(size=(3, 6)).astype("float32")
+    assert layer.compute_output_shape(x.shape) == {"a": (3, 4), "b": (3, 4)}
+    outputs = layer(x)
+    weights = ops.convert_to_numpy(layer.gate_weights(x))
+    first, second = (ops.convert_to_numpy(p(x)) for p in layer.experts.parts)
+    expected = weights[:, 0, :1] * first + weights[:, 0, 1:] * second
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(outputs["a"]), expected, rtol=1e-4, atol=1e-6
+    )
+    symbolic = layer(keras.Input((6,)))
+    assert symbolic["b"].shape == (None, 4)
 
 
 def test_experts_of_another_shape_are_refused():

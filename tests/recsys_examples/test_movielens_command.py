@@ -3,17 +3,22 @@
 import json
 import os
 import re
+import subprocess
+import sys
+import time
 from importlib.metadata import version
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from recsys_examples.movielens import baselines, pictures
-from recsys_examples.movielens.__main__ import COLUMNS, main
+from recsys_examples.movielens.__main__ import METRICS, main
 from recsys_examples.movielens.model import Settings
 from tests import processes
 
+ROOT = Path(__file__).parents[2]
 COMMAND = ["-m", "recsys_examples.movielens"]
 WRITTEN = {
     "metrics.json",
@@ -91,10 +96,10 @@ class TestRun:
         assert "ml-csv, first 25 users: 774 ratings" in said
         assert "by 25 users" in said
         assert f"Written to {run}" in said
-        for heading in COLUMNS.values():
+        for heading in METRICS.values():
             assert heading in said
-        for model in ("MMoE", "ALS", "popularity"):
-            assert re.search(rf"│ {model} +│ +0\.\d{{4}} │", said)
+        assert re.search("┃ +MMoE ┃ +ALS ┃ +popularity ┃", said)
+        assert re.search(r"│ NDCG@10 +│( +[01]\.\d{4} +│){3}", said)
         assert "Traceback" not in (out.parent / "stderr.txt").read_text()
         assert "Warning" not in (out.parent / "stderr.txt").read_text()
 
@@ -115,7 +120,7 @@ class TestRun:
         assert record["versions"]["keras"] == version("keras")
         assert set(record["versions"]) >= {"python", "keras-moe", "numpy"}
         assert set(record["results"]) == {"MMoE", "ALS", "popularity"}
-        assert set(record["results"]["MMoE"]) == set(COLUMNS)
+        assert set(record["results"]["MMoE"]) == set(METRICS)
         for metrics in record["results"].values():
             assert 0 < metrics["ndcg@10"] < 1
         assert 1 <= record["epochs"] <= 2
@@ -306,6 +311,49 @@ class TestInterruption:
         assert not out.exists()
 
 
+class TestPaths:
+    """Paths that the operating system itself refuses, root or not."""
+
+    def test_output_folder_with_too_long_a_name(self, command, tmp_path):
+        path = tmp_path / ("y" * 300) / "z"
+        status, _, err = command("--quick", "--out", path)
+        assert status == 2
+        assert err.startswith(f"error: cannot write to the output folder {path}: ")
+        assert len(err.splitlines()) == 1
+
+    def test_model_folder_with_too_long_a_name(self, command, tmp_path):
+        path = tmp_path / ("y" * 300)
+        status, _, err = command("recommend", "--user", "1", "--model", path)
+        assert status == 2
+        assert err.startswith(f"error: {path}: cannot be read: ")
+        assert len(err.splitlines()) == 1
+
+
+def test_other_backends_are_refused_in_one_line(command, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    status, _, err = command("--quick")
+    assert status == 2
+    assert err.startswith("error: the pipeline needs KERAS_BACKEND=tensorflow")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_terminated_run_leaves_nothing(data_dir, tmp_path):
+    out = tmp_path / "runs"
+    run = subprocess.Popen(
+        [sys.executable, *COMMAND, "--data-dir", data_dir, "--out", out],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob(".unfinished-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(out.glob(".unfinished-*"))
+    run.terminate()
+    assert run.wait(timeout=120) == 130
+    assert not out.exists()
+
+
 class TestStudy:
     def test_results_are_kept(self, movielens, tmp_path, monkeypatch, command):
         folder = write_csv(tmp_path / "ml", movielens, users=12)
@@ -326,10 +374,11 @@ class TestStudy:
             "item-kNN",
             "popularity",
         )
-        table = [
-            line for line in said.splitlines() if re.match(r"│ .*│ +0\.\d{4} │", line)
-        ]
-        assert [line.split("│")[1].strip() for line in table] == list(models)
+        (heading,) = (line for line in said.splitlines() if line.startswith("┃"))
+        assert [cell.strip() for cell in heading.split("┃")[2:-1]] == list(models)
+        table = [line for line in said.splitlines() if re.match(r"│.*\d\.\d{4}", line)]
+        labels = [line.split("│")[1].strip() for line in table]
+        assert labels == list(METRICS.values())
         kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
         assert len(kept) == 6  # two tuned, four trained
         assert not [p for p in out.rglob("*") if p.is_file() and p not in kept]
@@ -347,6 +396,6 @@ class TestStudy:
         assert found == kept
 
         # Other data, though of the same name, are other results.
-        other = write_csv(tmp_path / "other", movielens, users=12)
+        other = write_csv(tmp_path / "other", movielens, users=11)
         with pytest.raises(AssertionError, match="trained again"):
             command(*arguments, "--data-dir", other)

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
+from recsys_examples.errors import InputError
 from recsys_examples.movielens.features import Catalogue, Sequences
 from recsys_examples.movielens.model import TASKS, Settings, build_ranker
 from recsys_examples.movielens.ranking import rank
@@ -180,13 +181,19 @@ class TestTrainingExamples:
         known = ids[ids != UNKNOWN_USER]
         assert np.isin(known, windows.train.user_ids).all()
 
-    def test_a_user_with_one_rating_gives_no_example(self):
-        frame = pd.DataFrame(
-            {"user_id": [1], "movie_id": [10], "rating": [4.0], "timestamp": [5]}
-        )
-        catalogue = by_hand()._catalogue
-        alone = Sequences.from_ratings(frame, catalogue, np.array([1]))
-        assert len(Examples(alone, catalogue, Settings())) == 0
+    @pytest.mark.parametrize("seed", range(5))
+    def test_two_ratings_always_give_an_example(self, seed):
+        """One rating gives none; two give one, wherever the cut of an epoch falls."""
+        sequences, catalogue = one_movie_a_rating([2, 1, 2, 2, 1, 2])
+        examples = Examples(sequences, catalogue, Settings(batch_size=2), seed=seed)
+        for _ in range(3):
+            sizes = [len(examples[i][0]["user_id"]) for i in range(len(examples))]
+            assert sizes == [2, 2]
+            examples.on_epoch_end()
+
+    def test_nothing_to_learn_from_is_said(self):
+        with pytest.raises(InputError, match="no user has two ratings"):
+            Examples(*one_movie_a_rating([1, 1]), Settings())
 
 
 class TestValidationExamples:
@@ -459,7 +466,8 @@ class TestFit:
             catalogue, train.user_ids, popularity, settings, tasks
         ).training
         _compile(ranker, settings, tasks, steps=1)
-        examples = Examples(train, catalogue, replace(settings, batch_size=2), tasks)
+        small = replace(settings, batch_size=2)
+        examples = Examples(train, catalogue, small, tasks, seed=1)
         epochs = _Epochs(examples)
         ranker.fit(examples, epochs=4, callbacks=[epochs], verbose=0)
         assert len(set(epochs.examples)) > 1
