@@ -246,6 +246,10 @@ class TestRecommend:
         # Whoever is unknown gets what the stranger gets.
         assert (lists[-1] == lists[-2]).all()
         assert (lists[-1] > 0).all()
+        assert served["ten known_user"].tolist() == [True] * (len(lists) - 2) + [
+            False,
+            False,
+        ]
 
     def test_nobody_asks(self, served):
         assert served["nobody movie_id"].shape == (0, 3)
