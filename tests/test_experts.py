@@ -3,7 +3,7 @@ import pytest
 from keras import ops
 
 from keras_moe.experts import MLPExperts
-from tests import oracles
+from tests import backends, oracles
 
 
 @pytest.mark.parametrize("units", [(4,), (6, 4), (6, 5, 4)])
@@ -21,7 +21,7 @@ def test_equals_each_expert_alone(units, use_bias):
         [ops.convert_to_numpy(b) for b in experts.biases],
     )
     found = ops.convert_to_numpy(experts(x))
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(found, expected, **backends.tolerance(1e-9))
 
 
 def test_leading_axes_are_kept():

@@ -11,7 +11,8 @@ from keras_moe.experts import MLPExperts
 from keras_moe.layers import MMoE, SharedBottom, Tower
 from tests import backends, oracles
 
-ORACLE = {"rtol": 1e-6, "atol": 1e-8}
+ORACLE = backends.tolerance(1e-6, 1e-8)
+GRADIENTS = backends.tolerance(1e-5, 1e-7)
 
 
 def _weights(layer):
@@ -79,7 +80,7 @@ def test_outputs_and_all_gradients_equal_the_oracle(units, options):
         values + inputs,
     )
     for found, wanted in zip([*by_weight, *by_input], expected, strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(found, wanted, **GRADIENTS)
 
 
 @settings(max_examples=15, deadline=None)
@@ -149,7 +150,7 @@ def _gradient_check(layer, inputs, oracle):
         values + inputs,
     )
     for found, wanted in zip([*by_weight, *by_input], expected, strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(found, wanted, **GRADIENTS)
 
 
 def test_gradients_of_the_other_layers_equal_the_oracle():

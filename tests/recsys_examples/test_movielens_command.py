@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -350,7 +351,8 @@ def test_a_terminated_run_leaves_nothing(data_dir, tmp_path):
         time.sleep(0.05)
     assert list(out.glob(".unfinished-*"))
     run.terminate()
-    assert run.wait(timeout=120) == 130
+    # Python ends itself by SIGINT where the interrupt came inside an exec of its own.
+    assert run.wait(timeout=120) in (130, -signal.SIGINT)
     assert not out.exists()
 
 
