@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_moe.layers import MMoE, Tower
 from keras_moe.multitask import MultiTaskModel, UncertaintyWeighting
+from tests import backends
 
 MEAN = "mean_with_sample_weight"
 
@@ -122,8 +123,19 @@ def test_uncertainty_weighting_by_hand():
     weighting = UncertaintyWeighting()
     weighting.build((2,))
     weighting.log_variances.assign([np.log(2.0), 0.0])
-    total = float(weighting(np.array([4.0, 3.0])))
+    total = ops.convert_to_numpy(weighting(np.array([4.0, 3.0])))
     np.testing.assert_allclose(total, 2.5 + np.log(2) / 2, rtol=1e-6)
+
+
+def test_uncertainty_weighting_gradients_by_hand():
+    """By s: 1/2 (1 - L exp(-s)); by L: 1/2 exp(-s)."""
+    weighting = UncertaintyWeighting(dtype="float64")
+    weighting.build((3,))
+    s, task_losses = np.array([0.7, 0.0, -1.2]), np.array([4.0, 0.3, 2.0])
+    weighting.log_variances.assign(s)
+    (by_s,), (by_loss,) = backends.gradients(weighting, [task_losses], [1.0])
+    np.testing.assert_allclose(by_s, 0.5 * (1 - task_losses * np.exp(-s)), rtol=1e-9)
+    np.testing.assert_allclose(by_loss, 0.5 * np.exp(-s), rtol=1e-9)
 
 
 def test_uncertainty_weighting_learns_the_loss_as_variance():
