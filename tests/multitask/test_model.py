@@ -159,7 +159,7 @@ def test_regularisation_is_part_of_the_total():
     model.compile(loss={"a": "mse"})
     x = np.ones((4, 6))
     result = model.evaluate(x, {"a": np.ones((4, 1))}, verbose=0, return_dict=True)
-    penalty = float(sum(model.losses))
+    penalty = ops.convert_to_numpy(sum(model.losses))
     assert penalty > 0
     np.testing.assert_allclose(
         result["loss"], 0.5 * result["a_loss"] + penalty, rtol=1e-5
