@@ -45,7 +45,8 @@ class Settings:
         dimensions: size of movie and user vectors.
         num_experts: experts of the MMoE.
         units: width of an expert, or of the shared bottom.
-        recency: half-forgotten after so many movies, one pool of the history for each.
+        recency: the weight of a movie of the history starts to fall by a factor of e
+            with so many later ones; one pool of the history for each.
         history_dropout: share of the history's movies hidden in a training example.
         dropout: share of the inputs of the body that is dropped.
         block: movies watched next that one training example predicts.
@@ -80,7 +81,7 @@ class Calibration(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranker:
-    """Three models over the same layers.
+    """Models over the same layers.
 
     Attributes:
         training: the features of users at some moment -> the scores that the losses
@@ -278,9 +279,7 @@ class _MovieSide:
             output_mode="multi_hot",
             name="genres_hot",
         )
-        self._year_bins = layers.Discretization(
-            _YEARS, output_mode="one_hot", name="year_bins"
-        )
+        self._year_bins = layers.Discretization(_YEARS, name="year_bins")
         self._genres_per_movie = catalogue.genres.shape[1]
         self._vectors = layers.Embedding(
             self.lookup.vocabulary_size(),
@@ -313,7 +312,8 @@ class _MovieSide:
 
     def _encode(self, genres: Any, years: Any) -> Any:
         hot = ops.cast(self._genre_lookup(genres), "float32")
-        return ops.concatenate([hot, self._year_bins(years)], axis=-1)
+        period = ops.one_hot(self._year_bins(years), len(_YEARS) + 1)
+        return ops.concatenate([hot, period], axis=-1)
 
     def inputs(self) -> dict[str, Any]:
         return {
