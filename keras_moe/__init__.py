@@ -7,7 +7,22 @@ Sight:  `keras_moe.plots` (gate heatmap, expert usage), imported on demand becau
         needs matplotlib.
 """
 
-from keras_moe import experts, initializers, layers, multitask
+from keras_moe import (
+    experts,
+    initializers,
+    layers,
+    losses,
+    multitask,
+    routers,
+)
 from keras_moe._version import __version__
 
-__all__ = ["__version__", "experts", "initializers", "layers", "multitask"]
+__all__ = [
+    "__version__",
+    "experts",
+    "initializers",
+    "layers",
+    "losses",
+    "multitask",
+    "routers",
+]

@@ -61,3 +61,30 @@ def last_dimension(layer: str, shape: tuple[int | None, ...]) -> int:
             f"Received an input of shape {shape}"
         )
     return shape[-1]
+
+
+def count(name: str, value: Any) -> int:
+    """Return `value` if it is an int of at least 0, else raise ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(
+            f"`{name}` must be an integer >= 0. Received: {name}={value!r}"
+        )
+    return value
+
+
+def one_of(name: str, value: Any, known: Iterable[str]) -> str:
+    """Return `value` if it is one of the names in `known`, else raise ValueError."""
+    known = list(known)
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"`{name}` must be one of {known}. Received: {name}={value!r}")
+    return value
+
+
+def finite_number(name: str, value: Any) -> float:
+    """Return `value` if it is a finite number, else raise ValueError."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not -float("inf") < value < float("inf"):
+        raise ValueError(
+            f"`{name}` must be a finite number. Received: {name}={value!r}"
+        )
+    return float(value)

@@ -9,10 +9,16 @@ import keras_moe
 
 ROOT = Path(keras_moe.__file__).parent
 LEVELS = {
+    "_backend": 0,
     "_checks": 0,
     "_version": 0,
     "initializers": 1,
+    "losses": 1,
+    "routing": 1,
+    "dispatch": 2,
     "experts": 2,
+    "metrics": 2,
+    "routers": 2,
     "layers": 3,
     "multitask": 4,
     "plots": 5,

@@ -1,6 +1,7 @@
 """The layers that a user puts in a model."""
 
+from keras_moe.layers.moe import MoE
 from keras_moe.layers.multi_gate import MMoE, SharedBottom
 from keras_moe.layers.tower import Tower
 
-__all__ = ["MMoE", "SharedBottom", "Tower"]
+__all__ = ["MMoE", "MoE", "SharedBottom", "Tower"]

@@ -16,6 +16,7 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe.experts import MLPExperts
+from keras_moe.layers._names import default_name
 from keras_moe.layers._tasks import Tasks
 
 
@@ -106,7 +107,7 @@ class MMoE(keras.layers.Layer):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(name=name or _default_name(), **kwargs)
+        super().__init__(name=name or default_name("mmoe"), **kwargs)
         self.supports_masking = True
         self.num_experts = _checks.positive_int("num_experts", num_experts)
         self.expert_units = expert_units
@@ -244,12 +245,6 @@ class MMoE(keras.layers.Layer):
         if isinstance(experts, dict):
             experts = keras.saving.deserialize_keras_object(experts)
         return cls(**{**config, "experts": experts})
-
-
-def _default_name() -> str:
-    """Return "mmoe", "mmoe_1", ...: from the class name Keras would make "m_mo_e"."""
-    count = keras.backend.get_uid("mmoe")
-    return "mmoe" if count == 1 else f"mmoe_{count - 1}"
 
 
 def _checked_top_k(top_k: int | None, num_experts: int) -> int | None:

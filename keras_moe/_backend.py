@@ -1,0 +1,130 @@
+"""The few things that keras.ops does not offer and each backend does in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+
+def name() -> str:
+    """Return "tensorflow", "jax" or "torch"."""
+    return keras.backend.backend()
+
+
+def under_xla() -> bool:
+    """Whether what is being traced now will be compiled by XLA."""
+    if name() == "jax":
+        return True
+    if name() != "tensorflow":
+        return False
+    import tensorflow as tf
+    from tensorflow.python.ops import control_flow_util
+
+    if tf.executing_eagerly():
+        return False
+    # jit_compile=True is told to nested functions and loops by their outer graphs.
+    graph = tf.compat.v1.get_default_graph()
+    return bool(control_flow_util.GraphOrParentsInXlaContext(graph))
+
+
+def on_accelerator() -> bool:
+    """Whether the backend would compute on a GPU or TPU."""
+    if name() == "jax":
+        import jax
+
+        return jax.default_backend() != "cpu"
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        devices = tf.config.list_logical_devices()
+        return any(device.device_type in ("GPU", "TPU") for device in devices)
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def has_grouped_matmul() -> bool:
+    """Whether `jax.lax.ragged_dot` computes only the rows of each expert here."""
+    if name() != "jax":
+        return False
+    import jax
+
+    return jax.default_backend() == "tpu"
+
+
+def with_gradient(
+    function: Callable[..., Any], gradient: Callable[..., Any], *inputs: Any
+) -> Any:
+    """Return `function(*inputs)`, whose gradient is `gradient(inputs, upstream)`.
+
+    `gradient` returns one gradient for each of `inputs`, and must say the same as
+    automatic differentiation would: torch takes that one.
+    """
+    if name() == "torch":
+        return function(*inputs)
+
+    @ops.custom_gradient
+    def call(*inputs: Any) -> Any:
+        def pull(upstream: Any) -> Any:
+            return gradient(inputs, upstream)
+
+        return function(*inputs), pull
+
+    return call(*inputs)
+
+
+def as_tensor(variable: Any) -> Any:
+    """Return the value of a variable, in the dtype that autocast gives it."""
+    value = ops.convert_to_tensor(variable)
+    if name() != "tensorflow":
+        return value
+    import tensorflow as tf
+
+    # Eagerly Keras hands out the tf.Variable, which a custom gradient refuses.
+    return tf.convert_to_tensor(value)
+
+
+def pullback(
+    function: Callable[..., Any], inputs: Sequence[Any]
+) -> tuple[Any, Callable[[Any], Sequence[Any]]]:
+    """Return `function(*inputs)` and the function from its gradient to theirs."""
+    if name() == "jax":
+        import jax
+
+        return jax.vjp(function, *inputs)
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        outputs = function(*inputs)
+
+    def pull(upstream: Any) -> Sequence[Any]:
+        return tape.gradient(
+            outputs,
+            list(inputs),
+            output_gradients=upstream,
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+
+    return outputs, pull
+
+
+def split_rows(rows: Any, sizes: Any, count: int) -> Sequence[Any]:
+    """Cut the first axis into `count` parts of `sizes`, which only the run knows."""
+    if name() == "torch":
+        import torch
+
+        return torch.split(rows, [int(size) for size in sizes])
+    import tensorflow as tf
+
+    return tf.split(rows, sizes, num=count)
+
+
+def ragged_dot(rows: Any, kernels: Any, sizes: Any) -> Any:
+    """(m, in), (e, in, out) -> (m, out): runs of `sizes` rows, one kernel each."""
+    import jax
+
+    return jax.lax.ragged_dot(rows, kernels, sizes)

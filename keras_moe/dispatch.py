@@ -1,0 +1,520 @@
+"""How rows move: to the experts that a router chose for them, and back.
+
+Axis letters: n tokens, d input features, u expert output units, e experts, k choices
+a token, c capacity (slots an expert), b rows a block, m = n * k rows to compute.
+
+Every dispatch maps tokens (n, d) to outputs (n, u). All of them give the same numbers
+where nothing is dropped; they differ in what they compute and in what they ask of the
+compiler:
+
+- `dense`: every expert on every token, then a weighted sum. What a dense gate needs.
+- `split`: the choices sorted by expert and cut into one piece for each, multiplied
+  alone. Exactly the m rows chosen; the sizes are known only at run time, so XLA cannot
+  compile it.
+- `blocked`: the same sorted rows in blocks of static size. For XLA.
+- `ragged`: the same sorted rows, multiplied by JAX's grouped matmul.
+- `capacity`: every expert has c slots and takes tokens until it is full. What is
+  dropped contributes nothing.
+
+The three in the middle are dropless. What is gathered forward is gathered backward
+too, by the inverse order: the gradient of a gather would be a scatter, which is slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _backend
+from keras_moe import routing as routing_lib
+from keras_moe.routing import (
+    DenseRouting,
+    ExpertChoiceRouting,
+    Routing,
+    Runs,
+    Slots,
+)
+
+DROPLESS = ("split", "blocked", "ragged")
+KNOWN = ("auto", "dense", "capacity", *DROPLESS)
+# By who chooses in a router: a token its experts, an expert its tokens, or all.
+SERVED = {
+    "token": ("dense", "capacity", *DROPLESS),
+    "expert": ("dense", "capacity"),
+    "all": ("dense",),
+}
+
+
+# Dense: every expert on every token.
+
+
+def dense(
+    tokens: Any,
+    routing: Routing | ExpertChoiceRouting | DenseRouting,
+    experts: Any,
+    training: bool | None = None,
+) -> Any:
+    """Compute every expert on every token: y_i = sum_e g_ie f_e(x_i)."""
+    outputs = experts(tokens, training=training)  # (n, e, u)
+    gates = routing_lib.gates(routing, experts.num_experts, ops.shape(tokens)[0])
+    weights = ops.expand_dims(ops.cast(gates, outputs.dtype), 1)  # (n, 1, e)
+    return ops.squeeze(ops.matmul(weights, outputs), axis=1)
+
+
+# Sorted rows: what the dropless dispatches share.
+
+
+def _in_runs(
+    compute: Callable[[Any, Runs], Any],
+    tokens: Any,
+    routing: Routing,
+    num_experts: int,
+    padding: int = 0,
+) -> Any:
+    """Sort the choices by expert, compute their rows, put them back where they belong.
+
+    `compute` maps sorted rows (m + padding, d) to (m + padding, u). The rows added are
+    copies of some token, which nobody asks for.
+    """
+    runs = routing_lib.sort_choices(routing, num_experts)
+    if padding:
+        runs = runs._replace(order=ops.pad(runs.order, ((0, padding),)))
+    rows = compute(_to_rows(tokens, runs), runs)
+    return _combine(rows, ops.cast(routing.combine_weights, rows.dtype), runs)
+
+
+def _to_rows(tokens: Any, runs: Runs) -> Any:
+    """(n, d) -> (m, d)."""
+    token_of_row = runs.order // runs.positions.shape[1]
+    return _backend.with_gradient(
+        lambda tokens: ops.take(tokens, token_of_row, axis=0),
+        lambda inputs, upstream: _sum_of_rows(upstream, runs.positions),
+        tokens,
+    )
+
+
+def _combine(rows: Any, weights: Any, runs: Runs) -> Any:
+    """(m, u), (n, k) -> (n, u): y_i = sum_j w_ij rows[row of choice (i, j)]."""
+
+    def gradient(inputs: Any, upstream: Any) -> tuple[Any, Any]:
+        rows, weights = inputs
+        weight_of_row = ops.take(ops.reshape(weights, (-1,)), runs.order)
+        by_rows = ops.take(upstream, runs.order // weights.shape[1], axis=0)
+        by_rows = by_rows * ops.expand_dims(weight_of_row, -1)
+        return by_rows, _products_of_rows(upstream, rows, runs.positions)
+
+    return _backend.with_gradient(
+        lambda rows, weights: _sum_of_rows(rows, runs.positions, weights),
+        gradient,
+        rows,
+        weights,
+    )
+
+
+def _sum_of_rows(
+    rows: Any, positions: Any, weights: Any = None, kept: Any = None
+) -> Any:
+    """(m, u), (n, k) -> (n, u). One gather a choice: no (n, k, u) tensor."""
+    total = None
+    for j in range(positions.shape[1]):
+        part = ops.take(rows, positions[:, j], axis=0)
+        if weights is not None:
+            part = part * weights[:, j : j + 1]
+        if kept is not None:
+            part = _only(kept[:, j], part)
+        total = part if total is None else total + part
+    return total
+
+
+def _products_of_rows(outputs: Any, rows: Any, positions: Any) -> Any:
+    """(n, u), (m, u), (n, k) -> (n, k): the gradient of `_sum_of_rows` by weights."""
+    products = [
+        ops.sum(outputs * ops.take(rows, positions[:, j], axis=0), axis=-1)
+        for j in range(positions.shape[1])
+    ]
+    return ops.stack(products, axis=1)
+
+
+def _only(rows_kept: Any, rows: Any) -> Any:
+    """Return `rows` with zeros where not kept; unlike a product, also for NaN."""
+    return ops.where(ops.expand_dims(rows_kept, -1), rows, ops.zeros_like(rows))
+
+
+# Split: a piece for every expert.
+
+
+def split(
+    tokens: Any, routing: Routing, experts: Any, training: bool | None = None
+) -> Any:
+    """Cut the sorted rows into one piece an expert and compute each piece alone."""
+    if _backend.under_xla():
+        raise ValueError(
+            'dispatch="split" needs row counts that only the run knows, and neither '
+            "XLA (`jit_compile=True`) nor JAX compiles them. "
+            'Use dispatch="auto" or dispatch="blocked".'
+        )
+
+    def compute(rows: Any, runs: Runs) -> Any:
+        # The rows of padding are a last piece, which nobody computes.
+        last = ops.shape(rows)[0] - runs.ends[-1:]
+        sizes = ops.concatenate([runs.ends - runs.starts, ops.cast(last, "int32")])
+        *pieces, rest = _backend.split_rows(rows, sizes, experts.num_experts + 1)
+        outputs = experts.on_pieces(pieces, training=training)
+        if routing.mask is not None:
+            shape = (ops.shape(rest)[0], outputs[0].shape[-1])
+            outputs = [*outputs, ops.zeros(shape, outputs[0].dtype)]
+        return ops.concatenate(outputs, axis=0)
+
+    return _in_runs(compute, tokens, routing, experts.num_experts)
+
+
+# Ragged: the grouped matmul of JAX.
+
+
+def ragged(
+    tokens: Any, routing: Routing, experts: Any, training: bool | None = None
+) -> Any:
+    """Multiply the sorted rows by `jax.lax.ragged_dot`."""
+
+    def compute(rows: Any, runs: Runs) -> Any:
+        # Rows of padding go to the last expert: every row must belong to a run.
+        ends = ops.concatenate([runs.ends[:-1], ops.shape(rows)[:1]])
+        sizes = ends - runs.starts
+        of_row = ops.searchsorted(
+            ends, ops.arange(ops.shape(rows)[0], dtype="int32"), side="right"
+        )
+
+        def matmul(rows: Any, kernel: Any, bias: Any = None, before: Any = None) -> Any:
+            rows = _apply(before, rows)
+            rows = _backend.ragged_dot(rows, ops.convert_to_tensor(kernel), sizes)
+            return rows if bias is None else rows + ops.take(bias, of_row, axis=0)
+
+        return experts.on_rows(rows, matmul, training=training)
+
+    return _in_runs(compute, tokens, routing, experts.num_experts)
+
+
+# Capacity: slots that take tokens until they are full.
+
+
+def capacity(
+    tokens: Any,
+    routing: Routing,
+    experts: Any,
+    training: bool | None = None,
+    *,
+    slots: Slots,
+) -> Any:
+    """Compute the tokens in the `slots` of every expert."""
+    return _in_slots(
+        lambda rows: experts.on_slots(rows, training=training), tokens, routing, slots
+    )
+
+
+def expert_choice(
+    tokens: Any,
+    routing: ExpertChoiceRouting,
+    experts: Any,
+    training: bool | None = None,
+) -> Any:
+    """Compute the tokens that the experts chose; a token sums over those who did."""
+    n = ops.shape(tokens)[0]
+    tokens = ops.pad(tokens, ((0, 1), (0, 0)))  # What slot without a token holds.
+    rows = experts.on_slots(
+        ops.take(tokens, routing.token_indices, axis=0), training=training
+    )
+    weights = ops.cast(routing.combine_weights, rows.dtype)
+    rows = rows * ops.expand_dims(weights, -1)
+    sums = ops.segment_sum(
+        ops.reshape(rows, (-1, rows.shape[-1])),
+        ops.reshape(routing.token_indices, (-1,)),
+        num_segments=n + 1,
+    )[:-1]
+    if routing.invalid is None:
+        return sums
+    invalid = ops.expand_dims(routing.invalid, -1)
+    return ops.where(invalid, ops.full_like(sums, float("nan")), sums)
+
+
+def _in_slots(
+    compute: Callable[[Any], Any], tokens: Any, routing: Routing, slots: Slots
+) -> Any:
+    """Fill slots (s, c, d), compute them to (s, c, u), and sum the slots of a token."""
+    kept = slots.kept
+    # Where a choice has no slot, any will do: `kept` silences what is read there.
+    slot = ops.where(kept, slots.slot_of_choice, ops.zeros_like(slots.slot_of_choice))
+
+    def fill(tokens: Any) -> Any:
+        # One row of zeros more, for the slots without a token.
+        return ops.take(ops.pad(tokens, ((0, 1), (0, 0))), slots.tokens, axis=0)
+
+    def fill_gradient(inputs: Any, upstream: Any) -> Any:
+        return _sum_of_rows(_flat(upstream), slot, kept=kept)
+
+    def combine(rows: Any, weights: Any) -> Any:
+        return _sum_of_rows(_flat(rows), slot, weights, kept)
+
+    def combine_gradient(inputs: Any, upstream: Any) -> tuple[Any, Any]:
+        rows, weights = inputs
+        s, c = ops.shape(rows)[:2]
+        # The weight of a slot is that of the choice in it.
+        target = ops.where(kept, slots.slot_of_choice, s * c)
+        weight_of_slot = ops.scatter(
+            ops.reshape(target, (-1, 1)), ops.reshape(weights, (-1,)), (s * c + 1,)
+        )[:-1]
+        by_rows = ops.take(ops.pad(upstream, ((0, 1), (0, 0))), slots.tokens, axis=0)
+        by_rows = by_rows * ops.reshape(weight_of_slot, (s, c, 1))
+        by_weights = _products_of_rows(upstream, _flat(rows), slot)
+        return by_rows, ops.where(kept, by_weights, ops.zeros_like(by_weights))
+
+    rows = compute(_backend.with_gradient(fill, fill_gradient, tokens))
+    weights = ops.cast(routing.combine_weights, rows.dtype)
+    return _backend.with_gradient(combine, combine_gradient, rows, weights)
+
+
+def _flat(rows: Any) -> Any:
+    """(s, c, d) -> (s * c, d)."""
+    return ops.reshape(rows, (-1, rows.shape[-1]))
+
+
+# Blocked: static sizes for XLA.
+
+
+def blocked(
+    tokens: Any, routing: Routing, experts: Any, training: bool | None = None
+) -> Any:
+    """Multiply the sorted rows in blocks of static size."""
+    if _backend.on_accelerator():
+        return blocked_at_once(tokens, routing, experts, training)
+    return blocked_in_turn(tokens, routing, experts, training)
+
+
+def blocked_at_once(
+    tokens: Any, routing: Routing, experts: Any, training: bool | None = None
+) -> Any:
+    """All blocks in one batched matmul, each with its expert's kernel: GPU and TPU.
+
+    A loop whose trip count is data would make a GPU ask its host before every block.
+    The price is a copy of the kernel for every block, at most 5 e of them.
+    """
+    e, k = experts.num_experts, routing.expert_indices.shape[1]
+    n = ops.shape(tokens)[0]
+    b = _rows_a_block(n, k, e)
+    runs = routing_lib.sort_choices(routing, e)
+    of_block, slots = _block_slots(runs, b, n * k // b + e, n, k)
+
+    def matmul(rows: Any, kernel: Any, bias: Any = None, before: Any = None) -> Any:
+        rows = ops.matmul(_apply(before, rows), ops.take(kernel, of_block, axis=0))
+        if bias is None:
+            return rows
+        return rows + ops.expand_dims(ops.take(bias, of_block, axis=0), 1)
+
+    return _in_slots(
+        lambda rows: experts.on_rows(rows, matmul, training=training),
+        tokens,
+        routing,
+        slots,
+    )
+
+
+def _rows_a_block(n: Any, k: int, e: int) -> int:
+    """At most a quarter of an even load, so that padding adds at most a quarter."""
+    if not isinstance(n, int):
+        return 32
+    b = 8
+    while b < 512 and 8 * b * e <= n * k:
+        b *= 2
+    return b
+
+
+def _block_slots(runs: Runs, b: int, blocks: Any, n: Any, k: int) -> tuple[Any, Slots]:
+    """Return the expert of every block, and the slots that the blocks are."""
+    block_ends = ops.cumsum((runs.ends - runs.starts + (b - 1)) // b)
+    block_ends = ops.cast(block_ends, "int32")
+    # How far the rows of an expert move up to start with a block of their own.
+    shifts = routing_lib.shifted(block_ends) * b - runs.starts
+    block = ops.arange(blocks, dtype="int32")
+    of_block = ops.cast(ops.searchsorted(block_ends, block, side="right"), "int32")
+    of_block = ops.minimum(of_block, ops.shape(runs.ends)[0] - 1)
+    rows = ops.expand_dims(block * b - ops.take(shifts, of_block), -1)
+    rows = rows + ops.arange(b, dtype="int32")
+    filled = rows < ops.expand_dims(ops.take(runs.ends, of_block), -1)
+    of_choice = ops.searchsorted(
+        runs.ends, ops.reshape(runs.positions, (-1,)), side="right"
+    )
+    shift_of_choice = ops.take(ops.pad(shifts, ((0, 1),)), of_choice)
+    return of_block, Slots(
+        tokens=routing_lib.tokens_in_rows(runs, rows, filled, n, k),
+        slot_of_choice=runs.positions + ops.reshape(shift_of_choice, (-1, k)),
+        kept=runs.positions < runs.ends[-1],
+    )
+
+
+def blocked_in_turn(
+    tokens: Any, routing: Routing, experts: Any, training: bool | None = None
+) -> Any:
+    """Blocks one after the other, as many as there are: CPU.
+
+    The last block of an expert may reach into the rows of the next one, which writes
+    them again when its turn comes. Hence no gaps between the experts, and the rows of
+    one small block behind the last.
+    """
+
+    def compute(rows: Any, runs: Runs) -> Any:
+        def matmul(rows: Any, kernel: Any, bias: Any = None, before: Any = None) -> Any:
+            return _grouped_dense(rows, kernel, bias, before, runs)
+
+        return experts.on_rows(rows, matmul, training=training)
+
+    return _in_runs(compute, tokens, routing, experts.num_experts, TAIL_ROWS)
+
+
+# Rows multiplied at once, and in the last blocks of an expert. A large block reaches
+# the speed of one large matmul, a small one wastes few rows.
+BLOCK_ROWS = 256
+TAIL_ROWS = 32
+
+
+def rows_multiplied(counts: Any) -> int:
+    """Return how many rows `blocked_in_turn` multiplies for `counts` rows an expert.
+
+    >>> from keras_moe.dispatch import rows_multiplied
+    >>> rows_multiplied([256, 0, 33])  # 256 + 0 + 2 * 32
+    320
+    """
+    return sum(count + -(count % BLOCK_ROWS) % TAIL_ROWS for count in counts)
+
+
+def _grouped_dense(rows: Any, kernel: Any, bias: Any, before: Any, runs: Runs) -> Any:
+    """(m, in), (e, in, out) -> (m, out): y_r = before(x_r) W_e + b_e, e that of row r.
+
+    `before` is computed block by block as well, in the cache, and so is its gradient:
+    an activation as large as all rows is never stored.
+    """
+    rows = rows if isinstance(rows, tuple) else (rows,)
+    before = before or _identity
+    weights = [_backend.as_tensor(w) for w in (kernel, bias) if w is not None]
+    width = len(rows)
+    e = weights[0].shape[0]
+
+    def forward(*inputs: Any) -> Any:
+        rows, weights = inputs[:width], inputs[width:]
+
+        def expert(k: Any, outputs: Any) -> Any:
+            own = [_slice(w, k) for w in weights]
+
+            def step(first: Any, size: int, inside: Any, carry: Any) -> Any:
+                (outputs,) = carry
+                block = before(*[_block(row, first, size) for row in rows])
+                return (
+                    ops.slice_update(outputs, (first, _int(0)), _affine(block, *own)),
+                )
+
+            return k + 1, *_for_blocks(runs.starts[k], runs.ends[k], step, (outputs,))
+
+        shape = (ops.shape(rows[0])[0], weights[0].shape[-1])
+        outputs = ops.zeros(shape, weights[0].dtype)
+        return ops.while_loop(lambda k, _: k < e, expert, (_int(0), outputs))[1]
+
+    def gradient(inputs: Any, upstream: Any) -> Any:
+        rows, weights = inputs[:width], inputs[width:]
+        # Sums over many blocks stay float32 where the layer computes in less.
+        dtype = keras.backend.standardize_dtype(weights[0].dtype)
+        sums_dtype = "float32" if dtype in ("float16", "bfloat16") else dtype
+
+        def expert(k: Any, *carry: Any) -> Any:
+            own_kernel = _slice(weights[0], k)
+
+            def step(first: Any, size: int, inside: Any, carry: Any) -> Any:
+                by_rows, by_weights = carry[:width], carry[width:]
+                blocks = [_block(row, first, size) for row in rows]
+                by_output = _block(upstream, first, size)
+                if inside is not None:
+                    # Rows of the next expert: neither they nor their NaN count here.
+                    blocks = [_only(inside, block) for block in blocks]
+                    by_output = _only(inside, by_output)
+                hidden, pull = _backend.pullback(before, blocks)
+                products = [
+                    ops.matmul(ops.transpose(hidden), by_output),
+                    ops.sum(by_output, axis=0),
+                ]
+                by_blocks = pull(ops.matmul(by_output, ops.transpose(own_kernel)))
+                return (
+                    *[
+                        ops.slice_update(whole, (first, _int(0)), block)
+                        for whole, block in zip(by_rows, by_blocks, strict=True)
+                    ],
+                    *[
+                        total + ops.cast(product, sums_dtype)
+                        for total, product in zip(by_weights, products, strict=False)
+                    ],
+                )
+
+            zeros = [ops.zeros(w.shape[1:], sums_dtype) for w in weights]
+            inner = _for_blocks(
+                runs.starts[k], runs.ends[k], step, (*carry[:width], *zeros)
+            )
+            updated = [
+                ops.slice_update(
+                    whole,
+                    (k, *[_int(0)] * (len(whole.shape) - 1)),
+                    ops.expand_dims(ops.cast(part, whole.dtype), 0),
+                )
+                for whole, part in zip(carry[width:], inner[width:], strict=True)
+            ]
+            return k + 1, *inner[:width], *updated
+
+        carry = [ops.zeros_like(x) for x in (*rows, *weights)]
+        return ops.while_loop(lambda k, *_: k < e, expert, (_int(0), *carry))[1:]
+
+    return _backend.with_gradient(forward, gradient, *rows, *weights)
+
+
+def _for_blocks(start: Any, end: Any, step: Any, carry: Any) -> Any:
+    """Run `step(first_row, size, rows_inside, carry)` over the rows of one expert."""
+
+    def whole(first: Any, *carry: Any) -> Any:
+        return first + BLOCK_ROWS, *step(first, BLOCK_ROWS, None, carry)
+
+    def tail(first: Any, *carry: Any) -> Any:
+        inside = ops.arange(TAIL_ROWS, dtype="int32") < end - first
+        return first + TAIL_ROWS, *step(first, TAIL_ROWS, inside, carry)
+
+    carry = ops.while_loop(
+        lambda first, *_: first + BLOCK_ROWS <= end, whole, (start, *carry)
+    )
+    return ops.while_loop(lambda first, *_: first < end, tail, carry)[1:]
+
+
+def _identity(rows: Any) -> Any:
+    return rows
+
+
+def _apply(before: Any, rows: Any) -> Any:
+    """Return `before(*rows)` for rows that are one tensor or a tuple of them."""
+    rows = rows if isinstance(rows, tuple) else (rows,)
+    return (before or _identity)(*rows)
+
+
+def _affine(rows: Any, kernel: Any, bias: Any = None) -> Any:
+    outputs = ops.matmul(rows, kernel)
+    return outputs if bias is None else outputs + bias
+
+
+def _int(value: int) -> Any:
+    """An index: JAX wants all indices of a slice to be of one integer type."""
+    return ops.convert_to_tensor(value, "int32")
+
+
+def _slice(stacked: Any, k: Any) -> Any:
+    """Return `stacked[k]`."""
+    zeros = [_int(0)] * (len(stacked.shape) - 1)
+    part = ops.slice(stacked, (k, *zeros), (1, *stacked.shape[1:]))
+    return ops.reshape(part, stacked.shape[1:])
+
+
+def _block(rows: Any, first: Any, size: int) -> Any:
+    return ops.slice(rows, (first, _int(0)), (size, rows.shape[-1]))

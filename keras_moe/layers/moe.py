@@ -1,0 +1,494 @@
+"""The sparse mixture of experts: route, dispatch, combine.
+
+Axis letters: n tokens, d input features, e experts, k choices a token, u output units.
+
+y_i = sum over the k experts that the router chose for token i of w_ik f_k(x_i)
+(Shazeer et al. 2017, equation 1), plus the shared experts, which see every token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _backend, _checks, losses, routers
+from keras_moe import dispatch as dispatch_lib
+from keras_moe import routing as routing_lib
+from keras_moe.experts import MLPExperts
+from keras_moe.layers._names import default_name
+from keras_moe.metrics import RoutingMetrics
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class MoE(keras.layers.Layer):
+    """Sparse Mixture-of-Experts: each token is computed by the few experts it chooses.
+
+    The layer has as many parameters as all its experts, and costs what `top_k` of them
+    cost. It takes the place of a `Dense` layer or of an MLP.
+
+    Args:
+        num_experts: int, number of experts e.
+        expert_units: int or sequence of ints, the widths of an expert's layers. None
+            if `experts` is given.
+        top_k: int, number of experts that compute a token, k.
+        activation: activation of the hidden layers of an expert; its last layer is
+            linear.
+        router: a name out of `keras_moe.routers.KNOWN`, or a router. `TopKRouter` by
+            default.
+        experts: a layer of `keras_moe.experts`, instead of the default `MLPExperts`.
+        dispatch: how tokens come to their experts. The result is the same, the cost is
+            not:
+
+            - "auto": "capacity" if `capacity_factor` is given or the router is an
+              expert choice; "dense" if every token goes to every expert; else
+              "blocked" where XLA compiles (`jit_compile=True`, JAX), "ragged" on a
+              TPU under JAX, and "split" everywhere else. The layer decides anew for
+              every graph, so one model trains compiled or not, and exports.
+            - "split": exactly the rows chosen. Not for XLA.
+            - "blocked": the same in blocks of static size, for XLA.
+            - "ragged": the same by `jax.lax.ragged_dot`. Only for JAX.
+            - "capacity": every expert takes `ceil(capacity_factor * k * n / e)`
+              choices of the n tokens (1.0 by default) and drops what comes later,
+              which then contributes zero. Needs static slots, not static loads.
+            - "dense": every expert on every token. What dense gates need.
+        capacity_factor: float > 0, see "capacity".
+        priority: "position" or "probability", who comes first when an expert is full
+            (see `keras_moe.routing.capacity_slots`).
+        num_shared_experts: int, experts of the same shape that every token passes; the
+            outputs are added.
+        load_balancing_loss_weight: float, weight of `keras_moe.losses`'
+            `load_balancing_loss`. None: what the router suggests, 0.01 for "top_k".
+        router_z_loss_weight: float, weight of `router_z_loss`.
+        importance_loss_weight: float, weight of `importance_loss`. None: what the
+            router suggests, 0.1 for "noisy_top_k".
+        load_loss_weight: float, weight of `load_loss`, for routers with noise. None:
+            what the router suggests, 0.1 for "noisy_top_k".
+        entropy_loss_weight: float, weight of `entropy_loss`.
+        routing_metrics: sequence of names out of "expert_load", "load_cv",
+            "dropped_fraction", "router_entropy" and "router_confidence", which `fit`
+            then shows (see `keras_moe.metrics.RoutingMetrics`).
+        use_bias: bool, whether the expert layers add a bias.
+        dropout: float in [0, 1), dropped share of an expert's hidden units.
+        kernel_initializer: initializer of one expert's kernel.
+        kernel_regularizer: regularizer of the stacked expert kernels.
+        seed: int, the seed of dropout and of a router's noise.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`. The leading axes are flattened to tokens.
+        mask: bool tensor of the leading axes, False for padding: not routed, without
+            part in losses and capacity, and with zeros as outputs.
+        router_inputs: what the router sees, with the leading axes of `inputs`; for
+            the router "hash" the integer ids that it hashes, of the shape of the
+            leading axes. `inputs` by default.
+        training: bool, whether dropout and noise are active.
+
+    Returns:
+        A tensor of shape `(..., u)`.
+
+    Raises:
+        ValueError: if an argument breaks its rule, or if router, experts and dispatch
+            do not go together.
+
+    Example:
+
+    >>> moe = keras_moe.layers.MoE(num_experts=8, expert_units=(32, 16), top_k=2)
+    >>> moe(np.ones((4, 16))).shape == (4, 16)
+    True
+
+    The router computes in float32 under any dtype policy; the weights are cast once.
+
+    References:
+        - [Shazeer et al., 2017: Outrageously Large Neural Networks](
+          https://arxiv.org/abs/1701.06538)
+        - [Fedus et al., 2021: Switch Transformers](https://arxiv.org/abs/2101.03961)
+        - [Gale et al., 2022: MegaBlocks](https://arxiv.org/abs/2211.15841)
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        expert_units: int | Sequence[int] | None = None,
+        top_k: int = 2,
+        *,
+        activation: Any = "relu",
+        router: Any = None,
+        experts: keras.layers.Layer | None = None,
+        dispatch: str = "auto",
+        capacity_factor: float | None = None,
+        priority: str = "position",
+        num_shared_experts: int = 0,
+        load_balancing_loss_weight: float | None = None,
+        router_z_loss_weight: float = 0.0,
+        importance_loss_weight: float | None = None,
+        load_loss_weight: float | None = None,
+        entropy_loss_weight: float = 0.0,
+        routing_metrics: Sequence[str] = (),
+        use_bias: bool = True,
+        dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        kernel_regularizer: Any = None,
+        seed: int | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name=name or default_name("moe"), **kwargs)
+        self.supports_masking = True
+        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        self.expert_units = expert_units
+        self.activation = keras.activations.get(activation)
+        self.priority = _checks.one_of(
+            "priority", priority, ("position", "probability")
+        )
+        self.use_bias = use_bias
+        self.dropout = _checks.rate("dropout", dropout)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.seed = seed
+        self._router_given = router
+        self._experts_given = experts
+        self._top_k_given = top_k
+        self.router = self._make_router(router, top_k, capacity_factor)
+        self.top_k = self.router.top_k
+        self.experts = self._make_experts()
+        self.num_shared_experts = _checks.count(
+            "num_shared_experts", num_shared_experts
+        )
+        self.shared_experts = self._make_shared_experts()
+        self.capacity_factor = capacity_factor
+        self._check_capacity_factor(dispatch)
+        self.dispatch = dispatch
+        self.loss_weights = self._checked_loss_weights(
+            load_balancing=load_balancing_loss_weight,
+            router_z=router_z_loss_weight,
+            importance=importance_loss_weight,
+            load=load_loss_weight,
+            entropy=entropy_loss_weight,
+        )
+        self._metric_names = list(routing_metrics)
+        self.routing_metrics = self._make_metrics(routing_metrics)
+
+    # The parts, and which of them go together.
+
+    def _make_router(
+        self, router: Any, top_k: int, capacity_factor: float | None
+    ) -> keras.layers.Layer:
+        router = "top_k" if router is None else router
+        if isinstance(router, keras.layers.Layer):
+            if getattr(router, "num_experts", None) != self.num_experts:
+                raise ValueError(
+                    "`router` must route to `num_experts` experts. Received: "
+                    f"num_experts={self.num_experts}, router={router!r} with "
+                    f"num_experts={getattr(router, 'num_experts', None)}"
+                )
+            return router
+        kind = routers.KNOWN[_checks.one_of("router", router, routers.KNOWN)]
+        arguments: dict[str, Any] = {"top_k": top_k}
+        if self.seed is not None:
+            arguments["seed"] = self.seed
+        if kind.choice == "expert" and capacity_factor is not None:
+            arguments["capacity_factor"] = capacity_factor
+        known = inspect.signature(kind).parameters
+        return kind(
+            self.num_experts,
+            **{name: arguments[name] for name in arguments if name in known},
+            dtype=self.dtype_policy,
+            name="router",
+        )
+
+    def _make_experts(self) -> keras.layers.Layer:
+        if self._experts_given is not None:
+            _check_experts(self._experts_given, self.num_experts, self.expert_units)
+            return self._experts_given
+        if self.expert_units is None:
+            raise ValueError(
+                "`expert_units` must be given (the widths of an expert's layers), or "
+                "`experts`. Received neither."
+            )
+        return MLPExperts(
+            self.num_experts,
+            _checks.unit_sizes("expert_units", self.expert_units),
+            self.activation,
+            self.use_bias,
+            dropout=self.dropout,
+            kernel_initializer=self.kernel_initializer,
+            kernel_regularizer=self.kernel_regularizer,
+            seed=self.seed,
+            dtype=self.dtype_policy,
+            name="experts",
+        )
+
+    def _make_shared_experts(self) -> keras.layers.Layer | None:
+        if self.num_shared_experts == 0:
+            return None
+        config = self.experts.get_config()
+        if "num_experts" not in config:
+            raise ValueError(
+                "`num_shared_experts` needs experts that can be made in any number. "
+                f"Received: num_shared_experts={self.num_shared_experts}, "
+                f"experts={self.experts!r}"
+            )
+        shared = {"num_experts": self.num_shared_experts, "name": "shared_experts"}
+        return type(self.experts).from_config({**config, **shared})
+
+    @property
+    def dispatch(self) -> str:
+        """How tokens come to their experts; may be changed, the weights stay."""
+        return self._dispatch
+
+    @dispatch.setter
+    def dispatch(self, name: str) -> None:
+        _checks.one_of("dispatch", name, dispatch_lib.KNOWN)
+        served = ("auto", *dispatch_lib.SERVED[self.router.choice])
+        if name not in served:
+            raise ValueError(
+                f"`dispatch` must be one of {list(served)} for the router "
+                f"{type(self.router).__name__}. Received: dispatch={name!r}"
+            )
+        if name in ("blocked", "ragged") and not hasattr(self.experts, "on_rows"):
+            raise ValueError(
+                f"`dispatch` must not be {name!r} for the experts "
+                f"{type(self.experts).__name__}, which it cannot multiply together."
+            )
+        if name == "ragged" and keras.backend.backend() != "jax":
+            raise ValueError(
+                '`dispatch` may be "ragged" only on the JAX backend. Received: '
+                f"dispatch={name!r} on {keras.backend.backend()}"
+            )
+        self._dispatch = name
+
+    def _check_capacity_factor(self, dispatch: str) -> None:
+        if self.capacity_factor is None:
+            return
+        _checks.positive_number("capacity_factor", self.capacity_factor)
+        if dispatch not in ("auto", "capacity") or self.router.choice == "all":
+            raise ValueError(
+                "`capacity_factor` needs experts that can be full, which is "
+                'dispatch="capacity". Received: '
+                f"capacity_factor={self.capacity_factor}, dispatch={dispatch!r}, "
+                f"router={type(self.router).__name__}"
+            )
+        if self.router.choice == "expert" and self._router_given is self.router:
+            raise ValueError(
+                "`capacity_factor` belongs to the router here, which says how many "
+                "tokens an expert chooses. Received: "
+                f"capacity_factor={self.capacity_factor}, router={self.router!r}"
+            )
+
+    def _checked_loss_weights(self, **weights: float | None) -> dict[str, float]:
+        for name, weight in weights.items():
+            if weight is None:
+                weights[name] = self.router.default_loss_weights.get(name, 0.0)
+                continue
+            argument = f"{name}_loss_weight"
+            weights[name] = _checks.finite_number(argument, weight)
+            if weight != 0.0 and name not in self.router.supported_losses:
+                raise ValueError(
+                    f"`{argument}` must be 0 for the router "
+                    f"{type(self.router).__name__}, for which this loss has no "
+                    f"meaning. Received: {argument}={weight}"
+                )
+        return {name: weight for name, weight in weights.items() if weight}
+
+    def _make_metrics(self, names: Sequence[str]) -> RoutingMetrics | None:
+        if not names:
+            return None
+        return RoutingMetrics(self.num_experts, names, prefix=self.name)
+
+    # What the layer computes.
+
+    def build(
+        self,
+        inputs_shape: tuple[int | None, ...],
+        router_inputs_shape: tuple[int | None, ...] | None = None,
+    ) -> None:
+        features = _checks.last_dimension(type(self).__name__, inputs_shape)
+        tokens = keras.KerasTensor((None, features), self.compute_dtype)
+        for experts in (self.experts, self.shared_experts):
+            if experts is not None:
+                experts(tokens)  # A symbolic call builds experts of any kind.
+        if not self.router.built:
+            shape = router_inputs_shape or inputs_shape
+            self.router.build((None, shape[-1]))
+
+    def call(
+        self,
+        inputs: Any,
+        mask: Any = None,
+        training: bool | None = None,
+        router_inputs: Any = None,
+    ) -> Any:
+        leading = ops.shape(inputs)[:-1]
+        tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
+        mask = None if mask is None else ops.reshape(ops.cast(mask, "bool"), (-1,))
+        if mask is not None:
+            # Whatever stands in padding, NaN too, reaches no output and no gradient.
+            tokens = _where(mask, tokens)
+        routed = tokens
+        if router_inputs is not None:
+            routed = _as_tokens(router_inputs, len(inputs.shape))
+
+        routing = self.router(routed, mask=mask, training=training)
+        outputs = self._compute(tokens, routing, training)
+        if self.shared_experts is not None:
+            shared = self.shared_experts(tokens, training=training)
+            outputs = outputs + ops.sum(shared, axis=1)
+
+        self._add_losses(routing)
+        if mask is not None:
+            outputs = _where(mask, outputs)
+        return ops.reshape(outputs, (-1, *leading[1:], outputs.shape[-1]))
+
+    def _compute(self, tokens: Any, routing: Any, training: bool | None) -> Any:
+        """(n, d) -> (n, u) through the experts of every token."""
+        name, kept = self._dispatch_now(), None
+        if name == "capacity" and self.router.choice == "token":
+            factor = 1.25 if self.capacity_factor is None else self.capacity_factor
+            slots = routing_lib.capacity_slots(
+                routing,
+                self.num_experts,
+                routing_lib.expert_capacity(
+                    ops.shape(tokens)[0], self.num_experts, self.top_k, factor
+                ),
+                self.priority,
+            )
+            kept = slots.kept
+            outputs = dispatch_lib.capacity(
+                tokens, routing, self.experts, training, slots=slots
+            )
+        elif name == "capacity":
+            outputs = dispatch_lib.expert_choice(
+                tokens, routing, self.experts, training
+            )
+        else:
+            compute = getattr(dispatch_lib, name)
+            outputs = compute(tokens, routing, self.experts, training)
+        if self.routing_metrics is not None:
+            self.routing_metrics.update_state(routing, kept)
+        return ops.cast(outputs, self.compute_dtype)
+
+    def _dispatch_now(self) -> str:
+        """The dispatch of the graph that is being traced; the rule is in the docs."""
+        if self.dispatch == "ragged" and not _backend.has_grouped_matmul():
+            raise ValueError(
+                'dispatch="ragged" needs a device with a grouped matmul, which XLA has '
+                "for TPUs; elsewhere it would compute every expert on every row. "
+                'Set `layer.dispatch = "auto"`.'
+            )
+        if self.dispatch != "auto":
+            return self.dispatch
+        if self.router.choice == "all" or self.top_k == self.num_experts:
+            return "dense"
+        if self.router.choice == "expert" or self.capacity_factor is not None:
+            return "capacity"
+        if not _backend.under_xla():
+            return "split"
+        if not hasattr(self.experts, "on_rows"):
+            return "dense"
+        return "ragged" if _backend.has_grouped_matmul() else "blocked"
+
+    def _add_losses(self, routing: Any) -> None:
+        """Add the auxiliary losses, weighted. Only this layer does so."""
+        n = ops.shape(routing.router_probs)[0] if self.loss_weights else 0
+        formulas = {
+            "load_balancing": lambda: losses.load_balancing_loss(
+                routing.router_probs, routing.expert_indices, routing.mask
+            ),
+            "router_z": lambda: losses.router_z_loss(
+                routing.router_logits, routing.mask
+            ),
+            "importance": lambda: losses.importance_loss(
+                routing_lib.gates(routing, self.num_experts, n), routing.mask
+            ),
+            "load": lambda: losses.load_loss(routing.choice_probs, routing.mask),
+            "entropy": lambda: losses.entropy_loss(routing.router_probs, routing.mask),
+        }
+        for name, weight in self.loss_weights.items():
+            if name == "load" and routing.choice_probs is None:
+                continue  # Without noise, in inference, nothing is drawn.
+            self.add_loss(weight * formulas[name]())
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        return mask
+
+    def compute_output_shape(
+        self,
+        inputs_shape: tuple[int | None, ...],
+        router_inputs_shape: tuple[int | None, ...] | None = None,
+    ) -> tuple[int | None, ...]:
+        tokens = keras.KerasTensor((None, inputs_shape[-1]), self.compute_dtype)
+        units = self.experts.compute_output_spec(tokens).shape[-1]
+        return (*inputs_shape[:-1], units)
+
+    def get_config(self) -> dict[str, Any]:
+        router = self._router_given
+        if isinstance(router, keras.layers.Layer):
+            router = keras.saving.serialize_keras_object(router)
+        experts = self._experts_given
+        if experts is not None:
+            experts = keras.saving.serialize_keras_object(experts)
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "expert_units": self.expert_units,
+            "top_k": self._top_k_given,
+            "activation": keras.activations.serialize(self.activation),
+            "router": router,
+            "experts": experts,
+            "dispatch": self.dispatch,
+            "capacity_factor": self.capacity_factor,
+            "priority": self.priority,
+            "num_shared_experts": self.num_shared_experts,
+            **{
+                f"{name}_loss_weight": self.loss_weights.get(name, 0.0)
+                for name in ("load_balancing", "router_z", "importance", "load")
+            },
+            "entropy_loss_weight": self.loss_weights.get("entropy", 0.0),
+            "routing_metrics": self._metric_names,
+            "use_bias": self.use_bias,
+            "dropout": self.dropout,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MoE:
+        config = dict(config)
+        for part in ("router", "experts"):
+            if isinstance(config.get(part), dict):
+                config[part] = keras.saving.deserialize_keras_object(config[part])
+        return cls(**config)
+
+
+def _where(mask: Any, rows: Any) -> Any:
+    """Return `rows` with zeros where `mask` is False, also in place of NaN."""
+    return ops.where(ops.expand_dims(mask, -1), rows, ops.zeros_like(rows))
+
+
+def _as_tokens(router_inputs: Any, rank: int) -> Any:
+    """Flatten the leading axes; ids have no feature axis."""
+    if len(router_inputs.shape) == rank - 1:
+        return ops.reshape(router_inputs, (-1,))
+    return ops.reshape(router_inputs, (-1, router_inputs.shape[-1]))
+
+
+def _check_experts(experts: Any, num_experts: int, expert_units: Any) -> None:
+    if not hasattr(experts, "on_pieces"):
+        raise ValueError(
+            "`experts` must be a layer of keras_moe.experts; LayerExperts holds Keras "
+            f"layers of any kind. Received: experts={experts!r}"
+        )
+    if expert_units is not None:
+        raise ValueError(
+            "`expert_units` must be None where `experts` is given, which has its own. "
+            f"Received: expert_units={expert_units!r}"
+        )
+    if experts.num_experts != num_experts:
+        raise ValueError(
+            "`num_experts` must be the number of experts in `experts`. Received: "
+            f"num_experts={num_experts}, experts.num_experts={experts.num_experts}"
+        )

@@ -1,0 +1,774 @@
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_moe import losses, routers, routing
+from tests import backends, oracles, routing_oracles
+
+WITH_KERNEL = [name for name in routers.KNOWN if name != "hash"]
+TOKEN_CHOICE = [name for name in WITH_KERNEL if routers.KNOWN[name].choice == "token"]
+MASK = np.array([True, True, False, True, True, False, True])
+EXPERT_BIAS = np.array([0.3, -0.2, 0.1, 0.0, -0.4, 0.25])
+
+
+def make(kind, num_experts=4, **kwargs):
+    if kind != "dense":
+        kwargs.setdefault("top_k", 2)
+    return routers.KNOWN[kind](num_experts, **kwargs)
+
+
+def tokens(n=7, d=5):
+    return np.random.default_rng(0).normal(size=(n, d)).astype("float32")
+
+
+def array(tensor):
+    return np.asarray(ops.convert_to_numpy(tensor))
+
+
+def arrays(record):
+    """The fields of a record that are not None."""
+    found = {name: v for name, v in record._asdict().items() if v is not None}
+    return {name: array(v) for name, v in found.items()}
+
+
+def on_logits(router):
+    """Give the router the identity as its kernel, so that tokens are logits."""
+    router.build((None, router.num_experts))
+    router.kernel.assign(np.eye(router.num_experts))
+    return router
+
+
+def logit(scores):
+    scores = np.asarray(scores)
+    return np.log(scores / (1 - scores))
+
+
+@keras.saving.register_keras_serializable("tests")
+class Fields(keras.layers.Layer):
+    """A router whose record comes as a list, for compilers, files and gradients."""
+
+    def __init__(self, router, training=False, mask=None, floats=False, **kwargs):
+        super().__init__(dtype=router.dtype_policy, **kwargs)
+        self.router, self.training = router, training
+        self.mask, self.floats = mask, floats
+
+    def build(self, input_shape):
+        if not self.router.built:
+            self.router.build(input_shape)
+
+    def call(self, x):
+        record = self.router(x, mask=self.mask, training=self.training)
+        fields = [v for v in record if v is not None]
+        if not self.floats:
+            return fields
+        return [v for v in fields if keras.backend.is_float_dtype(v.dtype)]
+
+    def get_config(self):
+        router = keras.saving.serialize_keras_object(self.router)
+        return {"name": self.name, "router": router, "training": self.training}
+
+    @classmethod
+    def from_config(cls, config):
+        router = keras.saving.deserialize_keras_object(config.pop("router"))
+        return cls(router, **config)
+
+
+def oracle_of(name, kwargs, training, noise):
+    """The oracle as a function of the tokens and the layer's weights in their order."""
+    everybody = np.ones(len(noise), bool)
+    options = {key: v for key, v in kwargs.items() if key not in ("seed", "use_bias")}
+    k = options.pop("top_k", None)
+    o = routing_oracles
+    if name == "top_k":
+        options.setdefault("renormalize", k > 1)
+        return lambda x, kernel, bias=0.0: o.top_k(x, kernel, k, bias, **options)
+    if name == "noisy_top_k":
+        return lambda x, *kernels: o.noisy_top_k(x, *kernels, noise, k)
+    if name == "bias_balanced":
+        options["renormalize"] = k > 1
+        return lambda x, kernel: o.bias_balanced(x, kernel, EXPERT_BIAS, k, **options)
+    if name == "expert_choice":
+        factor = options["capacity_factor"]
+        return lambda x, kernel: o.expert_choice(x, kernel, k, factor, everybody)
+    if name == "sinkhorn":
+        steps = options["iterations"] if training else 0
+        t = options.get("temperature", 1.0)
+        return lambda x, w: o.sinkhorn(x, w, k, steps, t, k > 1, everybody)
+    return lambda x, kernel: o.dense(x, kernel, options["temperature"])
+
+
+GROUPS = {"num_groups": 3, "top_k_groups": 2, "routed_scaling_factor": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "training"),
+    [
+        ("top_k", {"top_k": 2}, True),
+        ("top_k", {"top_k": 1}, True),
+        ("top_k", {"top_k": 6, "renormalize": False, "use_bias": True}, False),
+        ("top_k", {"top_k": 3, "score_function": "sigmoid", "use_bias": True}, True),
+        ("top_k", {"top_k": 1, "score_function": "sigmoid"}, False),
+        ("noisy_top_k", {"top_k": 2, "seed": 3}, True),
+        ("noisy_top_k", {"top_k": 5, "seed": 4}, True),
+        ("bias_balanced", {"top_k": 2}, True),
+        ("bias_balanced", {"top_k": 3, **GROUPS}, False),
+        ("bias_balanced", {"top_k": 1, "num_groups": 6, "top_k_groups": 2}, False),
+        ("bias_balanced", {"top_k": 2, "score_function": "softmax"}, False),
+        ("expert_choice", {"top_k": 2, "capacity_factor": 1.0}, True),
+        ("expert_choice", {"top_k": 1, "capacity_factor": 0.7}, False),
+        ("expert_choice", {"top_k": 6, "capacity_factor": 3.0}, False),
+        ("sinkhorn", {"top_k": 2, "iterations": 7, "temperature": 0.5}, True),
+        ("sinkhorn", {"top_k": 1, "iterations": 3}, True),
+        ("sinkhorn", {"top_k": 1, "iterations": 3}, False),
+        ("dense", {"temperature": 0.5}, False),
+    ],
+)
+def test_record_and_gradients_equal_the_oracle(name, kwargs, training):
+    x, rng = tokens().astype("float64"), np.random.default_rng(1)
+    router = routers.KNOWN[name](6, dtype="float64", **kwargs)
+    router.build(x.shape)
+    weights = [rng.normal(size=w.shape) for w in router.trainable_variables]
+    for variable, weight in zip(router.trainable_variables, weights, strict=True):
+        variable.assign(weight)
+    # The first draw of another generator with the router's seed is the router's.
+    noise = keras.random.normal(
+        (7, 6), dtype="float64", seed=keras.random.SeedGenerator(kwargs.get("seed"))
+    )
+    oracle = oracle_of(name, kwargs, training, array(noise))
+    expected = oracle(x, *weights)
+
+    def start():
+        if name == "bias_balanced":
+            router.expert_bias.assign(EXPERT_BIAS)
+        if name == "noisy_top_k":
+            fresh = keras.random.SeedGenerator(kwargs["seed"])
+            router.seed_generator.state.assign(fresh.state)
+
+    start()
+    found = arrays(router(x, training=training))
+    for field, values in expected.items():
+        np.testing.assert_allclose(
+            found.pop(field), values, **backends.tolerance(1e-6, 1e-9), err_msg=field
+        )
+    assert not found.pop("invalid", np.zeros(1)).any()
+    assert not found
+
+    start()
+    fields = [field for field in expected if not field.endswith("indices")]
+    cotangents = [rng.normal(size=expected[field].shape) for field in fields]
+    layer = Fields(router, training, floats=True)
+    layer.build(x.shape)
+    by_weight, by_input = backends.gradients(layer, [x], cotangents)
+
+    def scalar():
+        record = oracle(x, *weights)
+        return sum(
+            (record[field] * c).sum()
+            for field, c in zip(fields, cotangents, strict=True)
+        )
+
+    numeric = oracles.numeric_gradients(scalar, [x, *weights])
+    for gradient, values in zip([*by_input, *by_weight], numeric, strict=True):
+        np.testing.assert_allclose(gradient, values, **backends.tolerance(1e-4, 1e-7))
+
+
+# By hand
+
+
+def test_top_k_by_hand():
+    x = np.log([[1.0, 4.0, 2.0, 3.0]])
+    found = arrays(on_logits(make("top_k"))(x))
+    assert found["expert_indices"].tolist() == [[1, 3]]
+    np.testing.assert_allclose(found["router_probs"], [[0.1, 0.4, 0.2, 0.3]], 1e-6)
+    np.testing.assert_allclose(found["combine_weights"], [[4 / 7, 3 / 7]], 1e-6)
+    switch = arrays(on_logits(make("top_k", top_k=1))(x))
+    np.testing.assert_allclose(switch["combine_weights"], [[0.4]], 1e-6)
+    # sigmoid(log a) = a / (a + 1): 1/2, 4/5, 2/3, 3/4, together 163/60
+    found = arrays(on_logits(make("top_k", score_function="sigmoid"))(x))
+    np.testing.assert_allclose(found["combine_weights"], [[0.8 / 1.55, 0.75 / 1.55]])
+    np.testing.assert_allclose(
+        found["router_probs"], [[30 / 163, 48 / 163, 40 / 163, 45 / 163]], 1e-6
+    )
+
+
+def test_jitter_is_in_training_and_in_its_bounds():
+    router = on_logits(make("top_k", jitter=0.1, seed=1))
+    x = np.full((50, 4), 2.0)
+    assert (array(router(x).router_logits) == 2.0).all()
+    moved = array(router(x, training=True).router_logits)
+    assert 1.8 <= moved.min() < 1.85
+    assert 2.15 < moved.max() <= 2.2
+    assert (moved != array(router(x, training=True).router_logits)).any()
+
+
+def test_the_noise_is_in_training_only():
+    router = on_logits(make("noisy_top_k"))
+    x = tokens(7, 4)
+    still = arrays(router(x))
+    assert set(still) == {*routing.Routing._fields} - {"mask", "choice_probs"}
+    expected = arrays(on_logits(make("top_k"))(x))
+    for field, values in expected.items():
+        np.testing.assert_allclose(still[field], values, rtol=1e-6)
+    assert (array(router(x, training=True).router_logits) != x).all()
+
+
+def test_choice_probs_are_frequencies():
+    """Draw the noise of one expert anew 20,000 times and see how often it is chosen."""
+    router = on_logits(make("noisy_top_k", dtype="float64", seed=5))
+    clean = np.array([[0.3, -0.2, 0.5, 0.0]])
+    record = arrays(router(clean, training=True))
+    noisy = record["router_logits"][0]
+    rng = np.random.default_rng(0)
+    for e in range(4):
+        redrawn = np.tile(noisy, (20_000, 1))
+        # A noise kernel of zeros: the deviation is softplus(0) = log 2.
+        redrawn[:, e] = clean[0, e] + np.log(2) * rng.normal(size=20_000)
+        chosen = (np.argsort(-redrawn, axis=1)[:, :2] == e).any(axis=1)
+        # Four standard errors of a frequency, at most 4 sqrt(0.25 / 20000) = 0.014.
+        assert chosen.mean() == pytest.approx(record["choice_probs"][0, e], abs=0.015)
+
+
+def test_all_experts_are_chosen_with_certainty():
+    record = on_logits(make("noisy_top_k", top_k=4))(tokens(3, 4), training=True)
+    assert (array(record.choice_probs) == 1).all()
+
+
+def test_groups_by_hand():
+    # Sums of the two best of each group: 0.9 + 0.1, 0.6 + 0.5, 0.8 + 0.05
+    x = logit([[0.9, 0.1, 0.6, 0.5, 0.8, 0.05]])
+    options = {"num_experts": 6, "num_groups": 3, "routed_scaling_factor": 2.5}
+    one = on_logits(make("bias_balanced", top_k_groups=1, **options))
+    found = arrays(one(x))
+    assert found["expert_indices"].tolist() == [[2, 3]]
+    np.testing.assert_allclose(
+        found["combine_weights"], [[2.5 * 0.6 / 1.1, 2.5 * 0.5 / 1.1]], 1e-5
+    )
+    # The two best groups have 0.9, 0.1, 0.6 and 0.5: the expert with 0.8 is out.
+    two = on_logits(make("bias_balanced", top_k_groups=2, **options))
+    assert array(two(x).expert_indices).tolist() == [[0, 2]]
+    # A bias for all moves nothing, also where it makes every score negative.
+    two.expert_bias.assign(np.full(6, -2.0))
+    assert array(two(x).expert_indices).tolist() == [[0, 2]]
+    # With 0.5 more for expert 4 the last group has 1.35: the best two are 1.3 and 0.6.
+    two.expert_bias.assign([0, 0, 0, 0, 0.5, 0])
+    found = arrays(two(x))
+    assert found["expert_indices"].tolist() == [[4, 2]]
+    # The weights know no bias: 0.8 and 0.6.
+    np.testing.assert_allclose(
+        found["combine_weights"], [[2.5 * 0.8 / 1.4, 2.5 * 0.6 / 1.4]], 1e-5
+    )
+
+
+def test_the_bias_follows_the_load_by_hand():
+    router = on_logits(make("bias_balanced", top_k=1, bias_update_rate=0.125))
+    x = 4 * np.eye(4)[[0, 0, 1, 0, 2]]
+    router(x, training=False)
+    assert (array(router.expert_bias) == 0).all()
+    # Loads (3, 1, 1, 0), mean 1.25: one has more, three have less.
+    router(x, training=True)
+    assert array(router.expert_bias).tolist() == [-0.125, 0.125, 0.125, 0.125]
+    # Of the tokens that count, 0 and 1 are chosen once each: mean 0.5.
+    mask = np.array([True, False, True, False, False])
+    router(x, mask=mask, training=True)
+    assert array(router.expert_bias).tolist() == [-0.25, 0.0, 0.25, 0.25]
+    # A token that is not finite does not count either, nor does an empty batch.
+    router(np.full((2, 4), np.nan), training=True)
+    router(x, mask=np.zeros(5, bool), training=True)
+    router(np.zeros((0, 4)), training=True)
+    router.trainable = False
+    router(x, training=True)
+    assert array(router.expert_bias).tolist() == [-0.25, 0.0, 0.25, 0.25]
+
+
+def test_the_bias_balances_a_skewed_router():
+    x = tokens(256, 4) + np.array([2.0, 0, 0, 0])
+    router = on_logits(make("bias_balanced", top_k=1, bias_update_rate=0.01))
+
+    def largest():
+        return np.bincount(array(router(x).expert_indices)[:, 0], minlength=4).max()
+
+    assert largest() > 180
+    for _ in range(100):
+        router(x, training=True)
+    assert largest() < 80
+    variables = [v.name for v in router.trainable_variables]
+    assert variables == ["kernel"]
+
+
+def test_a_bias_in_half_precision_is_float32():
+    router = on_logits(make("bias_balanced", dtype="bfloat16"))
+    assert router.expert_bias.dtype == "float32"
+
+
+PAIRS = np.log([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8]])
+
+
+def test_expert_choice_by_hand():
+    # c = ceil(1 * 1 * 4 / 2) = 2: expert 0 takes tokens 0 and 2, expert 1 3 and 1.
+    router = on_logits(make("expert_choice", 2, top_k=1))
+    found = arrays(router(PAIRS))
+    assert found["token_indices"].tolist() == [[0, 2], [3, 1]]
+    np.testing.assert_allclose(found["combine_weights"], [[0.9, 0.7], [0.8, 0.4]], 1e-6)
+    assert not found["invalid"].any()
+
+
+def test_expert_choice_passes_over_padding_and_nan_by_hand():
+    # c = ceil(1.5 * 1 * 4 / 2) = 3, but only tokens 0 and 1 can be chosen.
+    router = on_logits(make("expert_choice", 2, top_k=1, capacity_factor=1.5))
+    x = PAIRS.copy()
+    x[3] = np.inf
+    found = arrays(router(x, mask=np.array([True, True, False, True])))
+    assert found["token_indices"].tolist() == [[0, 1, 4], [1, 0, 4]]
+    np.testing.assert_allclose(
+        found["combine_weights"], [[0.9, 0.6, 0], [0.4, 0.1, 0]], 1e-6
+    )
+    assert found["invalid"].tolist() == [False, False, False, True]
+    # What is padding is not invalid, whatever it holds.
+    found = arrays(router(x, mask=np.array([True, True, True, False])))
+    assert not found["invalid"].any()
+
+
+def test_sinkhorn_by_hand():
+    """Both tokens want expert 0, the second one more so. One of them must go."""
+    router = on_logits(make("sinkhorn", 2, top_k=1))
+    x = np.array([[2.0, 1.0], [3.0, 0.0]])
+    assert array(router(x).expert_indices).tolist() == [[0], [0]]
+    found = arrays(router(x, training=True))
+    assert found["expert_indices"].tolist() == [[1], [0]]
+    # The weights are those of a plain softmax: 1 / (1 + e) and 1 / (1 + e^-3).
+    np.testing.assert_allclose(
+        found["combine_weights"], [[1 / (1 + np.e)], [1 / (1 + np.exp(-3))]], 1e-5
+    )
+
+
+def test_sinkhorn_balances_a_skewed_batch():
+    x = tokens(512, 4) + np.array([3.0, 0, 0, -2.0])
+    router = on_logits(make("sinkhorn", top_k=1, temperature=0.3))
+    plain = np.bincount(array(router(x).expert_indices)[:, 0], minlength=4)
+    balanced = array(router(x, training=True).expert_indices)[:, 0]
+    assert plain.max() > 400
+    assert np.bincount(balanced, minlength=4).max() < 1.15 * 512 / 4
+
+
+def test_padding_and_nan_take_no_part_in_the_balance():
+    x = np.array([[2.0, 1.0], [3.0, 0.0], [9.0, 0.0], [np.nan, 1.0]])
+    router = on_logits(make("sinkhorn", 2, top_k=1))
+    mask = np.array([True, True, False, True])
+    found = array(router(x, mask=mask, training=True).expert_indices)
+    assert found[:2].tolist() == [[1], [0]]
+    nobody = router(x, mask=np.zeros(4, bool), training=True)
+    assert set(array(nobody.expert_indices).ravel()) <= {0, 1}
+
+
+# Hashes
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_a_vocabulary_is_dealt_evenly(k):
+    router = routers.HashRouter(4, k, vocabulary_size=103, seed=2)
+    chosen = array(router(np.arange(103)).expert_indices)
+    for choice in chosen.T:
+        counts = np.bincount(choice, minlength=4)
+        assert set(counts) <= {103 // 4, 103 // 4 + 1}
+    assert all(len(set(row)) == k for row in chosen)
+    again = routers.HashRouter(4, k, vocabulary_size=103, seed=2)
+    assert (array(again(np.arange(103)).expert_indices) == chosen).all()
+    other = routers.HashRouter(4, k, vocabulary_size=103, seed=3)
+    assert (array(other(np.arange(103)).expert_indices) != chosen).any()
+
+
+def test_ids_outside_the_vocabulary_go_where_their_remainder_goes():
+    router = routers.HashRouter(4, 2, vocabulary_size=10)
+    inside = array(router(np.array([3, 9, 0])).expert_indices)
+    outside = array(router(np.array([13, -1, 10])).expert_indices)
+    assert (inside == outside).all()
+    large = routers.HashRouter(4, 1, vocabulary_size=1000)
+    found = large(np.array([200], "uint8")).expert_indices
+    assert array(found) == array(large(np.array([200])).expert_indices)
+
+
+def test_a_hash_is_the_same_everywhere():
+    """Numbers written down once: no backend, process or version may change them."""
+    router = routers.HashRouter(7, 3, seed=1)
+    ids = np.array([0, 1, 2, 3, 1_000_000, 2**31 - 1, -1, -(2**31)])
+    first = [[0, 2, 5], [3, 4, 1], [4, 3, 6], [4, 3, 2]]
+    far = [[0, 6, 1], [0, 1, 2], [0, 5, 3], [5, 2, 4]]
+    assert array(router(ids).expert_indices).tolist() == first + far
+
+
+@pytest.mark.parametrize("step", [1, 64, 65536])
+def test_a_hash_is_even_and_its_choices_differ(step):
+    ids = np.arange(-8000, 8000) * step
+    chosen = array(routers.HashRouter(8, 2)(ids.astype("int32")).expert_indices)
+    assert (chosen[:, 0] != chosen[:, 1]).all()
+    # 7 degrees of freedom: chi² is above 30 once in 10,000 hashes.
+    for choice in chosen.T:
+        counts = np.bincount(choice, minlength=8)
+        assert ((counts - 2000) ** 2 / 2000).sum() < 30
+    # All 56 ordered pairs, 286 times each on average.
+    pairs = np.bincount(chosen[:, 0] * 8 + chosen[:, 1], minlength=64)
+    assert pairs[pairs > 0].size == 56
+    assert pairs[pairs > 0].min() > 200
+
+
+def test_hash_weights_and_shapes():
+    router = routers.HashRouter(4, 2)
+    flat, column = router(np.arange(5)), router(np.arange(5)[:, None], mask=MASK[:5])
+    assert (array(flat.expert_indices) == array(column.expert_indices)).all()
+    assert (array(flat.combine_weights) == 0.5).all()
+    assert (array(column.mask) == MASK[:5]).all()
+    assert flat.router_logits is flat.router_probs is flat.choice_probs is None
+    everything = array(routers.HashRouter(3, 3)(np.arange(9)).expert_indices)
+    assert (np.sort(everything, axis=1) == [0, 1, 2]).all()
+
+
+def test_a_hash_wants_ids():
+    with pytest.raises(ValueError, match=r"`router_inputs`.*float32"):
+        routers.HashRouter(4)(np.ones(3, "float32"))
+    with pytest.raises(ValueError, match=r"\(n,\) or \(n, 1\).*\(3, 2\)"):
+        routers.HashRouter(4)(np.ones((3, 2), "int32"))
+
+
+# What all promise
+
+EVERY = [
+    *[(name, {}) for name in routers.KNOWN],
+    ("hash", {"vocabulary_size": 50}),
+    ("bias_balanced", {"num_groups": 2, "top_k_groups": 1}),
+    ("top_k", {"score_function": "sigmoid", "use_bias": True, "jitter": 0.2}),
+]
+
+
+def feed(name, n=7):
+    return np.arange(n).astype("int32")[:, None] if name == "hash" else tokens(n)
+
+
+def model_of(router, x):
+    inputs = keras.Input(x.shape[1:], dtype=x.dtype.name)
+    return keras.Model(inputs, Fields(router)(inputs))
+
+
+def takes_unknown_n(name):
+    return name != "expert_choice" or keras.backend.backend() == "tensorflow"
+
+
+def assert_equal(found, expected, **tolerance):
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(array(a), array(b), **tolerance)
+
+
+def test_the_table_of_routers_is_coherent():
+    every = {"load_balancing", "importance", "load", "router_z", "entropy"}
+    for name, router in routers.KNOWN.items():
+        assert router.choice in ("token", "expert", "all")
+        assert set(router.default_loss_weights) <= router.supported_losses <= every
+        assert make(name).top_k == (4 if name == "dense" else 2)
+    # `losses` stays what it is in every Keras layer.
+    regular = on_logits(make("top_k", kernel_regularizer=keras.regularizers.L2(0.5)))
+    assert [float(array(loss)) for loss in regular.losses] == pytest.approx([0.5 * 4])
+
+
+@pytest.mark.parametrize(("name", "kwargs"), EVERY)
+def test_config_and_file(name, kwargs, tmp_path):
+    router = make(name, name="given", trainable=False, **kwargs)
+    config = keras.saving.serialize_keras_object(router)
+    again = keras.saving.deserialize_keras_object(config)
+    assert type(again) is type(router)
+    assert keras.saving.serialize_keras_object(again) == config
+    assert config["registered_name"].startswith("keras_moe>")
+    assert (again.name, again.trainable) == ("given", False)
+    x = feed(name)
+    if not takes_unknown_n(name):
+        pytest.skip("this backend fixes every shape in advance")
+    model = model_of(make(name, **kwargs), x)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_equal(loaded(x), model(x), rtol=0)
+
+
+def test_every_argument_is_in_the_config():
+    given = {
+        "top_k": {"score_function": "sigmoid", "renormalize": False, "jitter": 0.1},
+        "noisy_top_k": {"noise_kernel_initializer": "ones", "seed": 3},
+        "bias_balanced": {"routed_scaling_factor": 2.5, "bias_update_rate": 0.01},
+        "expert_choice": {"capacity_factor": 1.25, "use_bias": True},
+        "sinkhorn": {"iterations": 3, "temperature": 0.5, "renormalize": False},
+        "hash": {"vocabulary_size": 9, "seed": 4},
+        "dense": {"temperature": 0.5, "kernel_initializer": "he_normal"},
+    }
+    for name, kwargs in given.items():
+        router = make(name, **kwargs)
+        again = type(router).from_config(router.get_config())
+        for key, value in kwargs.items():
+            if not key.endswith("initializer"):
+                assert getattr(again, key) == value
+        assert again.get_config() == router.get_config()
+
+
+@pytest.mark.parametrize("name", routers.KNOWN)
+def test_routing_is_float32_under_any_policy(name):
+    x = ops.cast(feed(name), "int32" if name == "hash" else "bfloat16")
+    reference = make(name)
+    expected = list(arrays(reference(x)).values())
+    for policy in ("mixed_bfloat16", "mixed_float16"):
+        router = make(name, dtype=policy)
+        router.build(x.shape)
+        router.set_weights(reference.get_weights())
+        # Neither the router's own autocast scope nor that of a layer around it may
+        # take the low bits of the kernel.
+        for found in (arrays(router(x)).values(), Fields(router)(x)):
+            found = [array(value) for value in found]
+            assert {value.dtype.name for value in found} <= {"float32", "int32", "bool"}
+            assert_equal(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", routers.KNOWN)
+def test_padding_changes_no_other_token(name):
+    x = feed(name)
+    router = make(name)
+    if name != "hash":
+        x[~MASK] = np.nan
+    for training in (False, True) if name == "sinkhorn" else (False,):
+        alone = arrays(router(x[MASK], training=training))
+        found = arrays(router(x, mask=MASK, training=training))
+        assert (found.pop("mask") == MASK).all()
+        if name == "expert_choice":
+            n = len(x)
+            chosen = {*found["token_indices"].ravel()}
+            assert chosen <= {*np.flatnonzero(MASK), n}
+            assert not found["invalid"].any()
+            continue
+        for field, values in alone.items():
+            np.testing.assert_allclose(
+                found[field][MASK], values, rtol=1e-5, atol=1e-6, err_msg=field
+            )
+
+
+@pytest.mark.parametrize("name", WITH_KERNEL)
+def test_nan_in_padding_reaches_no_gradient(name):
+    x = tokens()
+    x[~MASK] = np.nan
+    layer = Fields(make(name), training=True, mask=MASK, floats=True)
+    cotangents = [np.ones(v.shape, "float32") for v in layer(x)]
+    by_weight, by_input = backends.gradients(layer, [x], cotangents)
+    assert all(np.isfinite(gradient).all() for gradient in by_weight)
+    assert (by_input[0][~MASK] == 0).all()
+
+
+@pytest.mark.parametrize("name", WITH_KERNEL)
+def test_nan_and_infinity_stay_in_their_rows(name):
+    x = tokens()
+    broken = x.copy()
+    broken[2], broken[5, 1] = np.nan, np.inf
+    others = np.array([0, 1, 3, 4, 6])
+    router = make(name)
+    router.build(x.shape)
+    # In training an expert's and a batch's choice would depend on the other rows.
+    layer = Fields(router)
+    fields = list(arrays(router(x)))
+    expected = [array(v) for v in layer(x)]
+    runs = {"eager": layer, **backends.compiled_calls(layer)}
+    for run in runs.values():
+        values = map(array, run(ops.convert_to_tensor(broken)))
+        found = dict(zip(fields, values, strict=True))
+        if name == "expert_choice":
+            assert np.flatnonzero(found["invalid"]).tolist() == [2, 5]
+            assert not {2, 5} & set(found["token_indices"].ravel())
+            assert np.isfinite(found["combine_weights"]).all()
+            continue
+        if "expert_indices" in found:
+            assert found["expert_indices"].min() >= 0
+            assert found["expert_indices"].max() < 4
+        for field, values in zip(fields, expected, strict=True):
+            np.testing.assert_allclose(
+                found[field][others], values[others], rtol=1e-5, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("name", routers.KNOWN)
+def test_compiled_equals_eager(name):
+    x = ops.convert_to_tensor(feed(name))
+    training = name in ("sinkhorn", "expert_choice")
+    layer = Fields(make(name), training)
+    expected = [array(v) for v in layer(x)]
+    for call in backends.compiled_calls(layer).values():
+        assert_equal(call(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), EVERY)
+def test_any_number_of_tokens(name, kwargs):
+    router = make(name, **kwargs)
+    x = feed(name)
+    if takes_unknown_n(name):
+        model = model_of(router, x)
+        for n in (1, 2, 7):
+            found = model.predict_on_batch(x[:n])
+            assert_equal(found, [array(v) for v in Fields(router)(x[:n])], rtol=1e-5)
+    for training in (False, True):
+        record = arrays(router(x[:0], training=training))
+        for field, values in record.items():
+            if router.choice == "expert" and values.shape[0] == 4:
+                assert values.tolist() == [[0]] * 4, field
+            else:
+                assert values.shape[0] == 0, field
+
+
+def test_expert_choice_computes_its_capacity_in_the_graph():
+    """An exported model does not know n; the slots are those of `expert_capacity`."""
+    if keras.backend.backend() == "jax":
+        with pytest.raises(ValueError, match="number of tokens to be known"):
+            model_of(make("expert_choice"), tokens())
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("only TensorFlow has shapes that the run decides")
+    import tensorflow as tf
+
+    router = make("expert_choice", 5, top_k=2, capacity_factor=1.1)
+    layer = Fields(router)
+    layer(tokens())
+    signature = [tf.TensorSpec([None, 5], "float32")]
+    for jit in (False, True):
+        call = tf.function(lambda x: layer(x), signature, jit_compile=jit)
+        for n in (0, 1, 3, 7, 10):
+            found, expected = call(tokens(n)), layer(tokens(n))
+            slots = routing.expert_capacity(n, 5, 2, 1.1)
+            assert found[0].shape == (5, slots)
+            assert_equal(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", routers.KNOWN)
+def test_one_expert(name):
+    if name == "noisy_top_k":
+        pytest.skip("takes two")
+    kwargs = {} if name == "dense" else {"top_k": 1}
+    router = make(name, 1, **kwargs)
+    x = feed(name)
+    record = arrays(router(x, training=True))
+    if name != "bias_balanced":
+        assert (record["combine_weights"] == 1).all()
+    if name != "hash":
+        # Every weight has a gradient, if only of zeros.
+        layer = Fields(router, floats=True)
+        cotangents = [np.ones(v.shape, "float32") for v in layer(x)]
+        backends.gradients(layer, [x], cotangents)
+
+
+def test_the_bias_is_updated_in_compiled_training():
+    """`fit` with a compiler and without moves the bias and trains the kernel."""
+    compilers = (False,) if keras.backend.backend() == "torch" else (False, True)
+    for jit in compilers:
+        layer = WeightsOnly(make("bias_balanced", bias_update_rate=0.125))
+        model = keras.Sequential([keras.Input((5,)), layer])
+        model.compile("sgd", "mse", jit_compile=jit)
+        kernel = array(layer.router.kernel)
+        x = tokens(64)
+        x[:, 0] += 5
+        model.fit(x, np.zeros((64, 2), "float32"), batch_size=32, verbose=0)
+        assert set(np.abs(array(layer.router.expert_bias))) <= {0.0, 0.125, 0.25}
+        assert array(layer.router.expert_bias).any()
+        assert (array(layer.router.kernel) != kernel).any()
+
+
+class WeightsOnly(keras.layers.Layer):
+    def __init__(self, router):
+        super().__init__()
+        self.router = router
+
+    def build(self, input_shape):
+        self.router.build(input_shape)
+
+    def call(self, x, training=None):
+        record = self.router(x, training=training)
+        self.add_loss(
+            losses.load_balancing_loss(record.router_probs, record.expert_indices)
+        )
+        return record.combine_weights
+
+
+def test_kernels_of_one_seeded_initializer_differ():
+    initializer = keras.initializers.GlorotUniform(seed=1)
+    router = make(
+        "noisy_top_k",
+        kernel_initializer=initializer,
+        noise_kernel_initializer=initializer,
+    )
+    router.build((None, 5))
+    assert (array(router.kernel) != array(router.noise_kernel)).all()
+    assert (array(on_logits(make("noisy_top_k")).noise_kernel) == 0).all()
+
+
+# Few different sizes, since JAX compiles every operation again for each.
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(TOKEN_CHOICE),
+    n=st.sampled_from([1, 2, 7]),
+    e=st.sampled_from([2, 6]),
+    training=st.booleans(),
+    broken=st.sampled_from([0.0, np.nan, np.inf, -np.inf]),
+    data=st.data(),
+)
+def test_choices_are_different_experts_for_any_sizes(
+    name, n, e, training, broken, data
+):
+    k = data.draw(st.sampled_from([2, e - 1, e]).filter(lambda k: k > 1))
+    x = np.random.default_rng(n).normal(size=(n, e)).round(1).astype("float32")
+    x[n // 2, e // 2] = broken
+    record = arrays(on_logits(make(name, e, top_k=k))(x, training=training))
+    chosen = record["expert_indices"]
+    assert chosen.shape == (n, k)
+    assert chosen.dtype == np.int32
+    assert ((chosen >= 0) & (chosen < e)).all()
+    assert all(len(set(row)) == k for row in chosen)
+    whole = np.delete(record["combine_weights"], n // 2, axis=0)
+    np.testing.assert_allclose(whole.sum(axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("top_k", {"num_experts": 0}, "`num_experts`.*0"),
+        ("top_k", {"top_k": 5}, "`top_k` must not exceed.*top_k=5, num_experts=4"),
+        ("top_k", {"top_k": 1.0}, "`top_k`.*1.0"),
+        ("top_k", {"score_function": "relu"}, "`score_function`.*'relu'"),
+        ("top_k", {"top_k": 1, "renormalize": True}, "`renormalize`.*True, top_k=1"),
+        ("top_k", {"jitter": 1}, "`jitter`.*1"),
+        ("noisy_top_k", {"top_k": 1}, "`top_k` must be >= 2.*1"),
+        ("bias_balanced", {"num_groups": 3}, "`num_groups` must divide.*num_groups=3"),
+        (
+            "bias_balanced",
+            {"num_groups": 2, "top_k_groups": 3},
+            "`top_k_groups` must not exceed.*top_k_groups=3",
+        ),
+        (
+            "bias_balanced",
+            {"num_groups": 4, "top_k_groups": 1},
+            "`top_k` must not exceed the number of experts.*top_k=2",
+        ),
+        ("bias_balanced", {"top_k": 1, "renormalize": True}, "`renormalize`"),
+        ("bias_balanced", {"routed_scaling_factor": 0}, "`routed_scaling_factor`.*0"),
+        ("bias_balanced", {"bias_update_rate": -1}, "`bias_update_rate`.*-1"),
+        ("expert_choice", {"capacity_factor": 0.0}, "`capacity_factor`.*0.0"),
+        ("sinkhorn", {"iterations": 0}, "`iterations`.*0"),
+        ("sinkhorn", {"temperature": 0}, "`temperature`.*0"),
+        ("hash", {"vocabulary_size": 0}, "`vocabulary_size`.*0"),
+        ("hash", {"seed": -1}, "`seed`.*-1"),
+        ("dense", {"temperature": -1}, "`temperature`.*-1"),
+    ],
+)
+def test_bad_arguments_are_named(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(name, **{"num_experts": 4, **arguments})
+
+
+def test_tokens_of_another_shape_are_refused():
+    router = make("top_k")
+    router(tokens())
+    with pytest.raises(ValueError, match="axis -1"):
+        router(tokens(7, 6))
+    with pytest.raises(ValueError, match="ndim=2"):
+        router(np.ones((2, 3, 5)))
+    with pytest.raises(ValueError, match="rank >= 2"):
+        make("top_k")(np.ones(5))
