@@ -82,27 +82,30 @@ def _in_runs(
     runs = routing_lib.sort_choices(routing, num_experts)
     if padding:
         runs = runs._replace(order=ops.pad(runs.order, ((0, padding),)))
-    rows = compute(_to_rows(tokens, runs), runs)
-    return _combine(rows, ops.cast(routing.combine_weights, rows.dtype), runs)
+    # The rows added copy some row, and of an empty batch there is none.
+    source = _not_empty if padding else _identity
+    rows = compute(_to_rows(tokens, runs, source), runs)
+    return _combine(rows, ops.cast(routing.combine_weights, rows.dtype), runs, source)
 
 
-def _to_rows(tokens: Any, runs: Runs) -> Any:
+def _to_rows(tokens: Any, runs: Runs, source: Callable[[Any], Any]) -> Any:
     """(n, d) -> (m, d)."""
     token_of_row = runs.order // runs.positions.shape[1]
     return _backend.with_gradient(
-        lambda tokens: ops.take(tokens, token_of_row, axis=0),
+        lambda tokens: ops.take(source(tokens), token_of_row, axis=0),
         lambda inputs, upstream: _sum_of_rows(upstream, runs.positions),
         tokens,
     )
 
 
-def _combine(rows: Any, weights: Any, runs: Runs) -> Any:
+def _combine(rows: Any, weights: Any, runs: Runs, source: Callable[[Any], Any]) -> Any:
     """(m, u), (n, k) -> (n, u): y_i = sum_j w_ij rows[row of choice (i, j)]."""
 
     def gradient(inputs: Any, upstream: Any) -> tuple[Any, Any]:
         rows, weights = inputs
-        weight_of_row = ops.take(ops.reshape(weights, (-1,)), runs.order)
-        by_rows = ops.take(upstream, runs.order // weights.shape[1], axis=0)
+        flat = source(ops.reshape(weights, (-1,)))
+        weight_of_row = ops.take(flat, runs.order)
+        by_rows = ops.take(source(upstream), runs.order // weights.shape[1], axis=0)
         by_rows = by_rows * ops.expand_dims(weight_of_row, -1)
         return by_rows, _products_of_rows(upstream, rows, runs.positions)
 
@@ -112,6 +115,13 @@ def _combine(rows: Any, weights: Any, runs: Runs) -> Any:
         rows,
         weights,
     )
+
+
+def _not_empty(rows: Any) -> Any:
+    """Return `rows`, with one more if there may be none."""
+    if rows.shape[0]:
+        return rows
+    return ops.pad(rows, ((0, 1), *[(0, 0)] * (len(rows.shape) - 1)))
 
 
 def _sum_of_rows(
@@ -360,35 +370,52 @@ def blocked_in_turn(
 
     The last block of an expert may reach into the rows of the next one, which writes
     them again when its turn comes. Hence no gaps between the experts, and the rows of
-    one small block behind the last.
+    one block behind the last.
     """
+    num_rows = None
+    if tokens.shape[0] is not None:
+        num_rows = tokens.shape[0] * routing.expert_indices.shape[1]
+    sizes = block_sizes(num_rows, experts.num_experts)
 
     def compute(rows: Any, runs: Runs) -> Any:
         def matmul(rows: Any, kernel: Any, bias: Any = None, before: Any = None) -> Any:
-            return _grouped_dense(rows, kernel, bias, before, runs)
+            return _grouped_dense(rows, kernel, bias, before, runs, sizes)
 
         return experts.on_rows(rows, matmul, training=training)
 
-    return _in_runs(compute, tokens, routing, experts.num_experts, TAIL_ROWS)
+    return _in_runs(compute, tokens, routing, experts.num_experts, sizes[-1])
 
 
-# Rows multiplied at once, and in the last blocks of an expert. A large block reaches
-# the speed of one large matmul, a small one wastes few rows.
-BLOCK_ROWS = 256
-TAIL_ROWS = 32
+def block_sizes(num_rows: int | None, num_experts: int) -> tuple[int, ...]:
+    """Return the sizes that the last block of an expert may have, up to a whole one.
+
+    A whole block is as large as an even load or up to twice as large, but no more than
+    256 rows, with which a matmul runs at full speed. So most experts need one block,
+    and the next size that holds it is at most an eighth of a whole block larger.
+    """
+    whole = 16
+    if num_rows is None:
+        whole = 128
+    while num_rows is not None and whole < 256 and whole * num_experts <= num_rows:
+        whole *= 2
+    return tuple(range(whole // 8, whole + 1, whole // 8))
 
 
 def rows_multiplied(counts: Any) -> int:
     """Return how many rows `blocked_in_turn` multiplies for `counts` rows an expert.
 
     >>> from keras_moe.dispatch import rows_multiplied
-    >>> rows_multiplied([256, 0, 33])  # 256 + 0 + 2 * 32
-    320
+    >>> rows_multiplied([300, 0, 33])  # 128 + 128 + 48, nothing, and 48
+    352
     """
-    return sum(count + -(count % BLOCK_ROWS) % TAIL_ROWS for count in counts)
+    counts = [int(count) for count in counts]
+    step, *_, whole = block_sizes(sum(counts), len(counts))
+    return sum(count + -(count % whole) % step for count in counts)
 
 
-def _grouped_dense(rows: Any, kernel: Any, bias: Any, before: Any, runs: Runs) -> Any:
+def _grouped_dense(
+    rows: Any, kernel: Any, bias: Any, before: Any, runs: Runs, sizes: Any
+) -> Any:
     """(m, in), (e, in, out) -> (m, out): y_r = before(x_r) W_e + b_e, e that of row r.
 
     `before` is computed block by block as well, in the cache, and so is its gradient:
@@ -413,7 +440,7 @@ def _grouped_dense(rows: Any, kernel: Any, bias: Any, before: Any, runs: Runs) -
                     ops.slice_update(outputs, (first, _int(0)), _affine(block, *own)),
                 )
 
-            return k + 1, *_for_blocks(runs.starts[k], runs.ends[k], step, (outputs,))
+            return k + 1, *_for_blocks(runs, k, sizes, step, (outputs,))
 
         shape = (ops.shape(rows[0])[0], weights[0].shape[-1])
         outputs = ops.zeros(shape, weights[0].dtype)
@@ -454,9 +481,7 @@ def _grouped_dense(rows: Any, kernel: Any, bias: Any, before: Any, runs: Runs) -
                 )
 
             zeros = [ops.zeros(w.shape[1:], sums_dtype) for w in weights]
-            inner = _for_blocks(
-                runs.starts[k], runs.ends[k], step, (*carry[:width], *zeros)
-            )
+            inner = _for_blocks(runs, k, sizes, step, (*carry[:width], *zeros))
             updated = [
                 ops.slice_update(
                     whole,
@@ -473,20 +498,32 @@ def _grouped_dense(rows: Any, kernel: Any, bias: Any, before: Any, runs: Runs) -
     return _backend.with_gradient(forward, gradient, *rows, *weights)
 
 
-def _for_blocks(start: Any, end: Any, step: Any, carry: Any) -> Any:
-    """Run `step(first_row, size, rows_inside, carry)` over the rows of one expert."""
+def _for_blocks(runs: Runs, k: Any, sizes: Any, step: Any, carry: Any) -> Any:
+    """Run `step(first_row, size, rows_inside, carry)` over the rows of expert k.
 
-    def whole(first: Any, *carry: Any) -> Any:
-        return first + BLOCK_ROWS, *step(first, BLOCK_ROWS, None, carry)
+    Whole blocks first, then one block of the smallest size that holds the rest: each
+    size has a loop, and only that one turns. (A conditional would do the same, but XLA
+    copies the rows into every branch.)
+    """
+    whole, end = sizes[-1], runs.ends[k]
 
-    def tail(first: Any, *carry: Any) -> Any:
-        inside = ops.arange(TAIL_ROWS, dtype="int32") < end - first
-        return first + TAIL_ROWS, *step(first, TAIL_ROWS, inside, carry)
+    def run_whole(first: Any, *carry: Any) -> Any:
+        return first + whole, *step(first, whole, None, carry)
 
     carry = ops.while_loop(
-        lambda first, *_: first + BLOCK_ROWS <= end, whole, (start, *carry)
+        lambda first, *_: first + whole <= end, run_whole, (runs.starts[k], *carry)
     )
-    return ops.while_loop(lambda first, *_: first < end, tail, carry)[1:]
+    for size in sizes:
+
+        def run_rest(first: Any, *carry: Any, size: int = size) -> Any:
+            inside = ops.arange(size, dtype="int32") < end - first
+            return first + size, *step(first, size, inside, carry)
+
+        def fits(first: Any, *carry: Any, size: int = size) -> Any:
+            return ops.logical_and(first < end, end - first <= size)
+
+        carry = ops.while_loop(fits, run_rest, carry)
+    return carry[1:]
 
 
 def _identity(rows: Any) -> Any:

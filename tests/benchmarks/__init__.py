@@ -1,0 +1,1 @@
+"""Measured comparisons; run by hand, not by the test suite."""

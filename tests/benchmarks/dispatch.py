@@ -1,0 +1,338 @@
+"""How fast is each dispatch? As a share of the dense MLP that does the same FLOPs.
+
+    python -m tests.benchmarks.dispatch --fast | --regular | --large
+
+A MoE layer of e experts (d -> h -> d, top k) stands against Dense(k * h) -> Dense(d),
+under the same compiler, measured in turn in the same process. "step" is forward and
+backward by the inputs and all weights, of a loss that depends on the outputs. A share
+of 1.00 means that routing costs nothing. Memory is the rise of the process's peak
+during one step.
+
+Every backend installed is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROFILES = {
+    # tokens, features, hidden, experts, rounds
+    "fast": (2048, 128, 256, (4, 8, 32), 7),
+    "regular": (8192, 256, 512, (4, 8, 32, 64, 128, 256), 9),
+    "large": (65536, 1024, 4096, (8, 64), 9),
+}
+
+
+def main() -> None:
+    """Start one process a backend, and print their rows as one table."""
+    arguments = _parser().parse_args()
+    if arguments.worker:
+        _measure(arguments)
+        return
+    rows = []
+    for backend in arguments.backends:
+        if importlib.util.find_spec(backend) is None:
+            continue
+        command = [sys.executable, "-m", "tests.benchmarks.dispatch", *sys.argv[1:]]
+        done = subprocess.run(
+            [*command, "--worker", backend],
+            env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        rows += [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
+    _print(rows, arguments)
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    for profile in PROFILES:
+        parser.add_argument(
+            f"--{profile}", dest="profile", action="store_const", const=profile
+        )
+    parser.set_defaults(profile="regular")
+    parser.add_argument("--backends", nargs="+", default=["tensorflow", "jax", "torch"])
+    parser.add_argument("--experts", nargs="+", type=int, help="values of e")
+    parser.add_argument("--dispatch", nargs="+", help="names; all by default")
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--routing", nargs="+", default=["uniform"])
+    parser.add_argument("--rounds", type=int, help="measurements of each, in turn")
+    parser.add_argument("--out", help="write the rows to this JSON file")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+# In the process of one backend.
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    import keras
+    import numpy as np
+
+    keras.config.set_dtype_policy(arguments.dtype)
+    n, d, h, experts, rounds = PROFILES[arguments.profile]
+    k = arguments.top_k
+    rounds = arguments.rounds or rounds
+    rng = np.random.default_rng(0)
+    x = keras.ops.convert_to_tensor(
+        rng.normal(size=(n, d)).astype("float32"), dtype=keras.config.floatx()
+    )
+    for compiler in _compilers():
+        for e in arguments.experts or experts:
+            for routing in arguments.routing:
+                layers = {"dense MLP": _mlp(k * h, d)}
+                for dispatch in arguments.dispatch or _dispatches(compiler, e):
+                    layers[dispatch] = _moe(e, h, d, k, dispatch, routing, n)
+                _report(layers, x, compiler, rounds, {"e": e, "routing": routing})
+
+
+def _report(layers, x, compiler, rounds, about) -> None:
+    import keras
+
+    calls = {}
+    for name, layer in layers.items():
+        layer(x)
+        forward, step = _compiled(layer, compiler)
+        calls[name] = {"forward": forward, "step": step}
+    times: dict = {name: {"forward": [], "step": []} for name in calls}
+    memory = {}
+    for name, kinds in calls.items():
+        for call in kinds.values():
+            _wait(call(x))  # Compile.
+        memory[name] = _peak_rise(lambda kinds=kinds: _wait(kinds["step"](x)))
+    for _ in range(rounds):
+        for name, kinds in calls.items():
+            for kind, call in kinds.items():
+                start = time.perf_counter()
+                _wait(call(x))
+                times[name][kind].append(time.perf_counter() - start)
+    medians = {
+        name: {kind: statistics.median(values) for kind, values in kinds.items()}
+        for name, kinds in times.items()
+    }
+    base = medians["dense MLP"]
+    for name, median in medians.items():
+        row = {
+            "backend": keras.backend.backend(),
+            "device": _device(),
+            "compiler": compiler,
+            **about,
+            "layer": name,
+            "forward_ms": 1e3 * median["forward"],
+            "forward_share": base["forward"] / median["forward"],
+            "step_ms": 1e3 * median["step"],
+            "step_share": base["step"] / median["step"],
+            "step_memory_mib": memory[name],
+        }
+        print(json.dumps(row), flush=True)
+        share, ms = row["step_share"], row["step_ms"]
+        print(
+            f"{row['backend']} {compiler} e={about['e']} {about['routing']} {name}: "
+            f"{ms:.0f} ms, {share:.2f}",
+            file=sys.stderr,
+        )
+
+
+def _mlp(hidden: int, units: int):
+    import keras
+
+    return keras.Sequential(
+        [keras.layers.Dense(hidden, activation="relu"), keras.layers.Dense(units)]
+    )
+
+
+def _moe(e, h, d, k, dispatch, routing, n):
+    import keras
+    import numpy as np
+
+    import keras_moe
+
+    class Steered(keras_moe.routers.TopKRouter):
+        """A router of full cost, whose choice follows a distribution we know."""
+
+        def _logits(self, tokens):
+            return super()._logits(tokens) * 1e-3 + self.offsets
+
+    rng = np.random.default_rng(1)
+    probs = {
+        "uniform": np.ones(e),
+        "zipf": 1.0 / np.arange(1, e + 1),
+        "one": np.exp(-100.0 * np.arange(e)),  # Everyone to experts 0 to k - 1.
+    }[routing]
+    # The k largest of log p + Gumbel noise are k draws without replacement from p.
+    offsets = np.log(probs + 1e-300) + rng.gumbel(size=(n, e))
+    router = Steered(e, k, name="router")
+    router.offsets = keras.ops.convert_to_tensor(offsets.astype("float32"))
+    capacity = {"capacity_factor": 1.25} if dispatch == "capacity" else {}
+    return keras_moe.layers.MoE(
+        e,
+        (h, d),
+        k,
+        router=router,
+        dispatch=dispatch,
+        load_balancing_loss_weight=0.0,
+        **capacity,
+    )
+
+
+def _compilers() -> list[str]:
+    import keras
+
+    return {
+        "tensorflow": ["graph", "XLA"],
+        "jax": ["XLA"],
+        "torch": ["eager"],
+    }[keras.backend.backend()]
+
+
+def _dispatches(compiler: str, e: int) -> list[str]:
+    dropless = ["blocked"] if compiler == "XLA" else ["split"]
+    every = ["dense"] if e <= 32 else []  # Beyond, nobody would wait for it.
+    return [*dropless, "capacity", *every]
+
+
+def _compiled(layer, compiler):
+    """The layer's forward pass and training step, compiled."""
+    import keras
+
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        def step(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                loss = tf.reduce_sum(tf.square(tf.cast(layer(x), tf.float32)))
+            weights = [w.value for w in layer.trainable_variables]
+            return tape.gradient(loss, [x, *weights])
+
+        jit = compiler == "XLA"
+        return (
+            tf.function(lambda x: layer(x), jit_compile=jit),
+            tf.function(step, jit_compile=jit),
+        )
+    if backend == "jax":
+        import jax
+        import jax.numpy as jnp
+
+        weights = [w.value for w in layer.trainable_variables]
+        fixed = [w.value for w in layer.non_trainable_variables]
+
+        def apply(weights, x):
+            return layer.stateless_call(weights, fixed, x)[0]
+
+        def loss(weights, x):
+            return jnp.sum(jnp.square(apply(weights, x).astype("float32")))
+
+        forward, step = jax.jit(apply), jax.jit(jax.grad(loss, argnums=(0, 1)))
+        return (lambda x: forward(weights, x)), (lambda x: step(weights, x))
+    import torch
+
+    def forward_torch(x):
+        with torch.no_grad():
+            return layer(x)
+
+    def step_torch(x):
+        x = x.detach().requires_grad_()
+        layer.zero_grad()
+        layer(x).float().square().sum().backward()
+        return x.grad
+
+    return forward_torch, step_torch
+
+
+def _wait(outputs) -> None:
+    """Until the device has finished: ask for one number of the last output."""
+    import keras
+
+    last = keras.tree.flatten(outputs)[-1]
+    if hasattr(last, "block_until_ready"):
+        last.block_until_ready()
+    else:
+        keras.ops.convert_to_numpy(keras.ops.sum(last))
+
+
+def _peak_rise(call) -> float | None:
+    """MiB by which one call raises the process's resident memory at its peak."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not status.exists():
+        return None
+
+    def field(name):
+        line = next(x for x in status.read_text().splitlines() if x.startswith(name))
+        return int(line.split()[1]) / 1024
+
+    try:
+        reset.write_text("5")  # Makes the peak the memory in use now.
+    except OSError:
+        return None
+    before = field("VmRSS")
+    call()
+    return field("VmHWM") - before
+
+
+def _device() -> str:
+    import keras
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.devices()[0].device_kind
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        gpus = tf.config.list_physical_devices("GPU")
+        return gpus[0].name if gpus else "cpu"
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+# The table.
+
+
+def _print(rows: list[dict], arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    n, d, h, _, rounds = PROFILES[arguments.profile]
+    table = Table(
+        title=f"n={n}, d={d}, h={h}, k={arguments.top_k}, {arguments.dtype}, "
+        f"median of {arguments.rounds or rounds}, {os.cpu_count()} CPU cores"
+    )
+    for column in ("backend", "compiler", "e", "routing", "layer"):
+        table.add_column(column)
+    for column in ("forward ms", "share", "step ms", "share", "memory MiB"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        memory = row["step_memory_mib"]
+        table.add_row(
+            f"{row['backend']} ({row['device']})",
+            row["compiler"],
+            str(row["e"]),
+            row["routing"],
+            row["layer"],
+            f"{row['forward_ms']:.1f}",
+            f"{row['forward_share']:.2f}",
+            f"{row['step_ms']:.1f}",
+            f"{row['step_share']:.2f}",
+            "" if memory is None else f"{memory:.0f}",
+            end_section=row is rows[-1],
+        )
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Every way in which rows can move on the backend in use, by its name.
+
+A dispatch may have several programs: which one runs depends on the device. A test that
+wants all of them says here what the device is to be taken for.
+"""
+
+import contextlib
+
+import keras
+import pytest
+
+from keras_moe import _backend
+from keras_moe import dispatch as dispatch_lib
+
+BACKEND = keras.backend.backend()
+
+DROPLESS = ["in_turn", "at_once", "ragged" if BACKEND == "jax" else "split"]
+TOKEN_CHOICE = ["dense", "capacity", *DROPLESS]
+EXPERT_CHOICE = ["dense", "capacity"]
+# LayerExperts have no kernels that could be multiplied together.
+UNSTACKED = [way for way in TOKEN_CHOICE if way in ("dense", "capacity", "split")]
+# What the compilers of the backend take.
+COMPILED = [way for way in TOKEN_CHOICE if way != "split"]
+
+
+def dispatch_of(way):
+    """The argument `dispatch` of a layer that is to go this way."""
+    names = {"in_turn": "blocked", "at_once": "blocked", "dropping": "capacity"}
+    return names.get(way, way)
+
+
+@contextlib.contextmanager
+def chosen(way, block_rows=4, tail_rows=2):
+    """The device that goes this way, with blocks that small inputs fill too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_backend, "on_accelerator", lambda: way == "at_once")
+        patch.setattr(_backend, "has_grouped_matmul", lambda: way == "ragged")
+        sizes = tuple(range(tail_rows, block_rows + 1, tail_rows))
+        patch.setattr(dispatch_lib, "block_sizes", lambda *_: sizes)
+        yield
