@@ -103,11 +103,10 @@ def _combine(rows: Any, weights: Any, runs: Runs, source: Callable[[Any], Any]) 
 
     def gradient(inputs: Any, upstream: Any) -> tuple[Any, Any]:
         rows, weights = inputs
-        flat = source(ops.reshape(weights, (-1,)))
-        weight_of_row = ops.take(flat, runs.order)
+        weight_of_row = ops.take(source(ops.reshape(weights, (-1,))), runs.order)
         by_rows = ops.take(source(upstream), runs.order // weights.shape[1], axis=0)
-        by_rows = by_rows * ops.expand_dims(weight_of_row, -1)
-        return by_rows, _products_of_rows(upstream, rows, runs.positions)
+        by_weights = ops.take(ops.sum(by_rows * rows, axis=-1), runs.positions)
+        return by_rows * ops.expand_dims(weight_of_row, -1), by_weights
 
     return _backend.with_gradient(
         lambda rows, weights: _sum_of_rows(rows, runs.positions, weights),

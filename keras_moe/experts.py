@@ -63,7 +63,8 @@ class _StackedExperts(keras.layers.Layer):
                 rows: Any, kernel: Any, bias: Any = None, before: Any = None
             ) -> Any:
                 rows = ops.matmul(_before(before, rows), part(kernel, k))
-                return rows if bias is None else rows + part(bias, k)
+                # `ops.add` lets TensorFlow fuse the bias into the matmul, `+` does not.
+                return rows if bias is None else ops.add(rows, part(bias, k))
 
             return matmul
 
