@@ -12,8 +12,10 @@ from keras_moe import (
     initializers,
     layers,
     losses,
+    metrics,
     multitask,
     routers,
+    upcycling,
 )
 from keras_moe._version import __version__
 
@@ -23,6 +25,8 @@ __all__ = [
     "initializers",
     "layers",
     "losses",
+    "metrics",
     "multitask",
     "routers",
+    "upcycling",
 ]

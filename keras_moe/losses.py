@@ -13,6 +13,8 @@ from typing import Any
 
 from keras import backend, ops
 
+from keras_moe.routing import expert_counts
+
 
 def load_balancing_loss(
     router_probs: Any, expert_indices: Any, mask: Any = None
@@ -47,7 +49,7 @@ def load_balancing_loss(
     probs = _counted(router_probs, mask)
     num_experts, top_k = probs.shape[-1], expert_indices.shape[-1]
     tokens = _number_of_tokens(probs, mask)
-    choices = _choices_per_expert(expert_indices, num_experts, mask, probs.dtype)
+    choices = expert_counts(expert_indices, num_experts, mask, probs.dtype)
     chosen_share = choices / (tokens * top_k)  # f
     mean_probs = ops.sum(probs, axis=0) / tokens  # P
     return num_experts * ops.sum(chosen_share * mean_probs)
@@ -217,18 +219,3 @@ def _mean(values: Any, mask: Any) -> Any:
     if mask is not None:
         values = ops.where(mask, values, ops.zeros_like(values))
     return ops.sum(values) / tokens
-
-
-def _choices_per_expert(indices: Any, num_experts: int, mask: Any, dtype: Any) -> Any:
-    """(n, k) -> (e,): how often each expert was chosen by a token that counts."""
-    indices = ops.convert_to_tensor(indices)
-    counted = ops.ones_like(indices, dtype=dtype)
-    if mask is not None:
-        counted = counted * ops.cast(ops.expand_dims(mask, -1), dtype)
-        # What stands in a masked row may be anything, also no expert.
-        indices = ops.where(ops.expand_dims(mask, -1), indices, ops.zeros_like(indices))
-    return ops.segment_sum(
-        ops.reshape(counted, (-1,)),
-        ops.reshape(indices, (-1,)),
-        num_segments=num_experts,
-    )

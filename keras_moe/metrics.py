@@ -16,7 +16,12 @@ import keras
 from keras import ops
 
 from keras_moe import _checks, losses
-from keras_moe.routing import DenseRouting, ExpertChoiceRouting, Routing
+from keras_moe.routing import (
+    DenseRouting,
+    ExpertChoiceRouting,
+    Routing,
+    expert_counts,
+)
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -231,14 +236,7 @@ def _sum(flags: Any) -> Any:
 
 
 def _load_of_choices(record: Routing, counted: Any, num_experts: int) -> Any:
-    indices = ops.convert_to_tensor(record.expert_indices)
-    counted = ops.expand_dims(counted, -1)
-    # What stands in a masked row may be anything, also no expert.
-    indices = ops.where(counted, indices, ops.zeros_like(indices))
-    ones = ops.cast(counted, "float32") * ops.ones_like(indices, dtype="float32")
-    return ops.segment_sum(
-        ops.reshape(ones, (-1,)), ops.reshape(indices, (-1,)), num_segments=num_experts
-    )
+    return expert_counts(record.expert_indices, num_experts, counted)
 
 
 def _load_of_slots(record: ExpertChoiceRouting, counted: Any, num_experts: int) -> Any:

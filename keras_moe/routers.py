@@ -582,7 +582,7 @@ class BiasBalancedRouter(_LinearRouter):
 
     def _follow_load(self, logits: Any, indices: Any, mask: Any) -> None:
         """b_i += rate * sign(mean load - load_i), with what this batch has chosen."""
-        load = _load(indices, _valid(logits, mask), self.num_experts)
+        load = routing.expert_counts(indices, self.num_experts, _valid(logits, mask))
         step = ops.sign(ops.mean(load) - load) * self.bias_update_rate
         self.expert_bias.assign(self.expert_bias + ops.cast(step, "float32"))
 
@@ -623,17 +623,6 @@ def _valid(logits: Any, mask: Any) -> Any:
     """Return (n,) bool: the tokens that are not padding and have finite logits."""
     finite = ops.all(ops.isfinite(logits), axis=-1)
     return finite if mask is None else ops.logical_and(finite, mask)
-
-
-def _load(indices: Any, valid: Any, num_experts: int) -> Any:
-    """(n, k) -> (e,) float32: how many valid tokens have chosen each expert."""
-    counted = ops.cast(ops.expand_dims(valid, -1), "float32")
-    counted = counted * ops.ones_like(indices, dtype="float32")
-    return ops.segment_sum(
-        ops.reshape(counted, (-1,)),
-        ops.reshape(indices, (-1,)),
-        num_segments=num_experts,
-    )
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -1090,6 +1079,10 @@ class HierarchicalRouter(_LinearRouter):
     in training, these have not. If everything is kept, this is the mixture of Jordan
     and Jacobs with two levels.
 
+    A level that keeps only one would give it the gate 1, whatever its logit, and never
+    learn. The gate is then the softmax over all, as in the Switch Transformer, and the
+    weights of a token sum to less than 1.
+
     The experts are numbered group by group: expert j of group i is
     `i * experts_per_group + j`.
 
@@ -1103,10 +1096,6 @@ class HierarchicalRouter(_LinearRouter):
         **kwargs: `use_bias`, `kernel_initializer`, `kernel_regularizer` and
             `bias_initializer` as in `TopKRouter`, here of both levels, and what every
             Keras layer takes.
-
-    Where a level keeps only one, the softmax of one logit would always be 1 and that
-    gate would never learn. It then takes the probability among all, as the router of
-    the Switch Transformer does, and the weights of a token sum to less than 1.
 
     Call arguments:
         tokens: float tensor of shape `(n, d)`.

@@ -151,6 +151,31 @@ def gates(
     return total
 
 
+def expert_counts(
+    indices: Any, num_experts: int, counted: Any = None, dtype: Any = "float32"
+) -> Any:
+    """Return how often each expert was chosen, (n, k) -> (e,).
+
+    Args:
+        indices: `(n, k)` int32.
+        num_experts: int, e.
+        counted: `(n,)` bool, the tokens that count. All by default.
+        dtype: of the counts.
+    """
+    indices = ops.convert_to_tensor(indices)
+    counts = ops.ones_like(indices, dtype=dtype)
+    if counted is not None:
+        counted = ops.expand_dims(counted, -1)
+        counts = counts * ops.cast(counted, dtype)
+        # What stands in the row of a masked token may be no expert at all.
+        indices = ops.where(counted, indices, ops.zeros_like(indices))
+    return ops.segment_sum(
+        ops.reshape(counts, (-1,)),
+        ops.reshape(indices, (-1,)),
+        num_segments=num_experts,
+    )
+
+
 def expert_capacity(
     num_tokens: Any, num_experts: int, top_k: int, capacity_factor: float
 ) -> Any:

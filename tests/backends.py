@@ -19,20 +19,21 @@ def gradients(layer, inputs, cotangents):
     `inputs` and `cotangents` are lists of arrays; the layer's outputs are flattened
     in the order of `cotangents`. Returns two lists of arrays: weights, inputs.
     """
+    return outputs_and_gradients(layer, inputs, cotangents)[1:]
+
+
+def outputs_and_gradients(layer, inputs, cotangents):
+    """Return the flat outputs too: lists of arrays for outputs, weights, inputs."""
     weights = layer.trainable_variables
     run = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
-    by_weight, by_input = run[keras.backend.backend()](
-        layer, weights, inputs, cotangents
+    found = run[keras.backend.backend()](layer, weights, inputs, cotangents)
+    return tuple(
+        [np.asarray(ops.convert_to_numpy(part)) for part in group] for group in found
     )
-    as_arrays = keras.tree.map_structure(
-        lambda g: np.asarray(ops.convert_to_numpy(g)), [by_weight, by_input]
-    )
-    return as_arrays[0], as_arrays[1]
 
 
 def _scalar(outputs, cotangents):
-    flat = keras.tree.flatten(outputs)
-    terms = [ops.sum(o * c) for o, c in zip(flat, cotangents, strict=True)]
+    terms = [ops.sum(o * c) for o, c in zip(outputs, cotangents, strict=True)]
     return sum(terms[1:], terms[0])
 
 
@@ -42,9 +43,10 @@ def _tensorflow(layer, weights, inputs, cotangents):
     inputs = [tf.convert_to_tensor(x) for x in inputs]
     with tf.GradientTape() as tape:
         tape.watch(inputs)
-        loss = _scalar(layer(*inputs), cotangents)
+        outputs = keras.tree.flatten(layer(*inputs))
+        loss = _scalar(outputs, cotangents)
     found = tape.gradient(loss, [[w.value for w in weights], inputs])
-    return [[tf.convert_to_tensor(g) for g in group] for group in found]
+    return outputs, *[[tf.convert_to_tensor(g) for g in group] for group in found]
 
 
 def _jax(layer, weights, inputs, cotangents):
@@ -54,17 +56,22 @@ def _jax(layer, weights, inputs, cotangents):
         outputs, _ = layer.stateless_call(
             weight_values, [v.value for v in layer.non_trainable_variables], *inputs
         )
-        return _scalar(outputs, cotangents)
+        outputs = keras.tree.flatten(outputs)
+        return _scalar(outputs, cotangents), outputs
 
+    # Compiled as a whole: one by one, JAX compiles every operation for itself.
+    call = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
     inputs = [ops.convert_to_tensor(x) for x in inputs]
-    return jax.grad(loss, argnums=(0, 1))([w.value for w in weights], inputs)
+    (by_weight, by_input), outputs = call([w.value for w in weights], inputs)
+    return outputs, by_weight, by_input
 
 
 def _torch(layer, weights, inputs, cotangents):
     inputs = [ops.convert_to_tensor(x).requires_grad_() for x in inputs]
     layer.zero_grad()
-    _scalar(layer(*inputs), [ops.convert_to_tensor(c) for c in cotangents]).backward()
-    return [w.value.grad for w in weights], [x.grad for x in inputs]
+    outputs = keras.tree.flatten(layer(*inputs))
+    _scalar(outputs, [ops.convert_to_tensor(c) for c in cotangents]).backward()
+    return outputs, [w.value.grad for w in weights], [x.grad for x in inputs]
 
 
 def compiled_calls(layer):

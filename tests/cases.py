@@ -2,8 +2,15 @@
 
 import keras
 
-from keras_moe.experts import MLPExperts
-from keras_moe.layers import MMoE, SharedBottom, Tower
+from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
+from keras_moe.layers import (
+    HierarchicalMoE,
+    MMoE,
+    MoE,
+    SharedBottom,
+    SoftMoE,
+    Tower,
+)
 from tests.contracts import Case
 
 TASKS = ["click", "buy", "stay"]

@@ -13,15 +13,16 @@ LEVELS = {
     "_checks": 0,
     "_version": 0,
     "initializers": 1,
-    "losses": 1,
     "routing": 1,
     "dispatch": 2,
     "experts": 2,
-    "metrics": 2,
+    "losses": 2,
     "routers": 2,
-    "layers": 3,
-    "multitask": 4,
-    "plots": 5,
+    "metrics": 3,
+    "layers": 4,
+    "multitask": 5,
+    "plots": 6,
+    "upcycling": 6,
 }
 FILES = sorted(
     p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.stem != "__init__"

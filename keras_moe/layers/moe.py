@@ -19,7 +19,8 @@ from keras_moe import _backend, _checks, losses, routers
 from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
 from keras_moe.experts import MLPExperts
-from keras_moe.layers._names import default_name
+from keras_moe.initializers import independent
+from keras_moe.layers._parts import check_experts, default_name
 from keras_moe.metrics import RoutingMetrics
 
 
@@ -52,7 +53,7 @@ class MoE(keras.layers.Layer):
             - "blocked": the same in blocks of static size, for XLA.
             - "ragged": the same by `jax.lax.ragged_dot`. Only for JAX.
             - "capacity": every expert takes `ceil(capacity_factor * k * n / e)`
-              choices of the n tokens (1.0 by default) and drops what comes later,
+              choices of the n tokens (1.25 by default) and drops what comes later,
               which then contributes zero. Needs static slots, not static loads.
             - "dense": every expert on every token. What dense gates need.
         capacity_factor: float > 0, see "capacity".
@@ -159,7 +160,6 @@ class MoE(keras.layers.Layer):
         )
         self.shared_experts = self._make_shared_experts()
         self.capacity_factor = capacity_factor
-        self._check_capacity_factor(dispatch)
         self.dispatch = dispatch
         self.loss_weights = self._checked_loss_weights(
             load_balancing=load_balancing_loss_weight,
@@ -200,14 +200,9 @@ class MoE(keras.layers.Layer):
         )
 
     def _make_experts(self) -> keras.layers.Layer:
+        check_experts(self._experts_given, self.num_experts, self.expert_units)
         if self._experts_given is not None:
-            _check_experts(self._experts_given, self.num_experts, self.expert_units)
             return self._experts_given
-        if self.expert_units is None:
-            raise ValueError(
-                "`expert_units` must be given (the widths of an expert's layers), or "
-                "`experts`. Received neither."
-            )
         return MLPExperts(
             self.num_experts,
             _checks.unit_sizes("expert_units", self.expert_units),
@@ -232,6 +227,11 @@ class MoE(keras.layers.Layer):
                 f"experts={self.experts!r}"
             )
         shared = {"num_experts": self.num_shared_experts, "name": "shared_experts"}
+        if "kernel_initializer" in config:
+            # With one seed they would start as copies of the experts that are routed.
+            shared["kernel_initializer"] = independent(
+                self.experts.kernel_initializer, self.num_experts
+            )
         return type(self.experts).from_config({**config, **shared})
 
     @property
@@ -258,13 +258,15 @@ class MoE(keras.layers.Layer):
                 '`dispatch` may be "ragged" only on the JAX backend. Received: '
                 f"dispatch={name!r} on {keras.backend.backend()}"
             )
+        self._check_capacity_factor(name)
         self._dispatch = name
 
     def _check_capacity_factor(self, dispatch: str) -> None:
         if self.capacity_factor is None:
             return
         _checks.positive_number("capacity_factor", self.capacity_factor)
-        if dispatch not in ("auto", "capacity") or self.router.choice == "all":
+        full = self.router.choice == "expert" or dispatch in ("auto", "capacity")
+        if not full or self.router.choice == "all":
             raise ValueError(
                 "`capacity_factor` needs experts that can be full, which is "
                 'dispatch="capacity". Received: '
@@ -296,7 +298,19 @@ class MoE(keras.layers.Layer):
     def _make_metrics(self, names: Sequence[str]) -> RoutingMetrics | None:
         if not names:
             return None
+        lost = sorted(RoutingMetrics.NEEDS_PROBS.intersection(names))
+        if lost and isinstance(self.router, routers.HashRouter):
+            raise ValueError(
+                f"`routing_metrics` must not hold {lost} for the router HashRouter, "
+                f"which has no probabilities. Received: routing_metrics={names!r}"
+            )
         return RoutingMetrics(self.num_experts, names, prefix=self.name)
+
+    @property
+    def variables(self) -> list[Any]:
+        """The weights, and the sums of the metrics, which JAX must hand to a step."""
+        metrics = getattr(self, "routing_metrics", None)
+        return [*super().variables, *(metrics.sums if metrics else [])]
 
     # What the layer computes.
 
@@ -311,8 +325,22 @@ class MoE(keras.layers.Layer):
             if experts is not None:
                 experts(tokens)  # A symbolic call builds experts of any kind.
         if not self.router.built:
-            shape = router_inputs_shape or inputs_shape
-            self.router.build((None, shape[-1]))
+            self.router.build(self._router_shape(inputs_shape, router_inputs_shape))
+
+    def _router_shape(
+        self, inputs_shape: tuple[int | None, ...], router_inputs_shape: Any
+    ) -> tuple[int | None, ...]:
+        """Return the shape of what the router sees, flattened."""
+        if router_inputs_shape is None:
+            if isinstance(self.router, routers.HashRouter):
+                raise ValueError(
+                    "`router_inputs` must be given for the router HashRouter, which "
+                    "hashes integer ids and not features. Received: router_inputs=None"
+                )
+            return (None, inputs_shape[-1])
+        if len(router_inputs_shape) < len(inputs_shape):
+            return (None,)  # Ids.
+        return (None, router_inputs_shape[-1])
 
     def call(
         self,
@@ -323,12 +351,19 @@ class MoE(keras.layers.Layer):
     ) -> Any:
         leading = ops.shape(inputs)[:-1]
         tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
-        mask = None if mask is None else ops.reshape(ops.cast(mask, "bool"), (-1,))
+        if mask is None:
+            # Keras hands it over only where the inputs are the one tensor of a call.
+            mask = getattr(inputs, "_keras_mask", None)
         if mask is not None:
+            _check_leading_axes("mask", mask.shape, inputs.shape)
+            mask = ops.reshape(ops.cast(mask, "bool"), (-1,))
             # Whatever stands in padding, NaN too, reaches no output and no gradient.
             tokens = _where(mask, tokens)
         routed = tokens
         if router_inputs is not None:
+            ids = len(router_inputs.shape) < len(inputs.shape)
+            axes = router_inputs.shape if ids else router_inputs.shape[:-1]
+            _check_leading_axes("router_inputs", axes, inputs.shape)
             routed = _as_tokens(router_inputs, len(inputs.shape))
 
         routing = self.router(routed, mask=mask, training=training)
@@ -380,10 +415,10 @@ class MoE(keras.layers.Layer):
             )
         if self.dispatch != "auto":
             return self.dispatch
-        if self.router.choice == "all" or self.top_k == self.num_experts:
-            return "dense"
         if self.router.choice == "expert" or self.capacity_factor is not None:
             return "capacity"
+        if self.router.choice == "all" or self.top_k == self.num_experts:
+            return "dense"
         if not _backend.under_xla():
             return "split"
         if not hasattr(self.experts, "on_rows"):
@@ -469,6 +504,21 @@ def _where(mask: Any, rows: Any) -> Any:
     return ops.where(ops.expand_dims(mask, -1), rows, ops.zeros_like(rows))
 
 
+def _check_leading_axes(
+    argument: str, axes: Sequence[int | None], shape: Sequence[int | None]
+) -> None:
+    """Refuse `axes` that a reshape or a broadcast might take all the same."""
+    leading = tuple(shape[:-1])
+    same = len(axes) == len(leading) and all(
+        a == b or a is None or b is None for a, b in zip(axes, leading, strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"`{argument}` must have the leading axes of `inputs`, {leading}. "
+            f"Received: {argument} with the leading axes {tuple(axes)}"
+        )
+
+
 def _as_tokens(router_inputs: Any, rank: int) -> Any:
     """Flatten the leading axes; ids have no feature axis."""
     if len(router_inputs.shape) == rank - 1:
@@ -476,19 +526,81 @@ def _as_tokens(router_inputs: Any, rank: int) -> Any:
     return ops.reshape(router_inputs, (-1, router_inputs.shape[-1]))
 
 
-def _check_experts(experts: Any, num_experts: int, expert_units: Any) -> None:
-    if not hasattr(experts, "on_pieces"):
-        raise ValueError(
-            "`experts` must be a layer of keras_moe.experts; LayerExperts holds Keras "
-            f"layers of any kind. Received: experts={experts!r}"
+@keras.saving.register_keras_serializable("keras_moe")
+class HierarchicalMoE(MoE):
+    """Two levels of gates: a token chooses groups of experts, and experts in each.
+
+    A `MoE` whose router is a `keras_moe.routers.HierarchicalRouter`. Where there are
+    many experts, each gate has few of them to choose from.
+
+    Args:
+        num_groups: int, number of groups g.
+        experts_per_group: int, experts in each, so that there are
+            `e = num_groups * experts_per_group`.
+        expert_units: int or sequence of ints, the widths of an expert's layers. None
+            if `experts` is given.
+        top_k_groups: int, how many groups a token keeps.
+        top_k_experts: int, how many experts it keeps in each of them.
+        **kwargs: further arguments of `MoE`, but for `router`.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`; further ones as in `MoE`.
+
+    Returns:
+        A tensor of shape `(..., u)`.
+
+    Raises:
+        ValueError: if an argument breaks its rule.
+
+    Example:
+
+    >>> moe = keras_moe.layers.HierarchicalMoE(4, 8, expert_units=(32, 16))
+    >>> moe(np.ones((4, 16))).shape == (4, 16), moe.num_experts, moe.top_k
+    (True, 32, 4)
+
+    References:
+        - [Jordan & Jacobs, 1994: Hierarchical Mixtures of Experts and the EM
+          Algorithm](https://doi.org/10.1162/neco.1994.6.2.181)
+        - [Shazeer et al., 2017: Outrageously Large Neural Networks, appendix B](
+          https://arxiv.org/abs/1701.06538)
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        experts_per_group: int,
+        expert_units: int | Sequence[int] | None = None,
+        top_k_groups: int = 2,
+        top_k_experts: int = 2,
+        *,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if "router" in kwargs:
+            raise ValueError(
+                "`router` must not be given to HierarchicalMoE, which has its own. "
+                f"Received: router={kwargs['router']!r}"
+            )
+        self._levels = {
+            "num_groups": num_groups,
+            "experts_per_group": experts_per_group,
+            "top_k_groups": top_k_groups,
+            "top_k_experts": top_k_experts,
+        }
+        router = routers.HierarchicalRouter(
+            **self._levels, dtype=kwargs.get("dtype"), name="router"
         )
-    if expert_units is not None:
-        raise ValueError(
-            "`expert_units` must be None where `experts` is given, which has its own. "
-            f"Received: expert_units={expert_units!r}"
+        super().__init__(
+            router.num_experts,
+            expert_units,
+            router.top_k,
+            router=router,
+            name=name or default_name("hierarchical_moe"),
+            **kwargs,
         )
-    if experts.num_experts != num_experts:
-        raise ValueError(
-            "`num_experts` must be the number of experts in `experts`. Received: "
-            f"num_experts={num_experts}, experts.num_experts={experts.num_experts}"
-        )
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        for name in ("num_experts", "top_k", "router"):
+            del config[name]
+        return {**config, **self._levels}

@@ -16,7 +16,7 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe.experts import MLPExperts
-from keras_moe.layers._names import default_name
+from keras_moe.layers._parts import default_name
 from keras_moe.layers._tasks import Tasks
 
 

@@ -1,0 +1,270 @@
+"""The soft mixture of experts: slots that are mixtures of tokens, and back.
+
+Axis letters: t tokens of a sequence, d input features, e experts, s slots an expert,
+m = e * s slots of all experts, u output units.
+
+For one sequence X with logits of shape (t, m) (Puigcerver et al. 2023, section 2): the
+slots are D^T X, with D the softmax of the logits over the tokens. Each expert works on
+its own s slots. The outputs are C Y, with Y what the experts make of all slots, and C
+the softmax of the logits over the slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.experts import MLPExperts
+from keras_moe.initializers import independent
+from keras_moe.layers._parts import check_experts, default_name
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class SoftMoE(keras.layers.Layer):
+    """Soft Mixture-of-Experts: each expert sees a few mixtures of a sequence's tokens.
+
+    Nothing is chosen and nothing dropped, so the layer is differentiable throughout
+    and needs no balance loss. An expert costs what its slots cost: one with
+    `slots_per_expert` s computes s rows for every sequence, however long that is.
+
+    The tokens of one sequence are mixed with each other, in both directions, so the
+    layer does not belong where a token must not see later ones. Sequences of a batch
+    are never mixed.
+
+    Args:
+        num_experts: int, number of experts e.
+        expert_units: int or sequence of ints, the widths of an expert's layers. None
+            if `experts` is given.
+        slots_per_expert: int, number of slots s of an expert in every sequence.
+        activation: activation of the hidden layers of an expert; its last layer is
+            linear.
+        experts: a layer of `keras_moe.experts`, instead of the default `MLPExperts`.
+            The arguments that describe experts (`activation`, and from `use_bias` to
+            `kernel_regularizer`) then have no effect.
+        normalize: bool, whether tokens and the columns of `phi` are scaled to length
+            1, and their products multiplied by a learned `scale`. If not, the logits
+            are `X phi`, and both softmaxes saturate as d grows.
+        phi_initializer: initializer of `phi`.
+        use_bias: bool, whether the expert layers add a bias.
+        dropout: float in [0, 1), dropped share of an expert's hidden units.
+        kernel_initializer: initializer of one expert's kernel.
+        kernel_regularizer: regularizer of the stacked expert kernels.
+        seed: int, the seed of the dropout.
+
+    Call arguments:
+        inputs: tensor of shape `(..., t, d)`, of rank 3 at least.
+        mask: bool tensor of shape `(..., t)`, False for padding, which is in no slot
+            and has zeros as outputs.
+        training: bool, whether dropout is active.
+
+    Returns:
+        A tensor of shape `(..., t, u)`. A token whose logits are not finite is in no
+        slot either, and has NaN as its output; all others are as if it were padding.
+
+    Attributes:
+        phi: variable of shape `(d, m)`; expert k has the columns from k s to
+            (k + 1) s.
+        scale: scalar variable, 1 at the start; None without `normalize`.
+        experts: the layer of experts.
+
+    Raises:
+        ValueError: if an argument breaks its rule, or the inputs have a rank below 3.
+
+    Example:
+
+    >>> soft_moe = keras_moe.layers.SoftMoE(4, (32, 16), slots_per_expert=2)
+    >>> soft_moe(np.ones((2, 5, 16))).shape == (2, 5, 16)
+    True
+
+    The logits and both softmaxes are computed in float32 under any dtype policy, and
+    the weights of the two mixtures cast once.
+
+    References:
+        - [Puigcerver et al., 2023: From Sparse to Soft Mixtures of Experts](
+          https://arxiv.org/abs/2308.00951)
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        expert_units: int | Sequence[int] | None = None,
+        slots_per_expert: int = 1,
+        *,
+        activation: Any = "gelu",
+        experts: keras.layers.Layer | None = None,
+        normalize: bool = True,
+        phi_initializer: Any = "lecun_normal",
+        use_bias: bool = True,
+        dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        kernel_regularizer: Any = None,
+        seed: int | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name=name or default_name("soft_moe"), **kwargs)
+        self.supports_masking = True
+        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        self.expert_units = expert_units
+        self.slots_per_expert = _checks.positive_int(
+            "slots_per_expert", slots_per_expert
+        )
+        self.activation = keras.activations.get(activation)
+        self.normalize = normalize
+        self.phi_initializer = keras.initializers.get(phi_initializer)
+        self.use_bias = use_bias
+        self.dropout = _checks.rate("dropout", dropout)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.seed = seed
+        self._experts_given = experts is not None
+        check_experts(experts, self.num_experts, expert_units)
+        self.experts = self._make_experts() if experts is None else experts
+
+    def _make_experts(self) -> MLPExperts:
+        return MLPExperts(
+            self.num_experts,
+            _checks.unit_sizes("expert_units", self.expert_units),
+            self.activation,
+            self.use_bias,
+            dropout=self.dropout,
+            kernel_initializer=self.kernel_initializer,
+            kernel_regularizer=self.kernel_regularizer,
+            seed=self.seed,
+            dtype=self.dtype_policy,
+            name="experts",
+        )
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        features = _checks.last_dimension(type(self).__name__, input_shape)
+        _check_rank(input_shape)
+        self.input_spec = keras.layers.InputSpec(min_ndim=3, axes={-1: features})
+        self.phi = self.add_weight(
+            name="phi",
+            shape=(features, self.num_experts * self.slots_per_expert),
+            # A key longer than those of `PerExpert`, or phi could be an expert's draw.
+            initializer=independent(self.phi_initializer, 0, 0, 1),
+            autocast=False,
+        )
+        self.scale = None
+        if self.normalize:
+            self.scale = self.add_weight(
+                name="scale", shape=(), initializer="ones", autocast=False
+            )
+        if not self.experts.built:
+            self.experts.build((None, features))
+
+    def call(self, inputs: Any, mask: Any = None, training: bool | None = None) -> Any:
+        if mask is not None:
+            mask = ops.expand_dims(ops.cast(mask, "bool"), -1)  # (..., t, 1)
+            # So that a NaN in padding cannot reach a gradient.
+            inputs = ops.where(mask, inputs, ops.zeros_like(inputs))
+        logits = self._logits(inputs)  # (..., t, m)
+        dispatch, combine, present = _mixtures(logits, mask)
+        tokens = ops.where(present, inputs, ops.zeros_like(inputs))
+        dispatch = ops.cast(dispatch, tokens.dtype)
+        slots = ops.matmul(ops.swapaxes(dispatch, -1, -2), tokens)  # (..., m, d)
+        outputs = self._on_slots(slots, training)  # (..., m, u)
+        return ops.matmul(ops.cast(combine, outputs.dtype), outputs)
+
+    def _logits(self, inputs: Any) -> Any:
+        dtype = "float64" if self.compute_dtype == "float64" else "float32"
+        tokens, phi = ops.cast(inputs, dtype), ops.cast(self.phi, dtype)
+        if self.scale is None:
+            return ops.matmul(tokens, phi)
+        scale = ops.cast(self.scale, dtype)
+        return ops.matmul(_of_length_1(tokens, -1), scale * _of_length_1(phi, 0))
+
+    def _on_slots(self, slots: Any, training: bool | None) -> Any:
+        """(..., m, d) -> (..., m, u): every expert on its slots of all sequences."""
+        leading = ops.shape(slots)[:-2]
+        e, s, d = self.num_experts, self.slots_per_expert, slots.shape[-1]
+        slots = ops.transpose(ops.reshape(slots, (-1, e, s, d)), (1, 0, 2, 3))
+        slots = ops.reshape(slots, (e, -1, d))
+        outputs = self.experts.on_slots(slots, training=training)
+        u = outputs.shape[-1]
+        outputs = ops.transpose(ops.reshape(outputs, (e, -1, s, u)), (1, 0, 2, 3))
+        # One unknown axis is all that a reshape can infer, hence -1 for the batch.
+        return ops.reshape(outputs, (-1, *leading[1:], e * s, u))
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        return mask
+
+    def compute_output_shape(
+        self, input_shape: tuple[int | None, ...]
+    ) -> tuple[int | None, ...]:
+        _check_rank(input_shape)
+        units = self.experts.compute_output_shape((None, input_shape[-1]))[-1]
+        return (*input_shape[:-1], units)
+
+    def get_config(self) -> dict[str, Any]:
+        experts = keras.saving.serialize_keras_object(self.experts)
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "expert_units": self.expert_units,
+            "slots_per_expert": self.slots_per_expert,
+            "activation": keras.activations.serialize(self.activation),
+            "experts": experts if self._experts_given else None,
+            "normalize": self.normalize,
+            "phi_initializer": keras.initializers.serialize(self.phi_initializer),
+            "use_bias": self.use_bias,
+            "dropout": self.dropout,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SoftMoE:
+        experts = config.get("experts")
+        if isinstance(experts, dict):
+            experts = keras.saving.deserialize_keras_object(experts)
+        return cls(**{**config, "experts": experts})
+
+
+def _mixtures(logits: Any, mask: Any) -> tuple[Any, Any, Any]:
+    """Return D (..., t, m), C (..., t, m), and which tokens are in the slots.
+
+    Padding has zeros in both. A token whose logits are not finite has zeros in D and,
+    where it is no padding, NaN in C.
+    """
+    finite = ops.all(ops.isfinite(logits), axis=-1, keepdims=True)
+    present = finite if mask is None else ops.logical_and(finite, mask)
+    # The lowest finite number, not -inf: a sequence may be nothing but padding.
+    absent = ops.full_like(logits, _LOWEST)
+    dispatch = _softmax(ops.where(present, logits, absent), axis=-2)
+    dispatch = ops.where(present, dispatch, ops.zeros_like(dispatch))
+    combine = _softmax(logits, axis=-1)
+    if mask is not None:
+        combine = ops.where(mask, combine, ops.zeros_like(combine))
+    return dispatch, combine, present
+
+
+_LOWEST = -3.0e38
+
+
+def _softmax(logits: Any, axis: int) -> Any:
+    """Softmax over an axis that may have any size: Keras warns of 1, and of 0 fails."""
+    peak = ops.max(logits, axis=axis, keepdims=True, initial=_LOWEST)
+    shares = ops.exp(logits - ops.stop_gradient(peak))
+    return shares / ops.sum(shares, axis=axis, keepdims=True)
+
+
+def _of_length_1(vectors: Any, axis: int) -> Any:
+    """Scale to length 1 what is longer than 1e-6; so zeros have a gradient."""
+    squared = ops.sum(ops.square(vectors), axis=axis, keepdims=True)
+    return vectors * ops.rsqrt(ops.maximum(squared, 1e-12))
+
+
+def _check_rank(shape: tuple[int | None, ...]) -> None:
+    if len(shape) < 3:
+        raise ValueError(
+            "SoftMoE expects inputs of rank >= 3, (..., tokens, features): it mixes "
+            "the tokens of a sequence, and must not mix the examples of a batch. "
+            f"Received an input of shape {tuple(shape)}"
+        )
