@@ -480,7 +480,9 @@ class LayerExperts(keras.layers.Layer):
     def call(self, inputs: Any) -> Any:
         leading = ops.shape(inputs)[:-1]
         rows = ops.reshape(inputs, (-1, inputs.shape[-1]))
-        outputs = ops.stack([layer(rows) for layer in self.layers], axis=1)
+        # Layers of a dtype of their own are heard in that of this layer.
+        outputs = [ops.cast(layer(rows), self.compute_dtype) for layer in self.layers]
+        outputs = ops.stack(outputs, axis=1)
         return ops.reshape(
             outputs, (-1, *leading[1:], self.num_experts, outputs.shape[-1])
         )

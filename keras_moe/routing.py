@@ -252,6 +252,8 @@ def capacity_slots(
         queue = ops.reshape(ops.transpose(ids), (-1,))
     else:
         weights = ops.stop_gradient(ops.reshape(routing.combine_weights, (-1,)))
+        # A sort may do anything to a NaN; here it comes last and pushes nobody out.
+        weights = ops.where(ops.isfinite(weights), weights, -float("inf"))
         queue = ops.cast(ops.argsort(-weights), "int32")
     runs = sort_choices(routing, num_experts, queue)
     c = expert_capacity

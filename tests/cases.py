@@ -11,6 +11,7 @@ from keras_moe.layers import (
     SoftMoE,
     Tower,
 )
+from keras_moe.routers import TopKRouter
 from tests.contracts import Case
 
 TASKS = ["click", "buy", "stay"]
@@ -65,4 +66,106 @@ CASES = [
         kwargs={"units": (8, 4), "activation": "sigmoid", "dropout": 0.2, "seed": 5},
     ),
     Case("Tower-linear", Tower, float32_output=True, kwargs={"units": ()}),
+    Case(
+        "GLUExperts",
+        GLUExperts,
+        kwargs={"num_experts": 4, "hidden_units": 8, "units": 5, "use_bias": True},
+    ),
+    Case(
+        "LayerExperts",
+        lambda **kwargs: LayerExperts(
+            [
+                keras.layers.Dense(5),
+                keras.Sequential(
+                    [keras.layers.Dense(8, "tanh"), keras.layers.Dense(5)]
+                ),
+            ],
+            **kwargs,
+        ),
+    ),
+    Case("MoE", MoE, kwargs={"num_experts": 4, "expert_units": (8, 5)}),
+    Case(
+        "MoE-all-arguments",
+        MoE,
+        rows_compete=True,
+        kwargs={
+            "num_experts": 4,
+            "expert_units": (8, 5),
+            "top_k": 3,
+            "activation": "gelu",
+            "router": "top_k",
+            "dispatch": "capacity",
+            "capacity_factor": 1.5,
+            "priority": "probability",
+            "num_shared_experts": 2,
+            "load_balancing_loss_weight": 0.02,
+            "router_z_loss_weight": 0.001,
+            "importance_loss_weight": 0.03,
+            "entropy_loss_weight": 0.005,
+            "routing_metrics": ("load_cv", "dropped_fraction"),
+            "use_bias": False,
+            "dropout": 0.1,
+            "kernel_initializer": keras.initializers.HeNormal(seed=3),
+            "kernel_regularizer": "l2",
+            "seed": 1,
+        },
+    ),
+    *[
+        Case(
+            f"MoE-{router}",
+            MoE,
+            kwargs={"num_experts": 4, "expert_units": (8, 5), "router": router},
+        )
+        for router in ("bias_balanced", "sinkhorn", "dense")
+    ],
+    Case(
+        "MoE-expert_choice",
+        MoE,
+        rows_compete=True,
+        kwargs={"num_experts": 4, "expert_units": (8, 5), "router": "expert_choice"},
+    ),
+    Case(
+        "MoE-own-parts",
+        lambda **kwargs: MoE(
+            4,
+            router=TopKRouter(4, 2, score_function="sigmoid"),
+            experts=GLUExperts(4, 8, 5),
+            **kwargs,
+        ),
+    ),
+    Case(
+        "HierarchicalMoE",
+        HierarchicalMoE,
+        kwargs={"num_groups": 3, "experts_per_group": 2, "expert_units": (8, 5)},
+    ),
+    Case(
+        "SoftMoE",
+        SoftMoE,
+        shapes=((5, 6),),
+        kwargs={"num_experts": 4, "expert_units": (8, 5)},
+    ),
+    Case(
+        "SoftMoE-all-arguments",
+        SoftMoE,
+        shapes=((5, 6),),
+        kwargs={
+            "num_experts": 3,
+            "expert_units": (8, 5),
+            "slots_per_expert": 2,
+            "activation": "relu",
+            "normalize": False,
+            "phi_initializer": keras.initializers.RandomNormal(stddev=0.5, seed=3),
+            "dropout": 0.1,
+            "kernel_initializer": keras.initializers.HeNormal(seed=3),
+            "kernel_regularizer": "l2",
+            "seed": 1,
+        },
+    ),
+    Case(
+        "SoftMoE-own-experts",
+        lambda **kwargs: SoftMoE(
+            3, slots_per_expert=2, experts=GLUExperts(3, 8, 5), **kwargs
+        ),
+        shapes=((5, 6),),
+    ),
 ]

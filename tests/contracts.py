@@ -23,6 +23,7 @@ class Case:
     make: Callable[..., keras.layers.Layer]
     shapes: tuple[tuple[int, ...], ...] = ((6,),)
     float32_output: bool = False
+    rows_compete: bool = False  # For places in experts, so a batch is not its rows.
     kwargs: dict = field(default_factory=dict)
 
     def layer(self, **kwargs) -> keras.layers.Layer:
@@ -115,6 +116,11 @@ def any_batch_size(case: Case) -> None:
     model = case.model(layer)
     rows = case.inputs(7)
     expected = flat(layer(*rows))
+    if case.rows_compete:
+        found = flat(model.predict(rows, verbose=0))
+        assert_same(found, expected)
+        assert model.predict([x[:1] for x in rows], verbose=0).shape[0] == 1
+        return
     for size in (1, 3, 7):
         found = flat(model.predict([x[:size] for x in rows], verbose=0))
         assert_same(found, [o[:size] for o in expected])
