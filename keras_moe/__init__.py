@@ -1,8 +1,11 @@
 """Mixture-of-Experts and multi-task recommender layers for Keras 3.
 
-Layers: `keras_moe.layers` (MMoE, SharedBottom, Tower).
-Parts:  `keras_moe.experts` (MLPExperts), `keras_moe.initializers` (PerExpert).
-Models: `keras_moe.multitask` (MultiTaskModel, UncertaintyWeighting).
+Layers: `keras_moe.layers` (MoE, HierarchicalMoE, SoftMoE, MMoE, SharedBottom, Tower).
+Parts:  `keras_moe.routers` (who goes where), `keras_moe.experts` (what computes),
+        `keras_moe.losses` (what keeps routers balanced), `keras_moe.metrics` (what
+        tells how they do), `keras_moe.initializers` (PerExpert).
+Models: `keras_moe.multitask` (MultiTaskModel, UncertaintyWeighting),
+        `keras_moe.upcycling` (a trained MLP becomes a mixture).
 Sight:  `keras_moe.plots` (gate heatmap, expert usage), imported on demand because it
         needs matplotlib.
 """

@@ -93,8 +93,9 @@ def _measure(arguments: argparse.Namespace) -> None:
         for e in arguments.experts or experts:
             for routing in arguments.routing:
                 layers = {"dense MLP": _mlp(k * h, d)}
-                for dispatch in arguments.dispatch or _dispatches(compiler, e):
-                    layers[dispatch] = _moe(e, h, d, k, dispatch, routing, n)
+                for dispatch in _dispatches(compiler, e):
+                    if dispatch in (arguments.dispatch or [dispatch]):
+                        layers[dispatch] = _moe(e, h, d, k, dispatch, routing, n)
                 _report(layers, x, compiler, rounds, {"e": e, "routing": routing})
 
 
