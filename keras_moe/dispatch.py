@@ -106,6 +106,8 @@ def _combine(rows: Any, weights: Any, runs: Runs, source: Callable[[Any], Any]) 
         weight_of_row = ops.take(source(ops.reshape(weights, (-1,))), runs.order)
         by_rows = ops.take(source(upstream), runs.order // weights.shape[1], axis=0)
         by_weights = ops.take(ops.sum(by_rows * rows, axis=-1), runs.positions)
+        # What JAX takes from nothing has not even a shape.
+        by_weights = ops.reshape(by_weights, ops.shape(weights))
         return by_rows * ops.expand_dims(weight_of_row, -1), by_weights
 
     return _backend.with_gradient(

@@ -10,8 +10,12 @@ README = (ROOT / "README.md").read_text()
 PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
 
 
+def _examples():
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 def test_the_first_example_runs_and_is_short():
-    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    code = _examples()[0]
     assert len(code.splitlines()) <= 35
     names = {}
     exec(compile(code, "README.md", "exec"), names)
@@ -20,6 +24,17 @@ def test_the_first_example_runs_and_is_short():
         "click": (256, 1),
         "stars": (256, 1),
     }
+
+
+def test_the_example_of_the_sparse_mixture_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = next(c for c in _examples() if "MoE(" in c and "MMoE" not in c)
+    assert len(code.splitlines()) <= 30
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["model"].jit_compile
+    assert "moe_load_cv" in names["history"].history
+    assert (tmp_path / "saved_model").exists()
 
 
 @pytest.mark.parametrize(

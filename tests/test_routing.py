@@ -5,7 +5,7 @@ from fractions import Fraction
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from keras import ops
 
@@ -15,7 +15,7 @@ from tests import moe_oracles
 BOUNDED = settings(max_examples=60, deadline=None, derandomize=True)
 # JAX compiles every operation again for new sizes.
 if keras.backend.backend() == "jax":
-    BOUNDED = settings(max_examples=8, deadline=None, derandomize=True)
+    BOUNDED = settings(BOUNDED, max_examples=5, phases=[Phase.generate])
 
 
 def array(tensor):
@@ -194,7 +194,7 @@ def test_runs_are_a_permutation_in_the_order_of_experts(n, e, share, seed, maske
 def test_what_stands_in_a_masked_row_has_no_meaning():
     record = drawn(9, 4, 2, masked=True)
     indices = record.expert_indices.copy()
-    indices[~record.mask] = 99
+    indices[~record.mask] = 3 - indices[~record.mask]
     other = record._replace(expert_indices=indices)
     for make in (routing.sort_choices, lambda r, e: routing.capacity_slots(r, e, 2)):
         for a, b in zip(make(record, 4), make(other, 4), strict=True):

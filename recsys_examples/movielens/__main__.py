@@ -45,6 +45,7 @@ METRICS = {
     "like_gauc": "like: GAUC",
     "rating_rmse": "rating: RMSE",
 }
+BODIES = {"mmoe": "MMoE", "shared_bottom": "shared bottom", "moe": "sparse MoE"}
 QUICK_USERS = 150
 
 
@@ -91,14 +92,20 @@ def train(options: argparse.Namespace) -> None:
         console.print("Training: first to find the number of epochs, then on all.")
         # A bar that moves needs a terminal; a log gets one line an epoch.
         verbose = 1 if sys.stdout.isatty() else 2
-        outcome = run_ranker(windows, settings, seed=options.seed, verbose=verbose)
+        outcome = run_ranker(
+            windows,
+            settings,
+            seed=options.seed,
+            jit_compile=options.jit_compile,
+            verbose=verbose,
+        )
         console.print(
             "Comparing with popularity and ALS (settings tuned on the default data)."
         )
         watched = windows.before_test.matrix(len(windows.catalogue))
         als = baselines.als(watched, baselines.TUNED_ALS, options.seed)
         results = {
-            "MMoE" if settings.body == "mmoe" else "shared bottom": [outcome.metrics],
+            BODIES[settings.body]: [outcome.metrics],
             "ALS": [rank(als, windows.test_task)],
             "popularity": [rank(baselines.popularity(watched), windows.test_task)],
         }
@@ -278,9 +285,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--body",
-        choices=("mmoe", "shared_bottom"),
+        choices=tuple(BODIES),
         default="mmoe",
         help="what the tasks share (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--jit-compile",
+        action="store_true",
+        help="train in steps compiled by XLA",
     )
     parser.add_argument(
         "--quick",
@@ -319,6 +331,8 @@ def _parser() -> argparse.ArgumentParser:
 def _train_or_study(options: argparse.Namespace) -> None:
     if options.study and options.body != "mmoe":
         raise InputError("--body is for a single run: --study compares both bodies")
+    if options.study and options.jit_compile:
+        raise InputError("--jit-compile is for a single run, not for --study")
     (study if options.study else train)(options)
 
 

@@ -2,6 +2,7 @@
 
     x    what is known of a user: the pooled history, a few counts, the id
     h_t  = MMoE(x)_t                                one mixture of experts a task
+                                                    (or what `Settings.body` names)
     u_t  = W_t h_t, and + the pooled history for t = watch
     v    = id embedding + projected genres and year      one vector a movie
     score_t(user, movie) = <u_t, v> + bias_t(movie) + Tower_t(h_t)
@@ -23,13 +24,15 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from keras_moe.layers import MMoE, SharedBottom, Tower
+from keras_moe.experts import MLPExperts
+from keras_moe.layers import MMoE, MoE, SharedBottom, Tower
 from keras_moe.multitask import MultiTaskModel
 from recsys_examples.movielens.features import HISTORY_LENGTH, NO_MOVIE, Catalogue
 
 TASKS = ("watch", "like", "rating")
 EVALUATION_NEGATIVES = 4  # unseen movies to a watched one, where watch is a probability
 
+_CHOSEN_EXPERTS = 2  # experts of the sparse MoE that a user goes to
 _FIRST_MOVIE = 2  # a lookup's 0 is padding and its 1 is every unknown movie
 _YEARS = tuple(range(1920, 2030, 3))
 _LAST_SEEN = tuple(range(1996, 2030))
@@ -41,9 +44,10 @@ class Settings:
     """What the model and its training are made of.
 
     Attributes:
-        body: "mmoe" or "shared_bottom".
+        body: "mmoe", "shared_bottom", or "moe": a sparse mixture of experts in the
+            place of the shared bottom's one Dense layer.
         dimensions: size of movie and user vectors.
-        num_experts: experts of the MMoE.
+        num_experts: experts of the MMoE, or of the sparse MoE.
         units: width of an expert, or of the shared bottom.
         recency: the weight of a movie of the history starts to fall by a factor of e
             with so many later ones; one pool of the history for each.
@@ -89,6 +93,8 @@ class Ranker:
         catalogue: the features of users -> per task (b, i) scores of all movies.
         pairs: the raw features of users and movies -> per task (b,) a prediction:
             the probability of watch and of like, and the stars of rating.
+        lookups: the inputs of `training` -> a list of tensors, with ids looked up,
+            from which the rest of `training` follows. See `behind_lookups`.
         user: the features of users -> what the body sees, for a look at its gates.
         body: the layer that the tasks share.
         calibration: what makes a probability of a watch score.
@@ -97,9 +103,17 @@ class Ranker:
     training: keras.Model
     catalogue: keras.Model
     pairs: keras.Model
+    lookups: keras.Model
     user: keras.Model
     body: keras.layers.Layer
     calibration: Calibration
+
+    def behind_lookups(self) -> keras.Model:
+        """Return `training` from the outputs of `lookups` on, with the same weights.
+
+        XLA has no hash tables, and Keras compiles no model that holds one.
+        """
+        return MultiTaskModel(self.lookups.output, self.training.output)
 
 
 def build_ranker(
@@ -128,9 +142,19 @@ def build_ranker(
         "history_ratings": keras.Input((HISTORY_LENGTH,), name="history_ratings"),
         "last_seen": keras.Input((), dtype="int64", name="last_seen"),
     }
-    pools, features = _user_features(user_inputs, movies.lookup, user_ids, settings)
+    known_user = layers.IntegerLookup(vocabulary=user_ids, name="user_lookup")
+    looked_up = {
+        "user_row": known_user(user_inputs["user_id"]),
+        "history_rows": movies.lookup(user_inputs["history"]),
+        **{name: user_inputs[name] for name in user_inputs if name != "user_id"},
+    }
+    pools, features = _user_features(
+        looked_up, movies.lookup.vocabulary_size(), len(user_ids) + 1, settings
+    )
     body = _body(settings, tasks)
     shared = body(features)
+    if settings.body == "moe":
+        shared = dict.fromkeys(tasks, shared)
     users = {task: _user_vector(task, shared[task], pools, settings) for task in tasks}
     levels = {task: Tower((), name=f"level_{task}")(shared[task]) for task in tasks}
     scores = {
@@ -144,6 +168,7 @@ def build_ranker(
         else ops.expand_dims(ops.take_along_axis(score, next_movies, axis=1), -1)
         for task, score in scores.items()
     }
+    training_inputs = {**user_inputs, "next_movies": next_movies}
     calibration = calibration or _prior_calibration(settings, len(catalogue))
     movie_inputs = movies.inputs()
     pair_scores = {
@@ -152,9 +177,7 @@ def build_ranker(
         for task in tasks
     }
     return Ranker(
-        training=MultiTaskModel(
-            {**user_inputs, "next_movies": next_movies}, training_outputs
-        ),
+        training=MultiTaskModel(training_inputs, training_outputs),
         catalogue=MultiTaskModel(user_inputs, scores),
         pairs=MultiTaskModel(
             {**user_inputs, **movie_inputs},
@@ -164,6 +187,8 @@ def build_ranker(
             },
             name="movielens_ranker",
         ),
+        # A list, because in a dict Keras wants inputs under the names of tensors.
+        lookups=keras.Model(training_inputs, [*looked_up.values(), next_movies]),
         user=keras.Model(user_inputs, features),
         body=body,
         calibration=calibration,
@@ -192,24 +217,27 @@ def _prior_calibration(settings: Settings, num_movies: int) -> Calibration:
 def _body(settings: Settings, tasks: tuple[str, ...]) -> keras.layers.Layer:
     if settings.body == "shared_bottom":
         return SharedBottom(settings.units, tasks, name="shared_bottom")
+    if settings.body == "moe":
+        experts = MLPExperts(
+            settings.num_experts, settings.units, final_activation="relu"
+        )
+        top_k = min(_CHOSEN_EXPERTS, settings.num_experts)
+        return MoE(settings.num_experts, top_k=top_k, experts=experts, name="moe")
     return MMoE(settings.num_experts, settings.units, tasks, name="mmoe")
 
 
 def _user_features(
-    inputs: dict[str, Any],
-    movie_lookup: keras.layers.IntegerLookup,
-    user_ids: np.ndarray,
-    settings: Settings,
+    inputs: dict[str, Any], num_movie_rows: int, num_user_rows: int, settings: Settings
 ) -> tuple[Any, Any]:
     """Return the pooled history (b, p, d) and all that the body sees (b, features)."""
     ratings = inputs["history_ratings"]
     watched = ops.cast(inputs["history"] != NO_MOVIE, "float32")
     movie_vectors = layers.Embedding(
-        movie_lookup.vocabulary_size(),
+        num_movie_rows,
         settings.dimensions,
         embeddings_initializer=_normal(0.05),
         name="history_movies",
-    )(movie_lookup(inputs["history"]))
+    )(inputs["history_rows"])
     rating_vectors = layers.Embedding(
         _RATING_STEPS,
         settings.dimensions,
@@ -230,7 +258,6 @@ def _user_features(
     count = ops.sum(watched, 1, keepdims=True)
     share = 1.0 / ops.maximum(count, 1.0)
     liked = ops.cast(ratings >= 4.0, "float32")
-    known_user = layers.IntegerLookup(vocabulary=user_ids, name="user_lookup")
     summary = [
         layers.Flatten()(pools),
         ops.log1p(count),
@@ -241,9 +268,7 @@ def _user_features(
                 inputs["last_seen"]
             )
         ),
-        layers.Embedding(len(user_ids) + 1, 8, name="users")(
-            known_user(inputs["user_id"])
-        ),
+        layers.Embedding(num_user_rows, 8, name="users")(inputs["user_row"]),
     ]
     features = layers.Concatenate(name="user_features")(summary)
     return pools, layers.Dropout(settings.dropout)(features)

@@ -111,6 +111,7 @@ def run_ranker(
     *,
     tasks: tuple[str, ...] = TASKS,
     seed: int = 0,
+    jit_compile: bool = False,
     verbose: int = 1,
 ) -> Outcome:
     """Select on validation, train on all before the test window, and measure."""
@@ -122,6 +123,7 @@ def run_ranker(
         tasks=tasks,
         seed=seed,
         validation=Validation(windows.before_test, windows.validation_task),
+        jit_compile=jit_compile,
         verbose=verbose,
     )
 
@@ -147,6 +149,7 @@ def run_ranker(
         seed=seed,
         epochs=selection.epochs,
         calibration=calibration,
+        jit_compile=jit_compile,
         verbose=verbose,
     )
     rows, predictions = predicted(fit, windows.before_test, windows.test)

@@ -49,6 +49,9 @@ class Examples(keras.utils.PyDataset):
         seed: seed of the offsets, the order and the hidden user ids.
         known: (u,) how many of each user's first ratings are only history. If given,
             the examples are for validation: the same ones every time, no id hidden.
+        equal_batches: whether all batches have one size, in every epoch, as XLA
+            wants it, which compiles anew for each size. Then a few examples of an
+            epoch may come twice, or not at all.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Examples(keras.utils.PyDataset):
         tasks: tuple[str, ...] = TASKS,
         seed: int = 0,
         known: np.ndarray | None = None,
+        equal_batches: bool = False,
     ) -> None:
         super().__init__()
         self._sequences, self._catalogue = sequences, catalogue
@@ -69,6 +73,9 @@ class Examples(keras.utils.PyDataset):
         # Keras asks once for the number of batches, while the number of examples
         # differs a little from epoch to epoch: so the size of a batch gives way.
         self._num_batches = -(-len(self._users) // settings.batch_size)
+        self._equal_size = None
+        if equal_batches and self._num_batches:
+            self._equal_size = -(-len(self._users) // self._num_batches)
         if known is None and not len(self._users):
             raise InputError(
                 "nothing to learn from: no user has two ratings in the training window"
@@ -99,8 +106,7 @@ class Examples(keras.utils.PyDataset):
         return self._num_batches
 
     def __getitem__(self, index: int) -> tuple[dict, dict, dict]:
-        first, end = (len(self._users) * i // len(self) for i in (index, index + 1))
-        batch = slice(first, end)
+        batch = self._batch(index)
         users, ends = self._users[batch], self._ends[batch]
         features = self._sequences.histories(self._catalogue, users, ends)
         if self._known is None:
@@ -128,6 +134,13 @@ class Examples(keras.utils.PyDataset):
             {task: weights[task] for task in self._tasks},
         )
 
+    def _batch(self, index: int) -> slice | np.ndarray:
+        if self._equal_size is not None:
+            first = index * self._equal_size
+            return np.arange(first, first + self._equal_size) % len(self._users)
+        first, end = (len(self._users) * i // len(self) for i in (index, index + 1))
+        return slice(first, end)
+
     def _watch_labels(
         self,
         starts: np.ndarray,
@@ -140,6 +153,29 @@ class Examples(keras.utils.PyDataset):
             labels[row, self._sequences.movies[start : start + end]] = _ALREADY_SEEN
             labels[row, movies[row, watched[row]]] = 1.0
         return labels
+
+
+class LookedUp(keras.utils.PyDataset):
+    """Examples for `Ranker.behind_lookups`: the same, with ids looked up.
+
+    Args:
+        examples: the examples.
+        lookups: `Ranker.lookups`.
+    """
+
+    def __init__(self, examples: Examples, lookups: keras.Model) -> None:
+        super().__init__()
+        self._examples, self._lookups = examples, lookups
+
+    def on_epoch_end(self) -> None:
+        self._examples.on_epoch_end()
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> tuple[tuple, dict, dict]:
+        features, labels, weights = self._examples[index]
+        return tuple(self._lookups.predict_on_batch(features)), labels, weights
 
 
 class WatchLoss(keras.losses.Loss):
@@ -238,6 +274,7 @@ def fit_ranker(
     validation: Validation | None = None,
     epochs: int | None = None,
     calibration: Calibration | None = None,
+    jit_compile: bool = False,
     verbose: int = 1,
 ) -> Fit:
     """Train a ranker.
@@ -253,6 +290,7 @@ def fit_ranker(
             and the best weights are kept.
         epochs: number of epochs; `settings.max_epochs` by default.
         calibration: of the watch scores, if it is known from an earlier fit.
+        jit_compile: whether XLA compiles the training, see `Ranker.behind_lookups`.
         verbose: as in `keras.Model.fit`.
     """
     keras.utils.set_random_seed(seed)
@@ -260,19 +298,35 @@ def fit_ranker(
     ranker = build_ranker(
         catalogue, sequences.user_ids, popularity, settings, tasks, calibration
     )
-    examples = Examples(sequences, catalogue, settings, tasks, seed)
-    _compile(ranker.training, settings, tasks, steps=len(examples))
+    model = ranker.behind_lookups() if jit_compile else ranker.training
+
+    def taken(examples: Examples) -> keras.utils.PyDataset:
+        return LookedUp(examples, ranker.lookups) if jit_compile else examples
+
+    examples = Examples(
+        sequences, catalogue, settings, tasks, seed, equal_batches=jit_compile
+    )
+    _compile(model, settings, tasks, steps=len(examples), jit_compile=jit_compile)
     watched: dict[str, Any] = {}
     if validation is not None:
-        watched["validation_data"] = Examples(
-            validation.sequences, catalogue, settings, tasks, known=sequences.lengths
+        watched["validation_data"] = taken(
+            Examples(
+                validation.sequences,
+                catalogue,
+                settings,
+                tasks,
+                known=sequences.lengths,
+            )
         )
         watched["callbacks"] = _early_stopping(
             fused_scorer(ranker, sequences, catalogue) if "watch" in tasks else None,
             validation.task,
         )
-    history = ranker.training.fit(
-        examples, epochs=epochs or settings.max_epochs, verbose=verbose, **watched
+    history = model.fit(
+        taken(examples),
+        epochs=epochs or settings.max_epochs,
+        verbose=verbose,
+        **watched,
     )
     curves = {name: [float(v) for v in h] for name, h in history.history.items()}
     return Fit(ranker, curves, _best_epoch(curves))
@@ -304,7 +358,11 @@ def _best_epoch(curves: dict[str, list[float]]) -> int:
 
 
 def _compile(
-    model: keras.Model, settings: Settings, tasks: tuple[str, ...], steps: int
+    model: keras.Model,
+    settings: Settings,
+    tasks: tuple[str, ...],
+    steps: int,
+    jit_compile: bool = False,
 ) -> None:
     mean = "mean_with_sample_weight"  # a row of weight 0 then adds exactly nothing
     losses = {
@@ -326,4 +384,6 @@ def _compile(
         loss={task: losses[task] for task in tasks},
         loss_weights={task: weights[task] for task in tasks},
         weighted_metrics={task: metrics[task] for task in tasks},
+        # False would be the same, and "auto" is what Keras makes of a lookup.
+        jit_compile=True if jit_compile else "auto",
     )

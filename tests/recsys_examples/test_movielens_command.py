@@ -141,6 +141,38 @@ class TestRun:
         assert 0.01 < np.mean(grey < 0.9) < 0.9
 
 
+def test_a_sparse_moe_compiled_by_xla(movielens, tmp_path, command):
+    """All in this process, where Keras' warning of a fallback would be an error."""
+    folder = write_csv(tmp_path / "ml", movielens, users=12)
+    status, said, err = command(
+        *("--body", "moe", "--jit-compile", "--quick"),
+        *("--data-dir", folder, "--out", tmp_path / "out"),
+    )
+    assert (status, err) == (0, "")
+    assert re.search("┃ +sparse MoE ┃ +ALS ┃ +popularity ┃", said)
+    (run,) = (tmp_path / "out").iterdir()
+    # Gates for each task are what an MMoE has.
+    assert set(os.listdir(run)) == WRITTEN - {"gate_weights.png", "expert_usage.png"}
+    record = json.loads((run / "metrics.json").read_text())
+    assert record["settings"]["body"] == record["arguments"]["body"] == "moe"
+    assert record["arguments"]["jit_compile"] is True
+    for name in ("loss", "watch_loss"):
+        first, last = record["curves"][name]
+        assert 0 < last < first
+    assert set(record["results"]) == {"sparse MoE", "ALS", "popularity"}
+    status, said, _ = command("recommend", "--user", "7", "--model", run, "--k", "5")
+    assert status == 0
+    assert re.search(r"^│ +5 │", said, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("option", [["--body", "moe"], ["--jit-compile"]], ids=" ".join)
+def test_what_is_not_for_a_study(command, option):
+    status, _, err = command("--study", *option)
+    assert status == 2
+    assert err.startswith(f"error: {option[0]} is for a single run")
+    assert len(err.splitlines()) == 1
+
+
 class TestRecommend:
     def test_a_table_without_what_was_seen(self, run, data_dir, tmp_path):
         done = processes.run(

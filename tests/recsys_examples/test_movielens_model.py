@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from keras_moe.layers import MMoE, SharedBottom
+from keras_moe.layers import MMoE, MoE, SharedBottom
 from recsys_examples.movielens.evaluation import predict_pairs
 from recsys_examples.movielens.features import Catalogue
 from recsys_examples.movielens.model import (
@@ -77,7 +77,7 @@ def some_users(windows) -> dict[str, np.ndarray]:
 
 
 class TestModelsAgree:
-    @pytest.mark.parametrize("body", ["mmoe", "shared_bottom"])
+    @pytest.mark.parametrize("body", ["mmoe", "shared_bottom", "moe"])
     def test_catalogue_and_pairs(self, windows, settings, some_users, mmoe, body):
         if body == "mmoe":
             ranker = mmoe
@@ -110,6 +110,21 @@ class TestModelsAgree:
         for task in ("like", "rating"):
             expected = np.take_along_axis(scores[task], next_movies, 1)[..., None]
             np.testing.assert_allclose(found[task], expected, atol=1e-5)
+
+    def test_behind_lookups(self, some_users, mmoe):
+        """No layer that Keras compiles not, no other weight, no other score."""
+        next_movies = np.array([[5, 0], [59, 5], [1, 1], [0, 0], [2, 3]], "int32")
+        given = {**some_users, "next_movies": next_movies}
+        model = mmoe.behind_lookups()
+        assert all(layer.supports_jit for layer in model.layers)
+        assert not all(layer.supports_jit for layer in mmoe.training.layers)
+        kept = {id(weight) for weight in mmoe.training.trainable_variables}
+        assert {id(weight) for weight in model.trainable_variables} == kept
+        looked_up = tuple(mmoe.lookups.predict(given, verbose=0))
+        found = model.predict(looked_up, verbose=0)
+        expected = mmoe.training.predict(given, verbose=0)
+        for task in TASKS:
+            np.testing.assert_allclose(found[task], expected[task], atol=1e-6)
 
     def test_what_the_body_sees(self, some_users, mmoe):
         features = mmoe.user.predict(some_users, verbose=0)
@@ -148,6 +163,21 @@ class TestBodies:
         ranker = build(windows, replace(settings, body="shared_bottom", units=5))
         assert isinstance(ranker.body, SharedBottom)
         assert ranker.body.trainable_variables[0].shape[-1] == 5
+
+    @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 2)])
+    def test_moe(self, windows, settings, experts, top_k):
+        ranker = build(windows, replace(settings, body="moe", num_experts=experts))
+        assert isinstance(ranker.body, MoE)
+        assert (ranker.body.num_experts, ranker.body.top_k) == (experts, top_k)
+        (kernel,) = ranker.body.experts.kernels
+        assert kernel.shape[-1] == settings.units
+        # A relu, as in the Dense layer whose place it takes.
+        users = users_at(windows, np.arange(5))
+        shared = ranker.body(ranker.user.predict(users, verbose=0))
+        shared = keras.ops.convert_to_numpy(shared)
+        assert shared.shape == (5, settings.units)
+        assert (shared >= 0).all()
+        assert shared.any()
 
     @pytest.mark.parametrize("tasks", SUBSETS, ids="+".join)
     def test_tasks(self, windows, settings, tasks):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -11,7 +12,7 @@ from recsys_examples.errors import InputError
 from recsys_examples.movielens.evaluation import predict_pairs, raw_pairs
 from recsys_examples.movielens.model import TASKS, prediction
 from recsys_examples.movielens.serving import export_saved_model, load_recommender
-from recsys_examples.movielens.training import fuse
+from recsys_examples.movielens.training import fit_ranker, fuse
 from tests import processes
 
 BATCHES = (1, 7, 100)
@@ -296,6 +297,42 @@ class TestLoadRecommender:
         other.export(tmp_path / "other", verbose=False)
         with pytest.raises(InputError, match='has no signature "recommend"'):
             load_recommender(tmp_path / "other")
+
+
+def test_a_sparse_moe_is_served_too(windows, settings, features, tmp_path):
+    """In batches of several sizes, by a process that knows no MoE."""
+    moe = replace(settings, body="moe", num_experts=4)
+    fit = fit_ranker(windows.before_test, windows.catalogue, moe, verbose=0)
+    assert np.isfinite(fit.curves["loss"]).all()
+    assert fit.curves["loss"][-1] < fit.curves["loss"][0]
+    export_saved_model(
+        fit.ranker, windows.before_test, windows.catalogue, tmp_path / "saved_model"
+    )
+    np.savez(tmp_path / "given.npz", **features)
+    user = int(windows.before_test.user_ids[4])
+    processes.run_without(
+        ["keras_moe", "recsys_examples"],
+        SERVER,
+        tmp_path,
+        "saved_model",
+        "given.npz",
+        json.dumps({"ten": ([user], 10)}),
+        "written.npz",
+    )
+    served = np.load(tmp_path / "written.npz")
+    expected = predict_pairs(fit.ranker.pairs, features)
+    for task in TASKS:
+        for size in BATCHES:
+            np.testing.assert_allclose(
+                served[f"{size} {task}"], expected[task][:size], rtol=0, atol=1e-5
+            )
+        assert np.ptp(expected[task]) > 0.001
+    assert len(set(served["ten movie_id"][0])) == 10
+
+    fit.ranker.pairs.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for task, values in predict_pairs(loaded, features).items():
+        np.testing.assert_allclose(values, expected[task], rtol=0, atol=1e-5)
 
 
 def test_the_export_leaves_the_ranker_as_it_was(exported, trained, features, expected):

@@ -17,6 +17,7 @@ from recsys_examples.movielens.ranking import rank
 from recsys_examples.movielens.training import (
     UNKNOWN_USER,
     Examples,
+    LookedUp,
     Validation,
     WatchLoss,
     _compile,
@@ -472,6 +473,56 @@ class TestFit:
         ranker.fit(examples, epochs=4, callbacks=[epochs], verbose=0)
         assert len(set(epochs.examples)) > 1
         assert epochs.trained == [len(examples)] * 4
+
+
+def test_one_step_with_and_without_xla(windows, settings):
+    """Without dropout, the same losses and the same weights after it."""
+    plain = replace(
+        settings, body="moe", num_experts=4, history_dropout=0.0, dropout=0.0
+    )
+    popularity = np.bincount(windows.train.movies, minlength=len(windows.catalogue))
+    logs, weights = [], []
+    for jit_compile in (False, True):
+        keras.utils.set_random_seed(5)
+        ranker = build_ranker(
+            windows.catalogue, windows.train.user_ids, popularity, plain
+        )
+        examples = Examples(windows.train, windows.catalogue, plain)
+        model = ranker.training
+        if jit_compile:
+            model = ranker.behind_lookups()
+            examples = LookedUp(examples, ranker.lookups)
+        _compile(model, plain, TASKS, steps=1, jit_compile=jit_compile)
+        assert model.jit_compile is jit_compile
+        features, labels, sample_weight = examples[0]
+        logs.append(
+            model.train_on_batch(features, labels, sample_weight, return_dict=True)
+        )
+        weights.append([ops.convert_to_numpy(w) for w in ranker.body.weights])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-4)
+    # The total holds the loss of the load too.
+    weighted = logs[1]["watch_loss"] + sum(
+        weight * logs[1][f"{task}_loss"]
+        for task, weight in zip(TASKS[1:], plain.task_weights, strict=True)
+    )
+    assert logs[1]["loss"] - weighted > 0.005
+    for found, expected in zip(*weights, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_batches_of_equal_size(windows, settings):
+    """One size in every epoch, and hardly an example left out."""
+    small = replace(settings, batch_size=7)
+    examples = Examples(windows.train, windows.catalogue, small, equal_batches=True)
+    sizes, users = set(), set()
+    for _ in range(3):
+        for i in range(len(examples)):
+            features, _, _ = examples[i]
+            sizes.add(len(features["user_id"]))
+            users.update(features["user_id"])
+        examples.on_epoch_end()
+    assert len(sizes) == 1
+    assert set(windows.train.user_ids) <= users
 
 
 class _Epochs(keras.callbacks.Callback):

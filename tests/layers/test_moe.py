@@ -1,0 +1,654 @@
+"""MoE against the NumPy oracle: every router by every way that rows can move."""
+
+import json
+from fractions import Fraction
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_moe import routers
+from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
+from keras_moe.layers import MoE
+from tests import backends, moe_oracles, oracles, processes, routing_oracles, ways
+
+D, E, U = 3, 4, 2
+OUTPUTS = backends.tolerance(1e-6, 1e-8)
+GRADIENTS = backends.tolerance(1e-5, 1e-7)
+EXPERT_BIAS = np.array([0.3, -0.2, 0.1, -0.4])
+NO_LOSSES = {
+    f"{name}_loss_weight": 0.0 for name in ("load_balancing", "importance", "load")
+}
+
+
+def array(tensor):
+    return np.asarray(ops.convert_to_numpy(tensor))
+
+
+def tokens(*leading, seed=0):
+    return np.random.default_rng(seed).normal(size=(*leading, D))
+
+
+class Call(keras.layers.Layer):
+    """A MoE that is called with the inputs alone, in training if it is told so."""
+
+    def __init__(self, moe, prepare=None, **given):
+        super().__init__(dtype=moe.dtype_policy)
+        self.moe, self.prepare, self.given = moe, prepare, given
+        self.built = moe.built
+
+    def call(self, x):
+        if self.prepare is not None:
+            self.prepare()
+        return self.moe(x, **self.given)
+
+
+def randomised(layer, seed=1):
+    """Give all weights random values, biases too; return a dict of them by weight.
+
+    With biases at 0 the rows of dead units would lie on the kink of the next ReLU.
+    """
+    rng = np.random.default_rng(seed)
+    values = {}
+    for variable in layer.trainable_variables:
+        values[id(variable)] = rng.normal(size=variable.shape)
+        variable.assign(values[id(variable)])
+    return values
+
+
+def oracle_experts(experts, values):
+    """The experts as functions of a row that read `values`."""
+
+    def of(weights):
+        return [values[id(weight)] for weight in weights]
+
+    if isinstance(experts, MLPExperts):
+        return moe_oracles.mlp_experts(of(experts.kernels), of(experts.biases))
+    if isinstance(experts, GLUExperts):
+        kernels = [experts.gate_kernel, experts.up_kernel, experts.down_kernel]
+        biases = [experts.gate_bias, experts.up_bias, experts.down_bias]
+        return moe_oracles.glu_experts(
+            of(kernels), of(biases) if experts.use_bias else None
+        )
+
+    def dense_layers(weights):  # kernel, bias, kernel, bias, ...
+        kernels, biases = weights[::2], weights[1::2]
+        return lambda row: oracles.mlp(
+            row, kernels, biases, oracles.relu, oracles.linear
+        )
+
+    return [dense_layers(of(layer.trainable_variables)) for layer in experts.layers]
+
+
+def layer_experts():
+    def sequence(*units):
+        hidden = [keras.layers.Dense(u, "relu") for u in units]
+        return keras.Sequential([*hidden, keras.layers.Dense(U)])
+
+    usual = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float64")
+    try:
+        layers = [keras.layers.Dense(U), sequence(5), sequence(), sequence(4, 3)]
+        return LayerExperts(layers)
+    finally:
+        keras.config.set_dtype_policy(usual)
+
+
+def check(layer, names, inputs, expected, values, few=True, **given):
+    """Outputs and all gradients of every way are those of `expected(factor)`.
+
+    The way "dropping" is "capacity" where not everybody finds a place.
+    """
+    call = Call(layer, **given)
+    weights = layer.trainable_variables
+    parts = ["inputs", *[w.path for w in weights]]
+    arrays = [inputs, *[values[id(w)] for w in weights]]
+    rng, known = np.random.default_rng(2), {}
+    if few and ways.BACKEND == "jax":
+        # Each way takes it over a second to compile. This one it alone has.
+        names = [name for name in names if name == "ragged"] or names
+    cotangent = rng.normal(size=expected(None).shape)
+    for way in names:
+        factor = {"capacity": float(E), "dropping": 0.7}.get(way)
+        drops = factor if way == "dropping" else None
+        if drops not in known:
+            numeric = oracles.numeric_gradients(
+                lambda drops=drops: (expected(drops) * cotangent).sum(), arrays
+            )
+            known[drops] = expected(drops), numeric
+        wanted, numeric = known[drops]
+        layer.capacity_factor = factor if layer.router.choice == "token" else None
+        layer.dispatch = ways.dispatch_of(way)
+        with ways.chosen(way):
+            outputs, by_weight, by_input = backends.outputs_and_gradients(
+                call, [inputs], [cotangent]
+            )
+        np.testing.assert_allclose(outputs[0], wanted, **OUTPUTS, err_msg=way)
+        found = [*by_input, *by_weight]
+        for part, gradient, value in zip(parts, found, numeric, strict=True):
+            np.testing.assert_allclose(
+                gradient, value, **GRADIENTS, err_msg=f"{way}: {part}"
+            )
+
+
+def moe(router=None, experts=None, num_experts=E, **kwargs):
+    kwargs = {**NO_LOSSES, "dtype": "float64", **kwargs}
+    units = kwargs.pop("units", (4, U)) if experts is None else None
+    return MoE(num_experts, units, router=router, experts=experts, **kwargs)
+
+
+def oracle(layer, x, record, values, factor, mask=None):
+    """The output for tokens (n, d), with drops where a capacity factor is given."""
+    kept = None
+    if factor is not None:
+        indices, weights = record["expert_indices"], record["combine_weights"]
+        (n, k), e = indices.shape, layer.num_experts
+        c = moe_oracles.capacity(n, e, k, Fraction(factor).limit_denominator(100))
+        kept, _ = moe_oracles.queue(indices, weights, e, c, layer.priority, mask)
+    experts = oracle_experts(layer.experts, values)
+    return moe_oracles.moe(x, record, experts, mask, kept)
+
+
+o = routing_oracles
+EVERYBODY = np.ones(9, bool)
+
+
+def noise(seed):
+    """The first draw of another generator with the router's seed is the router's."""
+    return array(
+        keras.random.normal(
+            (9, E), dtype="float64", seed=keras.random.SeedGenerator(seed)
+        )
+    )
+
+
+# Name: the router, its oracle as a function of tokens and weights, whether in training.
+ROUTERS = {
+    "top-2": (
+        lambda: routers.TopKRouter(E, 2, dtype="float64"),
+        lambda x, kernel: o.top_k(x, kernel, 2),
+        False,
+    ),
+    "switch": (
+        lambda: routers.TopKRouter(E, 1, use_bias=True, dtype="float64"),
+        lambda x, kernel, bias: o.top_k(x, kernel, 1, bias, renormalize=False),
+        True,
+    ),
+    "sigmoid": (
+        lambda: routers.TopKRouter(E, 3, score_function="sigmoid", dtype="float64"),
+        lambda x, kernel: o.top_k(x, kernel, 3, score_function="sigmoid"),
+        False,
+    ),
+    "noisy": (
+        lambda: routers.NoisyTopKRouter(E, 2, seed=3, dtype="float64"),
+        lambda x, *kernels: o.noisy_top_k(x, *kernels, noise(3), 2),
+        True,
+    ),
+    "bias_balanced": (
+        lambda: routers.BiasBalancedRouter(
+            E,
+            2,
+            num_groups=2,
+            top_k_groups=1,
+            routed_scaling_factor=2.5,
+            dtype="float64",
+        ),
+        lambda x, kernel: o.bias_balanced(x, kernel, EXPERT_BIAS, 2, 2, 1, 2.5),
+        True,
+    ),
+    "sinkhorn": (
+        lambda: routers.SinkhornRouter(E, 2, iterations=5, dtype="float64"),
+        lambda x, kernel: o.sinkhorn(x, kernel, 2, 5, 1.0, True, EVERYBODY),
+        True,
+    ),
+    "hierarchical": (
+        lambda: routers.HierarchicalRouter(2, 2, 2, 1, dtype="float64"),
+        lambda x, kernel, kernels: o.hierarchical(x, kernel, kernels, None, None, 2, 1),
+        False,
+    ),
+    "expert_choice": (
+        lambda: routers.ExpertChoiceRouter(E, 2, capacity_factor=0.8, dtype="float64"),
+        lambda x, kernel: o.expert_choice(x, kernel, 2, 0.8, EVERYBODY),
+        True,
+    ),
+    "dense": (
+        lambda: routers.DenseRouter(E, temperature=0.7, dtype="float64"),
+        lambda x, kernel: o.dense(x, kernel, 0.7),
+        False,
+    ),
+}
+WITH_DROPS = [*ways.TOKEN_CHOICE, "dropping"]
+WAYS = {"token": WITH_DROPS, "expert": ways.EXPERT_CHOICE, "all": ["dense"]}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_router_by_every_way(name):
+    make, record, training = ROUTERS[name]
+    router = make()
+    layer, x = (
+        moe(router, priority="probability" if training else "position"),
+        tokens(9),
+    )
+    layer.build(x.shape)
+    values = randomised(layer)
+    weights = [values[id(w)] for w in router.trainable_variables]
+
+    def expected(factor):
+        return oracle(layer, x, record(x, *weights), values, factor)
+
+    def prepare():
+        if name == "noisy":
+            fresh = keras.random.SeedGenerator(3)
+            router.seed_generator.state.assign(fresh.state)
+        if name == "bias_balanced":
+            router.expert_bias.assign(EXPERT_BIAS)
+
+    check(
+        layer,
+        WAYS[router.choice],
+        x,
+        expected,
+        values,
+        few=name != "top-2",
+        prepare=prepare,
+        training=training,
+    )
+
+
+def test_a_hash_by_every_way():
+    layer, x, ids = moe("hash", top_k=2), tokens(9), np.arange(9)
+    layer.build(x.shape, ids.shape)
+    values = randomised(layer)
+    chosen = array(routers.HashRouter(E, 2)(ids).expert_indices)
+    record = {"expert_indices": chosen, "combine_weights": np.full((9, 2), 0.5)}
+    check(
+        layer,
+        WITH_DROPS,
+        x,
+        lambda factor: oracle(layer, x, record, values, factor),
+        values,
+        router_inputs=ids,
+    )
+
+
+EXPERTS = {
+    "one layer": lambda: MLPExperts(E, U, dtype="float64"),
+    "three layers": lambda: MLPExperts(E, (4, 3, U), dtype="float64"),
+    "no bias": lambda: MLPExperts(E, (4, U), use_bias=False, dtype="float64"),
+    "GLU": lambda: GLUExperts(E, 4, U, dtype="float64"),
+    "GLU with biases": lambda: GLUExperts(E, 4, U, use_bias=True, dtype="float64"),
+    "layers": layer_experts,
+}
+
+
+def check_top_k(layer, x, names=WITH_DROPS, mask=None, few=True):
+    """`check` for a layer with a `TopKRouter`, for tokens of any rank."""
+    layer.build(x.shape)
+    values = randomised(layer)
+    kernel = values[id(layer.router.kernel)]
+    rows = x.reshape(-1, D)
+    row_mask = None if mask is None else mask.reshape(-1)
+
+    def expected(factor):
+        k = layer.top_k
+        record = routing_oracles.top_k(rows, kernel, k, renormalize=k > 1)
+        outputs = oracle(layer, rows, record, values, factor, row_mask)
+        return outputs.reshape(*x.shape[:-1], -1)
+
+    check(layer, names, x, expected, values, few=few, mask=mask)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_every_kind_of_experts_by_every_way(name):
+    experts = EXPERTS[name]()
+    stacked = hasattr(experts, "on_rows")
+    names = WITH_DROPS if stacked else [*ways.UNSTACKED, "dropping"]
+    few = name not in ("three layers", "GLU with biases")
+    check_top_k(moe(experts=experts), tokens(9), names, few=few)
+
+
+@pytest.mark.parametrize(
+    ("leading", "masked"),
+    [
+        ((9,), [0]),
+        ((9,), [3, 8]),
+        ((9,), range(9)),
+        ((2, 5), None),
+        ((2, 5), [1, 4, 9]),
+        ((2, 1, 3), None),
+    ],
+)
+def test_masks_and_leading_axes(leading, masked):
+    mask = None
+    if masked is not None:
+        mask = np.ones(leading, bool)
+        mask.reshape(-1)[list(masked)] = False
+    check_top_k(moe(), tokens(*leading), mask=mask, few=leading != (2, 5))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_k": 4}, {"num_experts": 7}])
+@pytest.mark.parametrize("n", [1, 6])
+def test_few_tokens_many_experts_and_all_experts(options, n):
+    check_top_k(moe(**options), tokens(n))
+
+
+def test_one_expert_is_a_plain_mlp():
+    layer, x = moe(num_experts=1, top_k=1), tokens(6)
+    layer.build(x.shape)
+    values = randomised(layer)
+    (kernels, biases), experts = (values, values), layer.experts
+    kernels = [values[id(w)][0] for w in experts.kernels]
+    biases = [values[id(w)][0] for w in experts.biases]
+
+    def expected(factor):
+        return oracles.mlp(x, kernels, biases, oracles.relu, oracles.linear)
+
+    check(layer, ways.TOKEN_CHOICE, x, expected, values)
+
+
+@pytest.mark.parametrize("n", [1, 11])
+def test_everything_on_one_expert(n):
+    """Expert 2 has all rows, the others none and no gradient."""
+    layer, x = moe(top_k=1), tokens(n)
+    layer.build(x.shape)
+    values = randomised(layer)
+    x[:, 0] = 1.0 + np.abs(x[:, 0])
+    kernel = values[id(layer.router.kernel)]
+    kernel[0] += np.array([0.0, 0.0, 9.0, 0.0])
+    layer.router.kernel.assign(kernel)
+    record = routing_oracles.top_k(x, kernel, 1, renormalize=False)
+    assert (record["expert_indices"] == 2).all()
+
+    def expected(factor):
+        record = routing_oracles.top_k(x, kernel, 1, renormalize=False)
+        return oracle(layer, x, record, values, factor)
+
+    check(layer, WITH_DROPS, x, expected, values, few=n == 1)
+
+
+@pytest.mark.parametrize("way", ways.TOKEN_CHOICE)
+def test_no_token(way):
+    layer = moe(dispatch=ways.dispatch_of(way))
+    with ways.chosen(way):
+        layer.build((0, D))
+        (found,), by_weight, (by_input,) = backends.outputs_and_gradients(
+            Call(layer), [tokens(0)], [np.zeros((0, U))]
+        )
+    assert found.shape == (0, U)
+    assert by_input.shape == (0, D)
+    assert all((gradient == 0).all() for gradient in by_weight)
+
+
+# Compilers
+
+
+def float32_model(dispatch="auto", router=None, n=6, **kwargs):
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((D,))
+    layer = MoE(E, (4, U), router=router, dispatch=dispatch, name="moe", **kwargs)
+    return keras.Model(inputs, layer(inputs)), layer
+
+
+only_tensorflow = pytest.mark.skipif(
+    ways.BACKEND != "tensorflow", reason="TensorFlow has eager, graph and XLA"
+)
+
+
+def tensorflow_call(layer, jit, signature=None):
+    """Output and gradients of a layer by TensorFlow's compilers."""
+    import tensorflow as tf
+
+    @tf.function(jit_compile=jit, input_signature=signature)
+    def call(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            outputs = layer(x)
+            loss = tf.reduce_sum(outputs * tf.cos(outputs))
+        weights = [w.value for w in layer.trainable_variables]
+        return [outputs, *tape.gradient(loss, [x, *weights])]
+
+    return call
+
+
+@only_tensorflow
+@pytest.mark.parametrize("way", ways.TOKEN_CHOICE)
+def test_eager_graph_and_xla_give_the_same_output_and_gradients(way):
+    """With a known number of tokens and without; the numbers are those of "dense"."""
+    import tensorflow as tf
+
+    layer = moe(top_k=3)
+    layer.build((None, D))
+    randomised(layer)
+    unknown = [tf.TensorSpec([None, D], "float64")]
+    modes = [(False, None), (False, unknown)]
+    if way in ways.COMPILED:
+        modes += [(True, None), (True, unknown)]
+    batches = {n: tf.constant(tokens(n)) for n in (9, 1, 0)}
+    layer.dispatch = "dense"
+    wanted = {n: tensorflow_call(layer, False)(x) for n, x in batches.items()}
+    layer.capacity_factor = float(E) if way == "capacity" else None
+    layer.dispatch = ways.dispatch_of(way)
+    with ways.chosen(way):
+        for jit, signature in modes:
+            call = tensorflow_call(layer, jit, signature)
+            for n, x in batches.items():
+                if signature is None and n != 9:
+                    continue
+                for a, b in zip(call(x), wanted[n], strict=True):
+                    np.testing.assert_allclose(
+                        a, b, rtol=1e-9, atol=1e-11, err_msg=f"{jit} {signature} {n}"
+                    )
+
+
+@only_tensorflow
+@pytest.mark.parametrize("dispatch", ["auto", "capacity"])
+def test_one_trace_and_the_blocks_as_shipped_whatever_the_routing(dispatch):
+    """XLA compiles once for a shape: also if all tokens go to one expert, or are NaN."""
+    import tensorflow as tf
+
+    layer = MoE(8, (4, U), dispatch=dispatch)
+    layer.build((None, D))
+    call = tensorflow_call(layer, True)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, D)).astype("float32")
+    for batch in (x, x + 5.0, np.ones_like(x), 0.0 * x, np.full_like(x, np.nan)):
+        found = call(tf.constant(batch))
+        assert call.experimental_get_tracing_count() == 1
+        if dispatch == "auto" and np.isfinite(batch).all():
+            for a, b in zip(found, tensorflow_call(layer, False)(batch), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    # Nothing that is compiled depends on a value: an argument that had to be known in
+    # advance would stand as a constant in the program.
+    program = call.experimental_get_compiler_ir(tf.constant(x))(stage="hlo")
+    assert "custom-call" not in program or "callback" not in program
+
+
+@only_tensorflow
+@pytest.mark.parametrize("dispatch", ["split", "blocked", "capacity", "dense"])
+def test_a_training_graph_asks_no_host(dispatch):
+    """No Python in the graph, and no value that Python would have to wait for."""
+    import tensorflow as tf
+
+    layer = MoE(E, (4, U), dispatch=dispatch)
+    layer.build((None, D))
+    call = tensorflow_call(layer, False)
+    graph = call.get_concrete_function(tf.TensorSpec([None, D])).graph
+    operations = {op.type for op in graph.get_operations()}
+    for function in graph.as_graph_def().library.function:
+        operations |= {node.op for node in function.node_def}
+    assert "MatMul" in operations or "BatchMatMulV2" in operations
+    asking = {"PyFunc", "PyFuncStateless", "EagerPyFunc", "NumpyFunction"}
+    assert not operations & asking
+
+
+def test_split_under_xla_says_what_to_do():
+    layer = MoE(E, U, dispatch="split")
+    calls = backends.compiled_calls(layer)
+    if not calls:
+        pytest.skip("this backend is not compiled here")
+    layer.build((None, D))
+    compiler = calls.get("xla") or calls["jit"]
+    with pytest.raises(ValueError, match=r'dispatch="split".*jit_compile.*"auto"'):
+        compiler(ops.convert_to_tensor(tokens(3).astype("float32")))
+
+
+FITTED = [False, True] if ways.BACKEND == "tensorflow" else ["auto"]
+
+
+@pytest.mark.parametrize("router", ["top_k", "bias_balanced", "expert_choice"])
+def test_fit_compiled_or_not_gives_the_same_model(router):
+    """The same layer, told nothing of it. Then it gives the same numbers by any way."""
+    if ways.BACKEND == "jax" and router == "expert_choice":
+        pytest.skip("a model of any batch size has no capacity there")
+    x = tokens(96).astype("float32")
+    y = np.stack([np.sin(x[:, 0]), x[:, 1] * x[:, 2]], axis=1)
+    histories, outputs = [], []
+    for jit in FITTED:
+        model, layer = float32_model(router=router)
+        model.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=jit)
+        history = model.fit(x, y, 32, epochs=5, shuffle=False, verbose=0).history
+        histories.append(history["loss"])
+        outputs.append(model.predict(x, verbose=0))
+        assert history["loss"][-1] < history["loss"][0]
+        weights = [array(w) for w in layer.weights]
+        for dispatch in ("dense", "auto"):
+            layer.dispatch = dispatch
+            np.testing.assert_allclose(
+                array(layer(x[:32])), array(model(x[:32])), rtol=1e-4, atol=1e-5
+            )
+        for a, b in zip(layer.weights, weights, strict=True):
+            assert (array(a) == b).all()
+    np.testing.assert_allclose(histories[0], histories[-1], rtol=1e-4)
+    np.testing.assert_allclose(outputs[0], outputs[-1], rtol=1e-2, atol=1e-3)
+
+
+SERVER = """
+import json, sys
+import numpy as np
+import tensorflow as tf
+
+serve = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
+x = np.load(sys.argv[2])
+print(json.dumps([serve(tf.constant(x[:n]))["output_0"].numpy().tolist()
+                  for n in (0, 1, 7, 300)]))
+"""
+
+
+@only_tensorflow
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_trained_model_serves_any_batch_size(jit, tmp_path):
+    model, layer = float32_model(num_shared_experts=1)
+    x = tokens(300).astype("float32")
+    model.compile("sgd", "mse", jit_compile=jit)
+    model.fit(x, x[:, :U], epochs=1, verbose=0)
+    model.export(tmp_path / "model", verbose=False)
+    np.save(tmp_path / "x.npy", x)
+    paths = [str(tmp_path / name) for name in ("model", "x.npy")]
+    found = processes.run_without(["keras_moe"], SERVER, tmp_path, *paths)
+    layer.dispatch = "dense"
+    for n, rows in zip(
+        (0, 1, 7, 300), json.loads(found.splitlines()[-1]), strict=True
+    ):
+        wanted = array(layer(x[:n]))
+        rows = np.reshape(rows, (n, U))
+        np.testing.assert_allclose(rows, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_the_router_of_a_mixed_layer_is_float32(policy):
+    layer = MoE(E, (4, U), dtype=policy)
+    seen, compute = [], layer._compute
+
+    def watched(tokens, routing, training):
+        seen.append((tokens, routing))
+        return compute(tokens, routing, training)
+
+    layer._compute = watched
+    outputs = layer(tokens(5).astype("float32"))
+    rows, record = seen[-1]
+    dtype = policy.removeprefix("mixed_")
+    assert keras.backend.standardize_dtype(outputs.dtype) == dtype
+    assert keras.backend.standardize_dtype(rows.dtype) == dtype
+    for tensor in (record.combine_weights, record.router_logits, record.router_probs):
+        assert keras.backend.standardize_dtype(tensor.dtype) == "float32"
+    assert all(keras.backend.standardize_dtype(loss.dtype) == "float32"
+               for loss in layer.losses)  # fmt: skip
+    # A float32 kernel times the tokens as they came, not as half precision would.
+    logits = array(ops.cast(rows, "float32")) @ array(layer.router.kernel)
+    np.testing.assert_allclose(array(record.router_logits), logits, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ways.TOKEN_CHOICE)
+def test_half_precision_is_near_float32(way):
+    x = tokens(40).astype("float32")
+    reference, half = MoE(E, (8, U)), MoE(E, (8, U), dtype="mixed_bfloat16")
+    reference.dispatch = "dense"
+    half.capacity_factor = float(E) if way == "capacity" else None
+    half.dispatch = ways.dispatch_of(way)
+    for layer in (reference, half):
+        layer.build(x.shape)
+    half.set_weights(reference.get_weights())
+    # The router gets what it gets in half precision, or a near choice may fall apart.
+    x = array(ops.cast(ops.cast(x, "bfloat16"), "float32"))
+    cotangent = np.random.default_rng(0).normal(size=(40, U)).astype("float32")
+    wanted = backends.outputs_and_gradients(Call(reference), [x], [cotangent])
+    with ways.chosen(way):
+        found = backends.outputs_and_gradients(Call(half), [x], [cotangent])
+    for group, others in zip(found, wanted, strict=True):
+        for a, b in zip(group, others, strict=True):
+            scale = np.abs(b).max()
+            np.testing.assert_allclose(a.astype("float32"), b, atol=0.03 * scale)
+
+
+# NaN and infinity
+
+
+@pytest.mark.parametrize("router", ["top_k", "noisy_top_k", "bias_balanced", "sinkhorn",
+                                    "expert_choice", "hash", "dense"])  # fmt: skip
+def test_a_row_that_is_not_finite_changes_no_other_row(router):
+    ids = {"router_inputs": np.arange(12)} if router == "hash" else {}
+    layer = moe(router, top_k=2)
+    layer.build((12, D), *[(12,)] * len(ids))
+    x, others = tokens(12), np.delete(np.arange(12), [3, 8])
+    broken = x.copy()
+    broken[3], broken[8, 0] = np.nan, np.inf
+    names = WAYS[layer.router.choice]
+    for way in [name for name in names if name != "dropping"]:
+        layer.capacity_factor = float(E) if way == "capacity" else None
+        if router == "expert_choice":
+            # Room for all, or one row less makes room for another.
+            layer.capacity_factor = None
+            layer.router.capacity_factor = 2.0
+        layer.dispatch = ways.dispatch_of(way)
+        with ways.chosen(way):
+            wanted, found = array(layer(x, **ids)), array(layer(broken, **ids))
+        np.testing.assert_allclose(
+            found[others], wanted[others], **OUTPUTS, err_msg=way
+        )
+        assert not np.isfinite(found[3]).any()
+        assert np.isfinite(wanted).all()
+
+
+@pytest.mark.parametrize("way", ways.TOKEN_CHOICE)
+@pytest.mark.parametrize("kind", ["three layers", "GLU", "layers"])
+def test_nan_in_padding_reaches_nothing(kind, way):
+    if kind == "layers" and way not in ways.UNSTACKED:
+        pytest.skip("no kernels to multiply together")
+    experts = EXPERTS[kind]()
+    x, mask = tokens(2, 6), np.ones((2, 6), bool)
+    mask[0, 3:] = mask[1, 0] = False
+    x[~mask] = np.nan
+    layer = MoE(E, experts=experts, dtype="float64", dispatch=ways.dispatch_of(way))
+    layer.build(x.shape)
+    with ways.chosen(way):
+        (outputs,), by_weight, (by_input,) = backends.outputs_and_gradients(
+            Call(layer, mask=mask), [x], [np.ones((2, 6, U))]
+        )
+        layer(x, mask=mask)
+    assert (outputs[~mask] == 0).all()
+    assert np.isfinite(outputs).all()
+    assert (by_input[~mask] == 0).all()
+    for gradient in [*by_weight, by_input]:
+        assert np.isfinite(gradient).all()
+    assert all(np.isfinite(array(loss)) for loss in layer.losses)

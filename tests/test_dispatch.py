@@ -1,0 +1,326 @@
+"""The ways in which rows move: all alike, in what they compute and in what they cost.
+
+`tests/layers/test_moe.py` holds every router and all experts to the oracle; here the
+records are drawn, so that any sizes and loads come up.
+"""
+
+import functools
+import math
+import re
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_moe import dispatch as dispatch_lib
+from keras_moe import routing as routing_lib
+from keras_moe.experts import MLPExperts
+from keras_moe.routing import Routing
+from tests import backends, moe_oracles, ways
+
+D, U = 3, 2
+BOUNDED = settings(max_examples=30, deadline=None, derandomize=True)
+if ways.BACKEND == "jax":
+    # It compiles every example anew, and would again to find the smallest one.
+    BOUNDED = settings(BOUNDED, max_examples=4, phases=[Phase.generate])
+
+
+def array(tensor):
+    return np.asarray(ops.convert_to_numpy(tensor))
+
+
+class Moved(keras.layers.Layer):
+    """Experts behind a dispatch, as a function of tokens and weights of a record."""
+
+    def __init__(self, way, experts, indices, mask=None, capacity=None):
+        super().__init__(dtype=experts.dtype_policy)
+        self.way, self.experts = way, experts
+        self.indices, self.mask, self.capacity = indices, mask, capacity
+        self.built = True
+
+    def call(self, tokens, weights):
+        mask = None if self.mask is None else ops.convert_to_tensor(self.mask)
+        record = Routing(ops.convert_to_tensor(self.indices), weights, mask=mask)
+        options = {}
+        if self.way == "capacity":
+            slots = routing_lib.capacity_slots(
+                record, self.experts.num_experts, self.capacity
+            )
+            options = {"slots": slots}
+        move = getattr(dispatch_lib, ways.dispatch_of(self.way))
+        return move(tokens, record, self.experts, **options)
+
+
+def experts_of(e, units=(3, U), dtype="float64"):
+    experts = MLPExperts(e, units, dtype=dtype)
+    experts.build((None, D))
+    rng = np.random.default_rng(e)
+    for weight in experts.trainable_variables:
+        weight.assign(rng.normal(size=weight.shape))
+    return experts
+
+
+@BOUNDED
+@given(
+    n=st.integers(0, 14),
+    e=st.integers(1, 6),
+    share=st.floats(0, 1),
+    skew=st.sampled_from([0.0, 3.0]),
+    masked=st.booleans(),
+    sizes=st.sampled_from([(1, 1), (4, 2), (8, 8)]),
+    seed=st.integers(0, 1000),
+)
+def test_all_ways_agree_for_any_sizes(n, e, share, skew, masked, sizes, seed):
+    """The outputs are the oracle's, and all ways have the gradients of the first."""
+    k, rng = 1 + int(share * (e - 1)), np.random.default_rng(seed)
+    # Skewed: most tokens want the first experts, and the last ones stay empty.
+    wish = rng.random((n, e)) - skew * np.arange(e) / e
+    indices = np.argsort(-wish, axis=1)[:, :k].astype("int32")
+    mask = rng.random(n) < 0.7 if masked else None
+    inputs = [rng.normal(size=(n, D)), rng.random((n, k))]
+    experts = experts_of(e)
+    kernels, biases = ([array(w) for w in v] for v in (experts.kernels, experts.biases))
+    wanted = moe_oracles.moe(
+        inputs[0],
+        {"expert_indices": indices, "combine_weights": inputs[1]},
+        moe_oracles.mlp_experts(kernels, biases),
+        mask,
+    ).reshape(n, U)
+    counted = np.ones((n, 1)) if masked is False else mask[:, None]
+    cotangent = counted * rng.normal(size=(n, U))
+    reference = None
+    for way in ways.TOKEN_CHOICE:
+        with ways.chosen(way, *sizes):
+            layer = Moved(way, experts, indices, mask, max(n, 1))
+            outputs, *gradients = backends.outputs_and_gradients(
+                layer, inputs, [cotangent]
+            )
+        # The layer above sets what stands in the rows of padding to zero.
+        np.testing.assert_allclose(
+            counted * outputs[0], wanted, **backends.tolerance(1e-9, 1e-12)
+        )
+        for by_input in gradients[1]:
+            by_input *= counted
+        gradients = [*gradients[0], *gradients[1]]
+        reference = reference or gradients
+        for a, b in zip(gradients, reference, strict=True):
+            np.testing.assert_allclose(
+                a, b, **backends.tolerance(1e-8, 1e-10), err_msg=way
+            )
+
+
+@pytest.mark.skipif(ways.BACKEND == "torch", reason="not compiled there")
+@pytest.mark.parametrize("way", [w for w in ways.TOKEN_CHOICE if w != "dense"])
+def test_sizes_as_they_are_shipped(way):
+    """No block is shrunk here: one expert fills several, one a part, one none."""
+    e, rng = 5, np.random.default_rng(0)
+    first = np.repeat([0, 1, 3, 4], [700, 3, 290, 7])
+    rng.shuffle(first)
+    indices = np.stack([first, (first + 1) % 2], axis=1).astype("int32")
+    mask = rng.random(1000) < 0.9
+    inputs = [rng.normal(size=(1000, D)), rng.random((1000, 2))]
+    experts, cotangent = experts_of(e), mask[:, None] * rng.normal(size=(1000, U))
+    sizes = dispatch_lib.block_sizes(2000, e)
+
+    def by(way):
+        with ways.chosen(way) as _, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch_lib, "block_sizes", lambda *_: sizes)
+            layer = Moved(way, experts, indices, mask, 2000)
+            found = backends.outputs_and_gradients(layer, inputs, [cotangent])
+        return [mask[:, None] * found[0][0], *found[1], mask[:, None] * found[2][0]]
+
+    for a, b in zip(by(way), by("dense"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
+
+
+# NaN and infinity
+
+
+BROKEN = [2, 11]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("way", ways.TOKEN_CHOICE)
+def test_a_broken_row_changes_no_other_output_and_no_other_gradient(way, value):
+    """Whole rows of it, in the middle and at the end of the run of an expert."""
+    rng = np.random.default_rng(3)
+    indices = np.argsort(rng.random((12, 4)), axis=1)[:, :2].astype("int32")
+    indices[BROKEN] = [1, 2]  # 0 and 3 know nothing of it.
+    tokens, weights = rng.normal(size=(12, D)), rng.random((12, 2))
+    experts, others = experts_of(4), np.delete(np.arange(12), BROKEN)
+    cotangent = rng.normal(size=(12, U))
+    results = []
+    for broken in (False, True):
+        inputs = [tokens.copy(), weights]
+        if broken:
+            inputs[0][BROKEN] = value
+            # A router that sees such a row gives it such weights.
+            inputs[1] = weights.copy()
+            inputs[1][BROKEN[0]] = np.nan
+        with ways.chosen(way):
+            layer = Moved(way, experts, indices, None, 24)
+            (output,), by_weight, by_input = backends.outputs_and_gradients(
+                layer, inputs, [cotangent]
+            )
+        by_input = [gradient[others] for gradient in by_input]
+        # Where every expert sees every token there is none without a broken one.
+        by_weight = [] if way == "dense" else [g[[0, 3]] for g in by_weight]
+        results.append([output[others], *by_input, *by_weight])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(b, a, **backends.tolerance(1e-9, 1e-12))
+
+
+# What it costs: the compiler's own figures, no clock.
+
+only_jax = pytest.mark.skipif(ways.BACKEND != "jax", reason="JAX shows its compiler's")
+N, K, WIDTH, HIDDEN = 8192, 2, 256, 512
+
+
+def in_capacity(tokens, record, experts):
+    """Capacity with a factor of 1: as many slots as choices."""
+    e = experts.num_experts
+    c = routing_lib.expert_capacity(tokens.shape[0], e, K, 1.0)
+    slots = routing_lib.capacity_slots(record, e, c)
+    return dispatch_lib.capacity(tokens, record, experts, slots=slots)
+
+
+MOVES = {
+    "at_once": dispatch_lib.blocked_at_once,
+    "in_turn": dispatch_lib.blocked_in_turn,
+    "capacity": in_capacity,
+}
+
+
+def tensor(*shape, dtype="float32"):
+    import jax
+
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def differentiated(loss, *tensors):
+    """Value and gradients of `loss(weights, ..., constant)`, compiled and never run."""
+    import jax
+
+    by = tuple(range(len(tensors) - 1))
+    return jax.jit(jax.value_and_grad(loss, by)).lower(*tensors).compile()
+
+
+@functools.cache
+def compiled(move, e, n=N):
+    """Forward and backward through experts behind a dispatch."""
+    experts = MLPExperts(e, (HIDDEN, WIDTH))
+    experts.built = True
+
+    def loss(kernels, biases, tokens, weights, constants):
+        indices, cotangent = constants
+        experts.kernels, experts.biases = kernels, biases
+        outputs = MOVES[move](tokens, Routing(indices, weights), experts)
+        return (outputs * cotangent).sum()
+
+    return differentiated(
+        loss,
+        [tensor(e, WIDTH, HIDDEN), tensor(e, HIDDEN, WIDTH)],
+        [tensor(e, HIDDEN), tensor(e, WIDTH)],
+        tensor(n, WIDTH),
+        tensor(n, K),
+        (tensor(n, K, dtype="int32"), tensor(n, WIDTH)),
+    )
+
+
+@functools.cache
+def compiled_mlp():
+    """One MLP for all tokens, as wide as the K experts of a token together."""
+    import jax
+
+    def loss(kernels, biases, tokens, cotangent):
+        hidden = jax.nn.relu(tokens @ kernels[0] + biases[0])
+        return ((hidden @ kernels[1] + biases[1]) * cotangent).sum()
+
+    h = K * HIDDEN
+    return differentiated(
+        loss,
+        [tensor(WIDTH, h), tensor(h, WIDTH)],
+        [tensor(h), tensor(WIDTH)],
+        tensor(N, WIDTH),
+        tensor(N, WIDTH),
+    )
+
+
+@only_jax
+@pytest.mark.parametrize("e", [8, 64, 256])
+@pytest.mark.parametrize("move", ["at_once", "capacity"])
+def test_the_compiler_counts_few_operations_more_than_for_an_mlp(move, e):
+    dense = compiled_mlp().cost_analysis()["flops"]
+    # Two matmuls forward and four backward, of 2 n in out operations each.
+    assert dense == pytest.approx(6 * 2 * N * WIDTH * K * HIDDEN, rel=0.01)
+    assert compiled(move, e).cost_analysis()["flops"] <= 1.35 * dense
+
+
+@only_jax
+@pytest.mark.parametrize(
+    ("move", "e"), [("at_once", 8), ("at_once", 256), ("capacity", 64), ("in_turn", 64)]
+)
+def test_no_tensor_of_tokens_by_experts_by_slots(move, e):
+    """The largest are the hidden rows, and the kernels with a copy for each block.
+
+    A one-hot dispatch needs n * e * c = k n² numbers, 134 million here, and a dispatch
+    to every expert n * e * h.
+    """
+    shapes = re.findall(r"\w\d+\[([\d,]+)\]", compiled(move, e).as_text())
+    sizes = {shape: math.prod(map(int, shape.split(","))) for shape in shapes}
+    rows = 1.35 * N * K * HIDDEN
+    copies = (5 if move == "at_once" else 1) * e * WIDTH * HIDDEN
+    assert max(sizes.values()) <= max(rows, copies)
+    tall = [s for s in sizes if str(N) in s.split(",") or str(N * K) in s.split(",")]
+    assert tall
+    assert max(sizes[shape] for shape in tall) <= N * K * HIDDEN < N * e * N * K / e
+
+
+@only_jax
+@pytest.mark.parametrize("move", MOVES)
+def test_memory_grows_no_faster_than_the_tokens(move):
+    """With the outputs, in which the compiler keeps other things meanwhile."""
+
+    def memory(n):
+        found = compiled(move, 64, n).memory_analysis()
+        return found.temp_size_in_bytes + found.output_size_in_bytes
+
+    assert memory(2 * N) <= 2.1 * memory(N)
+
+
+@pytest.mark.parametrize("e", [8, 64, 256])
+@pytest.mark.parametrize("skew", [0.0, 1.0])
+def test_few_rows_more_than_were_chosen_are_multiplied(e, skew):
+    """The compiler does not know how often a loop turns, but we do.
+
+    Uniform routing, and shares like those of words, 1, 1/2, 1/3, ... (Zipf).
+    """
+    rng = np.random.default_rng(0)
+    wish = np.log((1.0 + np.arange(e)) ** -skew) + rng.gumbel(size=(N, e))
+    counts = np.bincount(np.argsort(-wish, axis=1)[:, :K].ravel(), minlength=e)
+    assert dispatch_lib.rows_multiplied(counts) <= 1.35 * N * K
+    everything = np.zeros(e, int)
+    everything[e // 2] = N * K
+    assert dispatch_lib.rows_multiplied(everything) <= 1.02 * N * K
+
+
+@pytest.mark.skipif(ways.BACKEND != "tensorflow", reason="loops run eagerly there")
+@pytest.mark.parametrize("counts", [[40, 0, 3, 16, 1], [0, 0, 61], [7], [0, 5, 300]])
+def test_the_rows_that_are_counted_are_the_rows_multiplied(counts, monkeypatch):
+    """And the blocks of a backward pass are those of the forward one."""
+    seen, affine = [], dispatch_lib._affine
+
+    def watched(rows, *weights):
+        seen.append(rows.shape[0])
+        return affine(rows, *weights)
+
+    monkeypatch.setattr(dispatch_lib, "_affine", watched)
+    indices = np.repeat(np.arange(len(counts)), counts)[:, None].astype("int32")
+    n = len(indices)
+    record = Routing(indices, np.ones((n, 1)))
+    experts = experts_of(len(counts), (U,))
+    dispatch_lib.blocked_in_turn(ops.ones((n, D), "float64"), record, experts)
+    assert sum(seen) == dispatch_lib.rows_multiplied(counts)
