@@ -13,7 +13,18 @@ from keras_moe.multitask import MultiTaskModel
 from tests import processes
 
 ROOT = Path(__file__).parent.parent
-CORE = ("layers", "multitask", "test_experts.py", "test_initializers.py")
+CORE = (
+    "layers",
+    "multitask",
+    "test_dispatch.py",
+    "test_experts.py",
+    "test_initializers.py",
+    "test_losses.py",
+    "test_metrics.py",
+    "test_routers.py",
+    "test_routing.py",
+    "test_upcycling.py",
+)
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="started from TensorFlow's run"
@@ -32,7 +43,7 @@ def test_core_of_the_suite(backend):
     done = processes.run(
         ["-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *tests],
         cwd=ROOT,
-        timeout=900,
+        timeout=2400,
         KERAS_BACKEND=backend,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
