@@ -445,7 +445,7 @@ def test_eager_graph_and_xla_give_the_same_output_and_gradients(way):
 @only_tensorflow
 @pytest.mark.parametrize("dispatch", ["auto", "capacity"])
 def test_one_trace_and_the_blocks_as_shipped_whatever_the_routing(dispatch):
-    """XLA compiles once for a shape: also if all tokens go to one expert, or are NaN."""
+    """XLA compiles once for a shape: also for all tokens on one expert, or NaN."""
     import tensorflow as tf
 
     layer = MoE(8, (4, U), dispatch=dispatch)
@@ -491,35 +491,6 @@ def test_split_under_xla_says_what_to_do():
 
 
 FITTED = [False, True] if ways.BACKEND == "tensorflow" else ["auto"]
-
-
-@pytest.mark.parametrize("router", ["top_k", "expert_choice"])
-def test_fit_compiled_or_not_gives_the_same_model(router):
-    """The same layer, told nothing of it. Then it gives the same numbers by any way."""
-    if ways.BACKEND == "jax" and router == "expert_choice":
-        pytest.skip("a model of any batch size has no capacity there")
-    x = tokens(96).astype("float32")
-    y = np.stack([np.sin(x[:, 0]), x[:, 1] * x[:, 2]], axis=1)
-    histories, outputs = [], []
-    for jit in FITTED:
-        model, layer = float32_model(router=router)
-        model.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=jit)
-        history = model.fit(x, y, 32, epochs=5, shuffle=False, verbose=0).history
-        histories.append(history["loss"])
-        outputs.append(model.predict(x, verbose=0))
-        assert history["loss"][-1] < history["loss"][0]
-        weights = [array(w) for w in layer.weights]
-        for dispatch in ("dense", "auto"):
-            layer.dispatch = dispatch
-            np.testing.assert_allclose(
-                array(layer(x[:32])), array(model(x[:32])), rtol=1e-4, atol=1e-5
-            )
-        for a, b in zip(layer.weights, weights, strict=True):
-            assert (array(a) == b).all()
-    np.testing.assert_allclose(histories[0], histories[-1], rtol=1e-4)
-    np.testing.assert_allclose(outputs[0], outputs[-1], rtol=1e-2, atol=1e-3)
-
-
 SERVER = """
 import json, sys
 import numpy as np
@@ -532,21 +503,35 @@ print(json.dumps([serve(tf.constant(x[:n]))["output_0"].numpy().tolist()
 """
 
 
-@only_tensorflow
-def test_a_model_trained_by_xla_serves_any_batch_size(tmp_path):
-    model, layer = float32_model(num_shared_experts=1)
+@pytest.mark.parametrize("router", ["top_k", "expert_choice"])
+def test_fit_compiled_or_not_gives_the_same_model_and_serves_it(router, tmp_path):
+    """The layer is told nothing of compilers, and a server need not have it."""
+    if ways.BACKEND == "jax" and router == "expert_choice":
+        pytest.skip("a model of any batch size has no capacity there")
     x = tokens(300).astype("float32")
-    model.compile("sgd", "mse", jit_compile=True)
-    model.fit(x, x[:, :U], 300, epochs=1, verbose=0)
+    y = np.stack([np.sin(x[:, 0]), x[:, 1] * x[:, 2]], axis=1)
+    histories, outputs = [], []
+    for jit in FITTED:
+        model, layer = float32_model(router=router, num_shared_experts=1)
+        model.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=jit)
+        history = model.fit(x, y, 150, epochs=3, shuffle=False, verbose=0).history
+        histories.append(history["loss"])
+        outputs.append(array(layer(x)))
+        assert history["loss"][-1] < history["loss"][0]
+    np.testing.assert_allclose(histories[0], histories[-1], rtol=1e-4)
+    np.testing.assert_allclose(outputs[0], outputs[-1], rtol=1e-2, atol=1e-3)
+    if ways.BACKEND != "tensorflow":
+        return
+    # The one that XLA trained is served without XLA.
     model.export(tmp_path / "model", verbose=False)
     np.save(tmp_path / "x.npy", x)
     paths = [str(tmp_path / name) for name in ("model", "x.npy")]
     found = processes.run_without(["keras_moe"], SERVER, tmp_path, *paths)
+    served = json.loads(found.splitlines()[-1])
     layer.dispatch = "dense"
-    for n, rows in zip((0, 1, 7, 300), json.loads(found.splitlines()[-1]), strict=True):
-        wanted = array(layer(x[:n]))
+    for n, rows in zip((0, 1, 7, 300), served, strict=True):
         rows = np.reshape(rows, (n, U))
-        np.testing.assert_allclose(rows, wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(rows, array(layer(x[:n])), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
@@ -779,7 +764,15 @@ def test_a_file_keeps_the_parts_that_were_given(tmp_path):
         again = keras.models.load_model(tmp_path / f"{name}.keras")
         np.testing.assert_allclose(array(again(x)), array(model(x)), rtol=1e-6)
         layer, other = model.get_layer("moe"), again.get_layer("moe")
-        assert other.get_config() == layer.get_config()
+        configs = [moe.get_config() for moe in (layer, other)]
+        for part in ("router", "experts"):
+            # Of a part that was given there is also a config, and if it is built.
+            parts = [config.pop(part) for config in configs]
+            assert getattr(other, part).get_config().keys() == (
+                getattr(layer, part).get_config().keys()
+            )
+            assert [part is None for part in parts] in ([True] * 2, [False] * 2)
+        assert configs[0] == configs[1]
         assert other.loss_weights == layer.loss_weights
         assert loss_values(other) == pytest.approx(loss_values(layer))
 
@@ -804,11 +797,12 @@ def test_the_dispatch_may_be_changed_after_training(way):
 
 
 def test_auto_obeys_a_capacity_also_if_all_experts_are_chosen():
-    x = tokens(8)
-    layer = moe(num_experts=2, top_k=2, capacity_factor=0.5)
+    layer, x = moe(num_experts=2, top_k=2, capacity_factor=0.5), tokens(8)
+    layer.build(x.shape)
+    layer.router.kernel.assign(np.zeros((D, 2)))
     # c = 0.5 * 2 * 8 / 2 = 4: the last four tokens find both experts full.
-    outputs = array(layer(x))
-    assert np.flatnonzero((outputs == 0).all(axis=1)).tolist() == [4, 5, 6, 7]
+    found = array(layer(x)).any(axis=1)
+    assert np.flatnonzero(found).tolist() == [0, 1, 2, 3]
 
 
 def test_the_capacity_by_default_is_a_quarter_above_an_even_load():
@@ -962,17 +956,17 @@ def test_bad_inputs_are_named():
         layer(x, router_inputs=x[:, :2])
     with pytest.raises(ValueError, match="rank >= 2"):
         moe()(np.ones(3))
-    with pytest.raises(ValueError, match="`router_inputs` must be given.*HashRouter"):
+    with pytest.raises(ValueError, match=r"`router_inputs` must be given.*HashRouter"):
         moe("hash")(x)
     hashed = moe("hash")
     hashed(x, router_inputs=np.arange(6).reshape(2, 3))
-    with pytest.raises(ValueError, match="integer ids.*`router_inputs`.*float64"):
+    with pytest.raises(ValueError, match=r"integer ids.*`router_inputs`.*float64"):
         hashed(x)
 
 
 def test_a_dispatch_that_does_not_fit_is_refused_later_too():
     layer = MoE(E, U, capacity_factor=1.5)
-    with pytest.raises(ValueError, match="`capacity_factor`.*dispatch='dense'"):
+    with pytest.raises(ValueError, match=r"`capacity_factor`.*dispatch='dense'"):
         layer.dispatch = "dense"
     assert layer.dispatch == "auto"
     layer.capacity_factor = None
@@ -988,5 +982,5 @@ def test_ragged_is_refused_off_jax():
 @pytest.mark.skipif(ways.BACKEND != "jax", reason="refused in __init__ elsewhere")
 def test_ragged_is_refused_without_a_grouped_matmul():
     layer = MoE(E, U, dispatch="ragged")
-    with pytest.raises(ValueError, match='needs a device.*`layer.dispatch = "auto"`'):
+    with pytest.raises(ValueError, match=r'needs a device.*`layer.dispatch = "auto"`'):
         layer(tokens(3))
