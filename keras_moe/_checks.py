@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
 
 def positive_int(name: str, value: Any) -> int:
     """Return `value` if it is an int of at least 1, else raise ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(
             f"`{name}` must be an integer >= 1. Received: {name}={value!r}"
         )
-    return value
+    return int(value)
 
 
 def unit_sizes(name: str, value: Any, allow_empty: bool = False) -> tuple[int, ...]:
     """Return the layer widths in `value` (an int or a sequence) as a tuple."""
-    sizes = (value,) if isinstance(value, int) else value
+    sizes = (value,) if isinstance(value, numbers.Integral) else value
     if not isinstance(sizes, Iterable) or isinstance(sizes, str | bytes):
         raise ValueError(
             f"`{name}` must be an integer or a sequence of integers >= 1. "
@@ -31,17 +32,17 @@ def unit_sizes(name: str, value: Any, allow_empty: bool = False) -> tuple[int, .
 
 def rate(name: str, value: Any) -> float:
     """Return `value` if it is a fraction in [0, 1), else raise ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"`{name}` must be a number. Received: {name}={value!r}")
-    if not 0.0 <= value < 1.0:
+    if not 0.0 <= float(value) < 1.0:
         raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value!r}")
     return float(value)
 
 
 def positive_number(name: str, value: Any) -> float:
     """Return `value` if it is a finite number above 0, else raise ValueError."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0.0 < value < float("inf"):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0.0 < float(value) < float("inf"):
         raise ValueError(
             f"`{name}` must be a finite number > 0. Received: {name}={value!r}"
         )
@@ -65,11 +66,11 @@ def last_dimension(layer: str, shape: tuple[int | None, ...]) -> int:
 
 def count(name: str, value: Any) -> int:
     """Return `value` if it is an int of at least 0, else raise ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
         raise ValueError(
             f"`{name}` must be an integer >= 0. Received: {name}={value!r}"
         )
-    return value
+    return int(value)
 
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> str:
@@ -82,8 +83,8 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> str:
 
 def finite_number(name: str, value: Any) -> float:
     """Return `value` if it is a finite number, else raise ValueError."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not -float("inf") < value < float("inf"):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not -float("inf") < float(value) < float("inf"):
         raise ValueError(
             f"`{name}` must be a finite number. Received: {name}={value!r}"
         )

@@ -309,7 +309,7 @@ def blocked_at_once(
     """All blocks in one batched matmul, each with its expert's kernel: GPU and TPU.
 
     A loop whose trip count is data would make a GPU ask its host before every block.
-    The price is a copy of the kernel for every block, at most 5 e of them.
+    The price is a copy of its expert's kernel for every block.
     """
     e, k = experts.num_experts, routing.expert_indices.shape[1]
     n = ops.shape(tokens)[0]
@@ -332,7 +332,10 @@ def blocked_at_once(
 
 
 def _rows_a_block(n: Any, k: int, e: int) -> int:
-    """At most a quarter of an even load, so that padding adds at most a quarter."""
+    """At most a quarter of an even load, but 8 at least and 512 at most.
+
+    Padding then adds a quarter at most, unless an even load is below 32 rows.
+    """
     if not isinstance(n, int):
         return 32
     b = 8
@@ -436,10 +439,12 @@ def _grouped_dense(
 
             def step(first: Any, size: int, inside: Any, carry: Any) -> Any:
                 (outputs,) = carry
-                block = before(*[_block(row, first, size) for row in rows])
-                return (
-                    ops.slice_update(outputs, (first, _int(0)), _affine(block, *own)),
+                block = _affine(
+                    before(*[_block(row, first, size) for row in rows]), *own
                 )
+                # On torch Keras multiplies float64 in float32.
+                block = ops.cast(block, outputs.dtype)
+                return (ops.slice_update(outputs, (first, _int(0)), block),)
 
             return k + 1, *_for_blocks(runs, k, sizes, step, (outputs,))
 

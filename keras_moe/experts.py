@@ -74,6 +74,14 @@ class _StackedExperts(keras.layers.Layer):
         ]
 
 
+def restored_axes(leading: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the leading axes for a reshape, which can infer one: the batch.
+
+    A batch that is known is not inferred, because nothing can be told from no rows.
+    """
+    return (leading[0] if isinstance(leading[0], int) else -1, *leading[1:])
+
+
 def _before(before: Callable[..., Any] | None, rows: Any) -> Any:
     """Return `before(*rows)` for rows that are one tensor or a tuple of them."""
     if before is None:
@@ -196,7 +204,7 @@ class MLPExperts(_StackedExperts):
             outputs = ops.transpose(outputs, (1, 0, 2))  # (n, e, u)
         # One unknown axis is all that a reshape can infer, hence -1 for the batch.
         return ops.reshape(
-            outputs, (-1, *leading[1:], self.num_experts, self.units[-1])
+            outputs, (*restored_axes(leading), self.num_experts, self.units[-1])
         )
 
     def on_rows(
@@ -377,7 +385,7 @@ class GLUExperts(_StackedExperts):
         rows = ops.broadcast_to(rows, (self.num_experts, *ops.shape(rows)[1:]))
         outputs = ops.transpose(self.on_slots(rows, training), (1, 0, 2))
         return ops.reshape(
-            outputs, (-1, *leading[1:], self.num_experts, outputs.shape[-1])
+            outputs, (*restored_axes(leading), self.num_experts, outputs.shape[-1])
         )
 
     def on_rows(
@@ -484,7 +492,7 @@ class LayerExperts(keras.layers.Layer):
         outputs = [ops.cast(layer(rows), self.compute_dtype) for layer in self.layers]
         outputs = ops.stack(outputs, axis=1)
         return ops.reshape(
-            outputs, (-1, *leading[1:], self.num_experts, outputs.shape[-1])
+            outputs, (*restored_axes(leading), self.num_experts, outputs.shape[-1])
         )
 
     def on_slots(self, slots: Any, training: bool | None = None) -> Any:

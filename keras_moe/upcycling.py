@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_moe import _checks
@@ -65,7 +66,7 @@ def upcycle(
     """
     chain = [_layer_of(model, layer) for layer in layers]
     _check_layers(chain)
-    _check_chain(chain)
+    _check_chain(chain, model)
     moe = moe_from_dense(chain, num_experts, top_k, name=chain[0].name, **kwargs)
     replaced = {chain[0].name: moe}
     for layer in chain[1:]:
@@ -111,7 +112,7 @@ def moe_from_dense(
             "probability, so that the mixture would not give the outputs of the MLP. "
             "Received: top_k=1"
         )
-    for name in ("experts", "expert_units", "num_shared_experts"):
+    for name in _FOLLOWING:
         if kwargs.get(name):
             raise ValueError(
                 f"`{name}` follows from the layers. Received: {name}={kwargs[name]!r}"
@@ -134,7 +135,40 @@ def moe_from_dense(
         experts.kernels[i].assign(_copies(layer.kernel, num_experts))
         if layer.use_bias:
             experts.biases[i].assign(_copies(layer.bias, num_experts))
+    _check_equal(moe, layers, kwargs)
     return moe
+
+
+# What the experts of an upcycled layer take from the Dense layers.
+_FOLLOWING = (
+    "experts",
+    "expert_units",
+    "num_shared_experts",
+    "activation",
+    "use_bias",
+    "dropout",
+    "kernel_initializer",
+    "kernel_regularizer",
+)
+
+
+def _check_equal(moe: MoE, layers: Sequence[Any], arguments: dict[str, Any]) -> None:
+    """Refuse a router or a dispatch whose weights do not sum to 1 for every token."""
+    features = layers[0].kernel.shape[0]
+    rows = np.random.default_rng(0).normal(size=(64, features)).astype("float32")
+    expected = rows
+    for layer in layers:
+        expected = layer(expected)
+    found, expected = (
+        ops.convert_to_numpy(ops.cast(x, "float32")) for x in (moe(rows), expected)
+    )
+    if not np.allclose(found, expected, rtol=0.05, atol=0.02 * np.abs(expected).max()):
+        raise ValueError(
+            "the further arguments must leave every token experts whose weights sum to "
+            "1, or the mixture does not give the outputs of the MLP. Received: "
+            f"{arguments}, with which outputs differ by up to "
+            f"{np.abs(found - expected).max():.2g}"
+        )
 
 
 def _copies(weight: Any, count: int) -> Any:
@@ -166,7 +200,7 @@ def _check_layers(layers: Sequence[Any]) -> None:
     for rule, values in {
         "use a bias, or none": {layer.use_bias for layer in layers},
         "have one activation, but for the last": {
-            keras.activations.serialize(layer.activation) for layer in layers[:-1]
+            str(keras.activations.serialize(layer.activation)) for layer in layers[:-1]
         },
     }.items():
         if len(values) > 1:
@@ -176,8 +210,21 @@ def _check_layers(layers: Sequence[Any]) -> None:
             )
 
 
-def _check_chain(chain: Sequence[keras.layers.Layer]) -> None:
-    """Each layer feeds the next one, and only that one."""
+def _check_chain(chain: Sequence[keras.layers.Layer], model: keras.Model) -> None:
+    """Each layer is called once, and feeds the next one and nothing else."""
+    outputs = {id(tensor) for tensor in model.outputs}
+    for layer in chain:
+        if len(layer._inbound_nodes) != 1:
+            raise ValueError(
+                "each of `layers` must be called once. Received: "
+                f"{layer.name!r}, which is called {len(layer._inbound_nodes)} times"
+            )
+    for layer in chain[:-1]:
+        if id(layer.output) in outputs:
+            raise ValueError(
+                "each of `layers` must feed the next one and nothing else. Received: "
+                f"{layer.name!r}, whose output is one of the model"
+            )
     for layer, following in itertools.pairwise(chain):
         fed = [node.operation for node in layer._outbound_nodes]
         if fed != [following]:

@@ -71,7 +71,12 @@ def _torch(layer, weights, inputs, cotangents):
     layer.zero_grad()
     outputs = keras.tree.flatten(layer(*inputs))
     _scalar(outputs, [ops.convert_to_tensor(c) for c in cotangents]).backward()
-    return outputs, [w.value.grad for w in weights], [x.grad for x in inputs]
+    weights = [w.value for w in weights]
+
+    def gradient(tensor):  # None where nothing that was computed depends on it.
+        return ops.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+    return outputs, [gradient(w) for w in weights], [gradient(x) for x in inputs]
 
 
 def compiled_calls(layer):

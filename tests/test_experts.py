@@ -1,9 +1,10 @@
+import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from keras_moe.experts import MLPExperts
-from tests import backends, oracles
+from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
+from tests import backends, moe_oracles, oracles
 
 
 @pytest.mark.parametrize("units", [(4,), (6, 4), (6, 5, 4)])
@@ -55,3 +56,132 @@ def test_dropout_leaves_the_output_layer_whole():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         MLPExperts(**{"num_experts": 2, "units": (4,), **arguments})
+
+
+# Gated units
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_gated_units_and_their_gradients_equal_each_expert_alone(use_bias, activation):
+    experts = GLUExperts(3, 4, 2, activation, use_bias, dtype="float64")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 3))
+    experts.build(x.shape)
+    values = [rng.normal(size=w.shape) for w in experts.trainable_variables]
+    for weight, value in zip(experts.trainable_variables, values, strict=True):
+        weight.assign(value)
+    kernels, biases = (values[::2], values[1::2]) if use_bias else (values, None)
+
+    def expected():
+        function = moe_oracles.silu if activation == "silu" else sigmoid
+        of_row = moe_oracles.glu_experts(kernels, biases, function)
+        return np.array([[expert(row) for expert in of_row] for row in x])
+
+    cotangent = rng.normal(size=(5, 3, 2))
+    (outputs,), by_weight, by_input = backends.outputs_and_gradients(
+        experts, [x], [cotangent]
+    )
+    np.testing.assert_allclose(outputs, expected(), **backends.tolerance(1e-9))
+    numeric = oracles.numeric_gradients(
+        lambda: (expected() * cotangent).sum(), [*values, x]
+    )
+    for found, wanted in zip([*by_weight, *by_input], numeric, strict=True):
+        np.testing.assert_allclose(found, wanted, **backends.tolerance(1e-5, 1e-7))
+
+
+def sigmoid(x):
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+def test_gated_units_by_hand():
+    """With a linear gate y = (x G) (x U) D: at x = 2 it is (2 * 3) (2 * 0.5) 4 = 24."""
+    experts = GLUExperts(1, 1, activation="linear")
+    experts.build((None, 1))
+    values = {"gate_kernel": 3.0, "up_kernel": 0.5, "down_kernel": 4.0}
+    for name, value in values.items():
+        getattr(experts, name).assign([[[value]]])
+    assert ops.convert_to_numpy(experts(np.array([[2.0]]))).item() == 24.0
+
+
+def test_kernels_of_gated_units_start_unlike_each_other():
+    glorot = keras.initializers.GlorotUniform(seed=1)
+    experts = GLUExperts(2, 8, kernel_initializer=glorot)
+    experts.build((None, 8))
+    kernels = [experts.gate_kernel, experts.up_kernel, experts.down_kernel]
+    draws = [ops.convert_to_numpy(kernel)[k] for kernel in kernels for k in range(2)]
+    for i, draw in enumerate(draws):
+        assert all((draw != other).all() for other in draws[:i])
+    # The bound of one expert alone: sqrt(6 / (8 + 8)).
+    assert 0.5 < max(np.abs(draw).max() for draw in draws) <= np.sqrt(6 / 16)
+
+
+# Experts of any kind
+
+
+def kinds():
+    return [
+        keras.layers.Dense(4),
+        keras.Sequential([keras.layers.Dense(7, "tanh"), keras.layers.Dense(4)]),
+    ]
+
+
+def test_layers_are_called_one_by_one():
+    layers = kinds()
+    experts = LayerExperts(layers)
+    x = np.random.default_rng(0).normal(size=(2, 5, 3)).astype("float32")
+    together = ops.convert_to_numpy(experts(x))
+    assert together.shape == (2, 5, 2, 4)
+    for k, layer in enumerate(layers):
+        alone = ops.convert_to_numpy(layer(x.reshape(10, 3))).reshape(2, 5, 4)
+        np.testing.assert_allclose(together[:, :, k], alone, rtol=1e-5, atol=1e-6)
+    pieces = experts.on_pieces([x[0], x[1, :0]])
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(pieces[0]), together[0, :, 0], rtol=1e-5, atol=1e-6
+    )
+    assert pieces[1].shape == (0, 4)
+
+
+def test_layers_are_in_the_file(tmp_path):
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, LayerExperts(kinds(), name="experts")(inputs))
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    kept = [type(layer) for layer in again.get_layer("experts").layers]
+    assert kept == [keras.layers.Dense, keras.Sequential]
+    x = np.ones((2, 3), "float32")
+    assert (ops.convert_to_numpy(again(x)) == ops.convert_to_numpy(model(x))).all()
+
+
+def test_training_reaches_the_layers():
+    dropping = keras.Sequential([keras.layers.Dropout(0.5, seed=1)])
+    experts = LayerExperts([dropping, keras.layers.Activation("linear")])
+    x = np.ones((8, 6), "float32")
+    still = ops.convert_to_numpy(experts(x))
+    assert (still == 1).all()
+    moved = ops.convert_to_numpy(experts(x, training=True))
+    assert set(moved[:, 0].ravel()) == {0.0, 2.0}
+    assert (moved[:, 1] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GLUExperts(2, 0), "`hidden_units`.*0"),
+        (lambda: GLUExperts(2, 4, 0), "`units`.*0"),
+        (lambda: GLUExperts(0, 4), "`num_experts`.*0"),
+        (lambda: GLUExperts(2, 4, dropout=1.0), "`dropout`.*1.0"),
+        (lambda: LayerExperts([]), "`layers` must be a sequence of at least one"),
+        (lambda: LayerExperts([3]), "`layers` must be a sequence.*3"),
+        (lambda: LayerExperts([keras.layers.Dense(2)] * 2), "a layer of its own"),
+        (
+            lambda: LayerExperts([keras.layers.Dense(k) for k in (2, 3)])(
+                np.ones((1, 4))
+            ),
+            r"with one u.*\(None, 2\), \(None, 3\)",
+        ),
+    ],
+)
+def test_bad_arguments_of_the_others_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -216,7 +216,8 @@ def test_the_order_of_equals_is_kept_among_many():
 
 def test_gates_by_hand():
     record = routing.Routing(
-        np.array([[2, 0], [1, 2]], "int32"), np.array([[0.7, 0.3], [0.6, 0.4]])
+        np.array([[2, 0], [1, 2]], "int32"),
+        ops.convert_to_tensor([[0.7, 0.3], [0.6, 0.4]]),
     )
     gates = routing.gates(record, 3, 2)
     np.testing.assert_allclose(array(gates), [[0.3, 0, 0.7], [0, 0.6, 0.4]], rtol=1e-6)

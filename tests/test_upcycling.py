@@ -4,6 +4,7 @@ import pytest
 from keras import ops
 
 from keras_moe.layers import MoE
+from keras_moe.routers import TopKRouter
 from keras_moe.upcycling import moe_from_dense, upcycle
 
 X = np.random.default_rng(0).normal(size=(40, 5)).astype("float32")
@@ -83,6 +84,35 @@ def test_one_layer_without_bias():
 def test_what_cannot_be_upcycled_is_named(dense, arguments, message):
     with pytest.raises(ValueError, match=message):
         upcycle(dense, **{"num_experts": 4, **arguments})
+
+
+def test_a_layer_that_others_use_too_is_refused():
+    """Its output would be that of the mixture, or of nothing, elsewhere."""
+    inputs = keras.Input((5,))
+    up = keras.layers.Dense(5, "relu", name="up")
+    down = keras.layers.Dense(5, name="down")
+    hidden = up(inputs)
+    seen = keras.Model(inputs, [hidden, down(hidden)])
+    with pytest.raises(ValueError, match="'up', whose output is one of the model"):
+        upcycle(seen, ["up", "down"], num_experts=4)
+    twice = keras.Model(inputs, down(hidden) + down(inputs))
+    with pytest.raises(ValueError, match="'down', which is called"):
+        upcycle(twice, ["up", "down"], num_experts=4)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"router": "expert_choice"},
+        {"router": TopKRouter(4, 1)},
+        {"router": TopKRouter(4, 2, renormalize=False)},
+        {"capacity_factor": 0.5},
+    ],
+    ids=["expert_choice", "switch", "not_renormalized", "capacity"],
+)
+def test_what_would_change_the_outputs_is_refused(dense, arguments):
+    with pytest.raises(ValueError, match="weights sum to 1"):
+        upcycle(dense, ["up", "down"], 4, **arguments)
 
 
 def test_two_hidden_activations_are_refused():

@@ -9,7 +9,7 @@ y_i = sum over the k experts that the router chose for token i of w_ik f_k(x_i)
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -18,7 +18,7 @@ from keras import ops
 from keras_moe import _backend, _checks, losses, routers
 from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
-from keras_moe.experts import MLPExperts
+from keras_moe.experts import MLPExperts, restored_axes
 from keras_moe.initializers import independent
 from keras_moe.layers._parts import check_experts, default_name
 from keras_moe.metrics import RoutingMetrics
@@ -46,15 +46,16 @@ class MoE(keras.layers.Layer):
 
             - "auto": "capacity" if `capacity_factor` is given or the router is an
               expert choice; "dense" if every token goes to every expert; else
-              "blocked" where XLA compiles (`jit_compile=True`, JAX), "ragged" on a
-              TPU under JAX, and "split" everywhere else. The layer decides anew for
+              "blocked" where XLA compiles (`jit_compile=True`, JAX; but "dense" for
+              `LayerExperts`), "ragged" on a TPU under JAX, and "split" everywhere
+              else. The layer decides anew for
               every graph, so one model trains compiled or not, and exports.
             - "split": exactly the rows chosen. Not for XLA.
             - "blocked": the same in blocks of static size, for XLA.
             - "ragged": the same by `jax.lax.ragged_dot`. Only for JAX.
             - "capacity": every expert takes `ceil(capacity_factor * k * n / e)`
               choices of the n tokens (1.25 by default) and drops what comes later,
-              which then contributes zero. Needs static slots, not static loads.
+              which then contributes zero. Padding takes no slot but counts in n.
             - "dense": every expert on every token. What dense gates need.
         capacity_factor: float > 0, see "capacity".
         priority: "position" or "probability", who comes first when an expert is full
@@ -71,7 +72,8 @@ class MoE(keras.layers.Layer):
         entropy_loss_weight: float, weight of `entropy_loss`.
         routing_metrics: sequence of names out of "expert_load", "load_cv",
             "dropped_fraction", "router_entropy" and "router_confidence", which `fit`
-            then shows (see `keras_moe.metrics.RoutingMetrics`).
+            then shows (see `keras_moe.metrics.RoutingMetrics`). They count in every
+            call, also in one of an exported model: export a layer without them.
         use_bias: bool, whether the expert layers add a bias.
         dropout: float in [0, 1), dropped share of an expert's hidden units.
         kernel_initializer: initializer of one expert's kernel.
@@ -168,8 +170,8 @@ class MoE(keras.layers.Layer):
             load=load_loss_weight,
             entropy=entropy_loss_weight,
         )
-        self._metric_names = list(routing_metrics)
         self.routing_metrics = self._make_metrics(routing_metrics)
+        self._metric_names = list(routing_metrics)
 
     # The parts, and which of them go together.
 
@@ -188,7 +190,8 @@ class MoE(keras.layers.Layer):
         kind = routers.KNOWN[_checks.one_of("router", router, routers.KNOWN)]
         arguments: dict[str, Any] = {"top_k": top_k}
         if self.seed is not None:
-            arguments["seed"] = self.seed
+            # Not the stream of the experts' dropout, which has the seed itself.
+            arguments["seed"] = self.seed + 1
         if kind.choice == "expert" and capacity_factor is not None:
             arguments["capacity_factor"] = capacity_factor
         known = inspect.signature(kind).parameters
@@ -227,16 +230,23 @@ class MoE(keras.layers.Layer):
                 f"experts={self.experts!r}"
             )
         shared = {"num_experts": self.num_shared_experts, "name": "shared_experts"}
-        if "kernel_initializer" in config:
-            # With one seed they would start as copies of the experts that are routed.
-            shared["kernel_initializer"] = independent(
-                self.experts.kernel_initializer, self.num_experts
-            )
+        for name in ("kernel_initializer", "bias_initializer"):
+            if name in config:
+                # With one seed they would start as copies of the routed experts.
+                shared[name] = independent(
+                    getattr(self.experts, name), self.num_experts
+                )
+        if config.get("seed") is not None:
+            shared["seed"] = config["seed"] + 2  # The router has the one between.
         return type(self.experts).from_config({**config, **shared})
 
     @property
     def dispatch(self) -> str:
-        """How tokens come to their experts; may be changed, the weights stay."""
+        """How tokens come to their experts.
+
+        May be changed, the weights stay. A model that has been compiled or has
+        predicted already keeps what it has traced until it is compiled again.
+        """
         return self._dispatch
 
     @dispatch.setter
@@ -296,6 +306,11 @@ class MoE(keras.layers.Layer):
         return {name: weight for name, weight in weights.items() if weight}
 
     def _make_metrics(self, names: Sequence[str]) -> RoutingMetrics | None:
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise ValueError(
+                "`routing_metrics` must be a sequence of names out of "
+                f"{sorted(RoutingMetrics.KNOWN)}. Received: routing_metrics={names!r}"
+            )
         if not names:
             return None
         lost = sorted(RoutingMetrics.NEEDS_PROBS.intersection(names))
@@ -375,25 +390,13 @@ class MoE(keras.layers.Layer):
         self._add_losses(routing)
         if mask is not None:
             outputs = _where(mask, outputs)
-        return ops.reshape(outputs, (-1, *leading[1:], outputs.shape[-1]))
+        return ops.reshape(outputs, (*restored_axes(leading), outputs.shape[-1]))
 
     def _compute(self, tokens: Any, routing: Any, training: bool | None) -> Any:
         """(n, d) -> (n, u) through the experts of every token."""
         name, kept = self._dispatch_now(), None
         if name == "capacity" and self.router.choice == "token":
-            factor = 1.25 if self.capacity_factor is None else self.capacity_factor
-            slots = routing_lib.capacity_slots(
-                routing,
-                self.num_experts,
-                routing_lib.expert_capacity(
-                    ops.shape(tokens)[0], self.num_experts, self.top_k, factor
-                ),
-                self.priority,
-            )
-            kept = slots.kept
-            outputs = dispatch_lib.capacity(
-                tokens, routing, self.experts, training, slots=slots
-            )
+            outputs, kept = self._within_capacity(tokens, routing, training)
         elif name == "capacity":
             outputs = dispatch_lib.expert_choice(
                 tokens, routing, self.experts, training
@@ -404,6 +407,30 @@ class MoE(keras.layers.Layer):
         if self.routing_metrics is not None:
             self.routing_metrics.update_state(routing, kept)
         return ops.cast(outputs, self.compute_dtype)
+
+    def _within_capacity(
+        self, tokens: Any, routing: Any, training: bool | None
+    ) -> tuple[Any, Any]:
+        """Return outputs (n, u), and which choices (n, k) found a place."""
+        # A token that is not finite takes no place from others; its output is NaN.
+        finite = ops.all(ops.isfinite(routing.combine_weights), axis=-1)
+        mask = finite
+        if routing.mask is not None:
+            mask = ops.logical_and(finite, routing.mask)
+        factor = 1.25 if self.capacity_factor is None else self.capacity_factor
+        slots = routing_lib.capacity_slots(
+            routing._replace(mask=mask),
+            self.num_experts,
+            routing_lib.expert_capacity(
+                ops.shape(tokens)[0], self.num_experts, self.top_k, factor
+            ),
+            self.priority,
+        )
+        outputs = dispatch_lib.capacity(
+            tokens, routing, self.experts, training, slots=slots
+        )
+        nan = ops.full_like(outputs, float("nan"))
+        return ops.where(ops.expand_dims(finite, -1), outputs, nan), slots.kept
 
     def _dispatch_now(self) -> str:
         """The dispatch of the graph that is being traced; the rule is in the docs."""
@@ -576,11 +603,13 @@ class HierarchicalMoE(MoE):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if "router" in kwargs:
-            raise ValueError(
-                "`router` must not be given to HierarchicalMoE, which has its own. "
-                f"Received: router={kwargs['router']!r}"
-            )
+        for argument in ("router", "num_experts", "top_k"):
+            if argument in kwargs:
+                raise ValueError(
+                    f"`{argument}` follows from the groups in HierarchicalMoE; for "
+                    "another router use MoE(router=HierarchicalRouter(...)). "
+                    f"Received: {argument}={kwargs[argument]!r}"
+                )
         self._levels = {
             "num_groups": num_groups,
             "experts_per_group": experts_per_group,

@@ -640,7 +640,7 @@ def test_nan_in_padding_reaches_nothing(kind, way):
 
 
 def loss_values(layer):
-    return sorted(float(loss) for loss in layer.losses)
+    return sorted(float(array(loss)) for loss in layer.losses)
 
 
 def test_the_losses_have_their_weights():
@@ -764,15 +764,8 @@ def test_a_file_keeps_the_parts_that_were_given(tmp_path):
         again = keras.models.load_model(tmp_path / f"{name}.keras")
         np.testing.assert_allclose(array(again(x)), array(model(x)), rtol=1e-6)
         layer, other = model.get_layer("moe"), again.get_layer("moe")
-        configs = [moe.get_config() for moe in (layer, other)]
-        for part in ("router", "experts"):
-            # Of a part that was given there is also a config, and if it is built.
-            parts = [config.pop(part) for config in configs]
-            assert getattr(other, part).get_config().keys() == (
-                getattr(layer, part).get_config().keys()
-            )
-            assert [part is None for part in parts] in ([True] * 2, [False] * 2)
-        assert configs[0] == configs[1]
+        # In the file: before, shapes of parts were tuples, and now they are lists.
+        assert json.dumps(other.get_config()) == json.dumps(layer.get_config())
         assert other.loss_weights == layer.loss_weights
         assert loss_values(other) == pytest.approx(loss_values(layer))
 

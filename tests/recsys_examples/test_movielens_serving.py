@@ -301,7 +301,7 @@ class TestLoadRecommender:
 
 def test_a_sparse_moe_is_served_too(windows, settings, features, tmp_path):
     """In batches of several sizes, by a process that knows no MoE."""
-    moe = replace(settings, body="moe", num_experts=4)
+    moe = replace(settings, body="moe", num_experts=4, learning_rate=0.1, max_epochs=6)
     fit = fit_ranker(windows.before_test, windows.catalogue, moe, verbose=0)
     assert np.isfinite(fit.curves["loss"]).all()
     assert fit.curves["loss"][-1] < fit.curves["loss"][0]
