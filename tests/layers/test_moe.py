@@ -804,6 +804,12 @@ def test_the_capacity_by_default_is_a_quarter_above_an_even_load():
     layer.router.kernel.assign(np.zeros((D, E)))
     # All tokens want expert 0, which has c = 1.25 * 1 * 16 / 4 = 5 slots.
     assert np.flatnonzero(array(layer(x)).any(axis=1)).tolist() == [0, 1, 2, 3, 4]
+    # Tokens that are not finite want it too, but push nobody out.
+    x[[0, 3]] = np.nan
+    found = array(layer(x))
+    assert np.isnan(found[[0, 3]]).all()
+    whole = np.nan_to_num(found).any(axis=1)
+    assert np.flatnonzero(whole).tolist() == [1, 2, 4, 5, 6]
 
 
 def test_dropout_is_only_for_training():
