@@ -135,7 +135,7 @@ def _sum_of_rows(
         if weights is not None:
             part = part * weights[:, j : j + 1]
         if kept is not None:
-            part = _only(kept[:, j], part)
+            part = routing_lib.rows_where(kept[:, j], part)
         total = part if total is None else total + part
     return total
 
@@ -147,11 +147,6 @@ def _products_of_rows(outputs: Any, rows: Any, positions: Any) -> Any:
         for j in range(positions.shape[1])
     ]
     return ops.stack(products, axis=1)
-
-
-def _only(rows_kept: Any, rows: Any) -> Any:
-    """Return `rows` with zeros where not kept; unlike a product, also for NaN."""
-    return ops.where(ops.expand_dims(rows_kept, -1), rows, ops.zeros_like(rows))
 
 
 # Split: a piece for every expert.
@@ -467,8 +462,8 @@ def _grouped_dense(
                 by_output = _block(upstream, first, size)
                 if inside is not None:
                     # Rows of the next expert: neither they nor their NaN count here.
-                    blocks = [_only(inside, block) for block in blocks]
-                    by_output = _only(inside, by_output)
+                    blocks = [routing_lib.rows_where(inside, block) for block in blocks]
+                    by_output = routing_lib.rows_where(inside, by_output)
                 hidden, pull = _backend.pullback(before, blocks)
                 products = [
                     ops.matmul(ops.transpose(hidden), by_output),

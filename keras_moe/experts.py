@@ -89,6 +89,16 @@ def _before(before: Callable[..., Any] | None, rows: Any) -> Any:
     return before(*rows) if isinstance(rows, tuple) else before(rows)
 
 
+def _function(argument: str, activation: Any) -> Callable[..., Any]:
+    """Return an activation that holds no weights: experts would all share them."""
+    if isinstance(activation, keras.layers.Layer):
+        raise ValueError(
+            f"`{argument}` must be the name of an activation or a function, not a "
+            f"layer. Received: {argument}={activation!r}"
+        )
+    return keras.activations.get(activation)
+
+
 @keras.saving.register_keras_serializable("keras_moe")
 class MLPExperts(_StackedExperts):
     """e multi-layer perceptrons of one shape, computed together.
@@ -155,9 +165,9 @@ class MLPExperts(_StackedExperts):
         self.supports_masking = True
         self.num_experts = _checks.positive_int("num_experts", num_experts)
         self.units = _checks.unit_sizes("units", units)
-        self.activation = keras.activations.get(activation)
+        self.activation = _function("activation", activation)
         self.use_bias = use_bias
-        self.final_activation = keras.activations.get(final_activation)
+        self.final_activation = _function("final_activation", final_activation)
         self.dropout = _checks.rate("dropout", dropout)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -335,7 +345,7 @@ class GLUExperts(_StackedExperts):
         self.num_experts = _checks.positive_int("num_experts", num_experts)
         self.hidden_units = _checks.positive_int("hidden_units", hidden_units)
         self.units = None if units is None else _checks.positive_int("units", units)
-        self.activation = keras.activations.get(activation)
+        self.activation = _function("activation", activation)
         self.use_bias = use_bias
         self.dropout = _checks.rate("dropout", dropout)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)

@@ -123,6 +123,11 @@ def choose(values: Any, indices: Any) -> Any:
     return ops.take_along_axis(values, indices, axis=-1)
 
 
+def rows_where(kept: Any, rows: Any) -> Any:
+    """Return `rows` with zeros where not `kept`; unlike a product, also for NaN."""
+    return ops.where(ops.expand_dims(kept, -1), rows, ops.zeros_like(rows))
+
+
 def gates(
     routing: Routing | ExpertChoiceRouting | DenseRouting,
     num_experts: int,

@@ -51,6 +51,8 @@ def test_dropout_leaves_the_output_layer_whole():
         ({"num_experts": True}, "`num_experts`.*True"),
         ({"units": ()}, "`units` must name at least one layer"),
         ({"dropout": 2}, "`dropout`"),
+        ({"activation": keras.layers.PReLU()}, "`activation` must be.*PReLU"),
+        ({"final_activation": keras.layers.ReLU()}, "`final_activation`.*ReLU"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

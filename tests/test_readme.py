@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import keras
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -29,13 +28,12 @@ def test_the_first_example_runs_and_is_short():
 
 def test_the_example_of_the_sparse_mixture_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    keras.utils.clear_session()  # So that the first layer has the plain name.
     code = next(c for c in _examples() if "MoE(" in c and "MMoE" not in c)
     assert len(code.splitlines()) <= 30
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["model"].jit_compile
-    assert "moe_load_cv" in names["history"].history
+    assert names["model"].optimizer.iterations == 2 * 512 // 64
     assert (tmp_path / "saved_model").exists()
 
 

@@ -35,12 +35,15 @@ class MoE(keras.layers.Layer):
         num_experts: int, number of experts e.
         expert_units: int or sequence of ints, the widths of an expert's layers. None
             if `experts` is given.
-        top_k: int, number of experts that compute a token, k.
+        top_k: int, number of experts that compute a token, k. Without effect beside a
+            router that is an object, which has its own.
         activation: activation of the hidden layers of an expert; its last layer is
             linear.
-        router: a name out of `keras_moe.routers.KNOWN`, or a router. `TopKRouter` by
-            default.
+        router: a name out of `keras_moe.routers.KNOWN`, or a router of this layer's
+            own. `TopKRouter` by default.
         experts: a layer of `keras_moe.experts`, instead of the default `MLPExperts`.
+            The arguments that describe experts (`activation`, and from `use_bias` to
+            `kernel_regularizer`) then have no effect.
         dispatch: how tokens come to their experts. The result is the same, the cost is
             not:
 
@@ -180,6 +183,12 @@ class MoE(keras.layers.Layer):
     ) -> keras.layers.Layer:
         router = "top_k" if router is None else router
         if isinstance(router, keras.layers.Layer):
+            if getattr(router, "choice", None) not in dispatch_lib.SERVED:
+                raise ValueError(
+                    "`router` must be a layer of keras_moe.routers, or say like them "
+                    f"by its attribute `choice`, one of {list(dispatch_lib.SERVED)}, "
+                    f"who chooses. Received: router={router!r}"
+                )
             if getattr(router, "num_experts", None) != self.num_experts:
                 raise ValueError(
                     "`router` must route to `num_experts` experts. Received: "
@@ -370,10 +379,11 @@ class MoE(keras.layers.Layer):
             # Keras hands it over only where the inputs are the one tensor of a call.
             mask = getattr(inputs, "_keras_mask", None)
         if mask is not None:
+            mask = ops.convert_to_tensor(mask)
             _check_leading_axes("mask", mask.shape, inputs.shape)
             mask = ops.reshape(ops.cast(mask, "bool"), (-1,))
             # Whatever stands in padding, NaN too, reaches no output and no gradient.
-            tokens = _where(mask, tokens)
+            tokens = routing_lib.rows_where(mask, tokens)
         routed = tokens
         if router_inputs is not None:
             ids = len(router_inputs.shape) < len(inputs.shape)
@@ -389,7 +399,7 @@ class MoE(keras.layers.Layer):
 
         self._add_losses(routing)
         if mask is not None:
-            outputs = _where(mask, outputs)
+            outputs = routing_lib.rows_where(mask, outputs)
         return ops.reshape(outputs, (*restored_axes(leading), outputs.shape[-1]))
 
     def _compute(self, tokens: Any, routing: Any, training: bool | None) -> Any:
@@ -524,11 +534,6 @@ class MoE(keras.layers.Layer):
             if isinstance(config.get(part), dict):
                 config[part] = keras.saving.deserialize_keras_object(config[part])
         return cls(**config)
-
-
-def _where(mask: Any, rows: Any) -> Any:
-    """Return `rows` with zeros where `mask` is False, also in place of NaN."""
-    return ops.where(ops.expand_dims(mask, -1), rows, ops.zeros_like(rows))
 
 
 def _check_leading_axes(

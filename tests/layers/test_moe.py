@@ -894,7 +894,11 @@ BAD = [
     refused("`router` must be one of.*'top_k'.*'hash'.*'top-k'", E, U, router="top-k"),
     refused("`router` must route to `num_experts`.*num_experts=4.*num_experts=6", E, U,
             router=routers.TopKRouter(6, 2)),
-    refused("`router` must route to.*Dense", E, U, router=keras.layers.Dense(4)),
+    refused("`router` must be a layer of keras_moe.routers.*Dense", E, U,
+            router=keras.layers.Dense(4)),
+    refused("`router` must be one of.*class", E, U, router=routers.TopKRouter),
+    refused("`activation` must be the name.*PReLU", E, U,
+            activation=keras.layers.PReLU()),
     refused("`dispatch` must be one of.*'split'.*'fast'", E, U, dispatch="fast"),
     *[
         refused(f"`dispatch` must be one of.*ExpertChoiceRouter.*dispatch='{name}'",
