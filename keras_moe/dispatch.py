@@ -16,8 +16,10 @@ compiler:
 - `capacity`: every expert has c slots and takes tokens until it is full. What is
   dropped contributes nothing.
 
-The three in the middle are dropless. What is gathered forward is gathered backward
-too, by the inverse order: the gradient of a gather would be a scatter, which is slow.
+The three in the middle are dropless, and hand out (n, k, u), the output of each choice
+on its own, if a `Routing` has no combine weights. What is gathered forward is gathered
+backward too, by the inverse order: the gradient of a gather would be a scatter, which
+is slow.
 """
 
 from __future__ import annotations
@@ -46,6 +48,30 @@ SERVED = {
     "expert": ("dense", "capacity"),
     "all": ("dense",),
 }
+
+
+def dropless_here(experts: Any) -> str:
+    """Return the dispatch for the graph that is being traced: what "auto" chooses."""
+    if not _backend.under_xla():
+        return "split"
+    if not hasattr(experts, "on_rows"):
+        return "dense"
+    return "ragged" if _backend.has_grouped_matmul() else "blocked"
+
+
+def check_serves(dispatch: str, experts: Any) -> None:
+    """Refuse a dropless dispatch that cannot multiply these experts, or not here."""
+    needs = {"split": "on_pieces", "blocked": "on_rows", "ragged": "on_rows"}
+    if not hasattr(experts, needs.get(dispatch, "call")):
+        raise ValueError(
+            f"`dispatch` must not be {dispatch!r} for the experts "
+            f"{type(experts).__name__}, whose rows it cannot multiply."
+        )
+    if dispatch == "ragged" and keras.backend.backend() != "jax":
+        raise ValueError(
+            '`dispatch` may be "ragged" only on the JAX backend. Received: '
+            f"dispatch={dispatch!r} on {keras.backend.backend()}"
+        )
 
 
 # Dense: every expert on every token.
@@ -85,6 +111,8 @@ def _in_runs(
     # The rows added copy some row, and of an empty batch there is none.
     source = _not_empty if padding else _identity
     rows = compute(_to_rows(tokens, runs, source), runs)
+    if routing.combine_weights is None:
+        return _each_choice(rows, runs, source)
     return _combine(rows, ops.cast(routing.combine_weights, rows.dtype), runs, source)
 
 
@@ -115,6 +143,17 @@ def _combine(rows: Any, weights: Any, runs: Runs, source: Callable[[Any], Any]) 
         gradient,
         rows,
         weights,
+    )
+
+
+def _each_choice(rows: Any, runs: Runs, source: Callable[[Any], Any]) -> Any:
+    """(m, u) -> (n, k, u): the row of every choice."""
+
+    def gradient(inputs: Any, upstream: Any) -> Any:
+        return ops.take(source(_flat(upstream)), runs.order, axis=0)
+
+    return _backend.with_gradient(
+        lambda rows: ops.take(rows, runs.positions, axis=0), gradient, rows
     )
 
 
@@ -164,12 +203,12 @@ def split(
         )
 
     def compute(rows: Any, runs: Runs) -> Any:
-        # The rows of padding are a last piece, which nobody computes.
+        # The rows that are no expert's are a last piece, which nobody computes.
         last = ops.shape(rows)[0] - runs.ends[-1:]
         sizes = ops.concatenate([runs.ends - runs.starts, ops.cast(last, "int32")])
         *pieces, rest = _backend.split_rows(rows, sizes, experts.num_experts + 1)
         outputs = experts.on_pieces(pieces, training=training)
-        if routing.mask is not None:
+        if routing.mask is not None or routing.combine_weights is None:
             shape = (ops.shape(rest)[0], outputs[0].shape[-1])
             outputs = [*outputs, ops.zeros(shape, outputs[0].dtype)]
         return ops.concatenate(outputs, axis=0)
@@ -186,7 +225,7 @@ def ragged(
     """Multiply the sorted rows by `jax.lax.ragged_dot`."""
 
     def compute(rows: Any, runs: Runs) -> Any:
-        # Rows of padding go to the last expert: every row must belong to a run.
+        # Rows that are no expert's go to the last one: every row must be in a run.
         ends = ops.concatenate([runs.ends[:-1], ops.shape(rows)[:1]])
         sizes = ends - runs.starts
         of_row = ops.searchsorted(
@@ -277,12 +316,14 @@ def _in_slots(
         return by_rows, ops.where(kept, by_weights, ops.zeros_like(by_weights))
 
     rows = compute(_backend.with_gradient(fill, fill_gradient, tokens))
+    if routing.combine_weights is None:
+        return routing_lib.rows_where(kept, ops.take(_flat(rows), slot, axis=0))
     weights = ops.cast(routing.combine_weights, rows.dtype)
     return _backend.with_gradient(combine, combine_gradient, rows, weights)
 
 
 def _flat(rows: Any) -> Any:
-    """(s, c, d) -> (s * c, d)."""
+    """(..., d) -> (rows, d)."""
     return ops.reshape(rows, (-1, rows.shape[-1]))
 
 

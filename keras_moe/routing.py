@@ -23,7 +23,8 @@ class Routing(NamedTuple):
     Attributes:
         expert_indices: `(n, k)` int32 in [0, e), the first choice first. What stands in
             the row of a masked token has no meaning.
-        combine_weights: `(n, k)` float, the weight of each choice in the output.
+        combine_weights: `(n, k)` float, the weight of each choice in the output. None
+            if outputs are wanted choice by choice; an index of e then is no expert's.
         router_logits: `(n, e)` float, or None for a router without logits.
         router_probs: `(n, e)` float in [0, 1], or None for a router without scores.
         mask: `(n,)` bool, False for padding, or None. Padding is not routed.
@@ -154,6 +155,31 @@ def gates(
         )
         total = total + chosen * weights[:, j : j + 1]
     return total
+
+
+def union(gates: Any, max_experts: int) -> tuple[Routing, Any]:
+    """Let each token be computed once by every expert that one of its gates chose.
+
+    Args:
+        gates: `(n, t, e)`, the weights of t gates, 0 where an expert is not chosen.
+        max_experts: int, the most experts that the t gates of a token can choose, k.
+
+    Returns:
+        A `Routing` without combine weights, whose choices are the experts of the
+        token, and the weights `(n, t, k)` of the gates for them.
+    """
+    e = gates.shape[-1]
+    # NaN counts as chosen, so that what is not a number gives no number.
+    chosen = ops.any(gates != 0, axis=1)
+    # The chosen ones in their order: the first scores e, the last 1, the others 0.
+    scores = ops.where(chosen, e - ops.arange(e, dtype="int32"), 0)
+    best = ops.cast(ops.top_k(ops.cast(scores, "float32"), max_experts)[0], "int32")
+    indices = e - best
+    padded = ops.pad(gates, ((0, 0), (0, 0), (0, 1)))  # Weight 0 for no expert.
+    wanted = ops.broadcast_to(
+        ops.expand_dims(indices, 1), (*ops.shape(gates)[:2], max_experts)
+    )
+    return Routing(indices, None), ops.take_along_axis(padded, wanted, axis=-1)
 
 
 def expert_counts(

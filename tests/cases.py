@@ -4,9 +4,14 @@ import keras
 
 from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
 from keras_moe.layers import (
+    CGC,
+    PLE,
+    STEM,
+    AdaTT,
     HierarchicalMoE,
     MMoE,
     MoE,
+    OMoE,
     SharedBottom,
     SoftMoE,
     Tower,
@@ -58,6 +63,109 @@ CASES = [
         lambda **kwargs: MMoE(
             4, None, TASKS, experts=MLPExperts(4, (8, 5), "tanh"), **kwargs
         ),
+    ),
+    Case(
+        "MMoE-sparse",
+        MMoE,
+        kwargs={"num_experts": 12, "expert_units": (8, 5), "tasks": 2, "top_k": 2},
+    ),
+    Case("OMoE", OMoE, kwargs={"num_experts": 4, "expert_units": 5, "tasks": TASKS}),
+    Case(
+        "CGC",
+        CGC,
+        kwargs={
+            "num_shared_experts": 2,
+            "num_task_experts": 1,
+            "expert_units": (8, 5),
+            "tasks": TASKS,
+        },
+    ),
+    Case(
+        "PLE",
+        PLE,
+        kwargs={
+            "num_levels": 2,
+            "num_shared_experts": 2,
+            "num_task_experts": 2,
+            "expert_units": (8, 5),
+            "tasks": 2,
+            "activation": "gelu",
+            "dropout": 0.1,
+            "gate_units": (7,),
+            "gate_dropout": 0.3,
+            "gate_temperature": 0.5,
+            "gate_use_bias": True,
+            "kernel_initializer": keras.initializers.HeNormal(seed=3),
+            "kernel_regularizer": "l2",
+            "seed": 1,
+        },
+    ),
+    Case(
+        "PLE-without-task-experts",
+        PLE,
+        kwargs={
+            "num_levels": 2,
+            "num_shared_experts": 3,
+            "num_task_experts": 0,
+            "expert_units": 5,
+            "tasks": TASKS,
+        },
+    ),
+    Case(
+        "PLE-own-experts",
+        lambda **kwargs: PLE(
+            2,
+            1,
+            1,
+            None,
+            2,
+            experts=[MLPExperts(3, (8, 5), "tanh"), GLUExperts(3, 8, 4)],
+            **kwargs,
+        ),
+    ),
+    Case(
+        "AdaTT",
+        AdaTT,
+        kwargs={
+            "num_levels": 2,
+            "num_task_experts": 1,
+            "expert_units": (8, 5),
+            "tasks": TASKS,
+        },
+    ),
+    Case(
+        "AdaTT-shared-experts",
+        AdaTT,
+        kwargs={
+            "num_levels": 2,
+            "num_task_experts": 2,
+            "expert_units": (8, 5),
+            "tasks": 2,
+            "num_shared_experts": 2,
+            "seed": 1,
+        },
+    ),
+    Case(
+        "STEM",
+        STEM,
+        kwargs={
+            "num_shared_experts": 1,
+            "num_task_experts": 2,
+            "expert_units": (8, 5),
+            "tasks": TASKS,
+            "num_levels": 2,
+        },
+    ),
+    Case(
+        "STEM-task-inputs",
+        STEM,
+        shapes=((6,), (3, 6)),
+        kwargs={
+            "num_shared_experts": 2,
+            "num_task_experts": 1,
+            "expert_units": (8, 5),
+            "tasks": TASKS,
+        },
     ),
     Case(
         "Tower",

@@ -13,8 +13,13 @@ def default_name(name: str) -> str:
     return name if count == 1 else f"{name}_{count - 1}"
 
 
-def check_experts(experts: Any, num_experts: int, expert_units: Any) -> None:
-    """Refuse what a dispatch could not call, or what contradicts `experts`."""
+def check_experts(
+    experts: Any, num_experts: int, expert_units: Any, any_layer: bool = False
+) -> None:
+    """Refuse what a dispatch could not call, or what contradicts `experts`.
+
+    `any_layer` allows every layer that maps (..., d) to (..., e, u).
+    """
     if experts is None:
         if expert_units is None:
             raise ValueError(
@@ -22,7 +27,9 @@ def check_experts(experts: Any, num_experts: int, expert_units: Any) -> None:
                 "`experts`. Received neither."
             )
         return
-    if not isinstance(experts, keras.layers.Layer) or not hasattr(experts, "on_slots"):
+    if any_layer and not isinstance(experts, keras.layers.Layer):
+        raise ValueError(f"`experts` must be a Keras layer. Received: {experts!r}")
+    if not any_layer and not hasattr(experts, "on_slots"):
         raise ValueError(
             "`experts` must be a layer of keras_moe.experts; LayerExperts holds Keras "
             f"layers of any kind. Received: experts={experts!r}"
@@ -32,7 +39,7 @@ def check_experts(experts: Any, num_experts: int, expert_units: Any) -> None:
             "`expert_units` must be None where `experts` is given, which has its own. "
             f"Received: expert_units={expert_units!r}"
         )
-    if experts.num_experts != num_experts:
+    if getattr(experts, "num_experts", num_experts) != num_experts:
         raise ValueError(
             "`num_experts` must be the number of experts in `experts`. Received: "
             f"num_experts={num_experts}, experts.num_experts={experts.num_experts}"

@@ -267,16 +267,7 @@ class MoE(keras.layers.Layer):
                 f"`dispatch` must be one of {list(served)} for the router "
                 f"{type(self.router).__name__}. Received: dispatch={name!r}"
             )
-        if name in ("blocked", "ragged") and not hasattr(self.experts, "on_rows"):
-            raise ValueError(
-                f"`dispatch` must not be {name!r} for the experts "
-                f"{type(self.experts).__name__}, which it cannot multiply together."
-            )
-        if name == "ragged" and keras.backend.backend() != "jax":
-            raise ValueError(
-                '`dispatch` may be "ragged" only on the JAX backend. Received: '
-                f"dispatch={name!r} on {keras.backend.backend()}"
-            )
+        dispatch_lib.check_serves(name, self.experts)
         self._check_capacity_factor(name)
         self._dispatch = name
 
@@ -456,11 +447,7 @@ class MoE(keras.layers.Layer):
             return "capacity"
         if self.router.choice == "all" or self.top_k == self.num_experts:
             return "dense"
-        if not _backend.under_xla():
-            return "split"
-        if not hasattr(self.experts, "on_rows"):
-            return "dense"
-        return "ragged" if _backend.has_grouped_matmul() else "blocked"
+        return dispatch_lib.dropless_here(self.experts)
 
     def _add_losses(self, routing: Any) -> None:
         """Add the auxiliary losses, weighted. Only this layer does so."""

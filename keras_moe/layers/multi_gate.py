@@ -1,4 +1,4 @@
-"""One input, several tasks: the shared bottom and the multi-gate mixture of experts.
+"""One input, several tasks: the shared bottom, and mixtures of experts with gates.
 
 Axis letters: n rows, d input features, e experts, t tasks, u expert output units.
 
@@ -15,13 +15,16 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.experts import MLPExperts
+from keras_moe import dispatch as dispatch_lib
+from keras_moe import routing as routing_lib
+from keras_moe.experts import MLPExperts, restored_axes
+from keras_moe.layers._mixture import Mixture
 from keras_moe.layers._parts import default_name
 from keras_moe.layers._tasks import Tasks
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class MMoE(keras.layers.Layer):
+class MMoE(Mixture):
     """Multi-gate Mixture-of-Experts: tasks share experts, each mixes them its own way.
 
     Every task has its own softmax gate over one pool of experts, so related tasks
@@ -34,8 +37,14 @@ class MMoE(keras.layers.Layer):
         tasks: a sequence of task names (the outputs are a dict by name) or a number
             of tasks (the outputs are a list).
         top_k: int, if given each gate keeps its k largest weights and renormalises
-            them. This makes the mixture sparse, not cheaper: every expert is
-            computed.
+            them. A row then is computed by the experts that at least one of its gates
+            chose, once each, so that the cost falls with k.
+        dispatch: how rows come to the experts that `top_k` leaves them: "dense" (every
+            expert on every row), "split" (the chosen ones alone; not for XLA),
+            "blocked" (the same for XLA), "ragged" (the same by `jax.lax.ragged_dot`,
+            on a TPU under JAX), or "auto": "dense" if the gates of a row can choose
+            more than half of the experts, else the first of the others that the
+            compiler takes. The result is the same.
         gate_units: sequence of ints, hidden layers of the gates. By default a gate
             is linear, as in the paper.
         gate_temperature: float > 0, the logits are divided by it: below 1 sharpens
@@ -93,68 +102,23 @@ class MMoE(keras.layers.Layer):
         tasks: int | Sequence[str],
         *,
         top_k: int | None = None,
-        gate_units: int | Sequence[int] = (),
-        gate_temperature: float = 1.0,
-        gate_dropout: float = 0.0,
-        experts: keras.layers.Layer | None = None,
-        activation: Any = "relu",
-        dropout: float = 0.0,
-        kernel_initializer: Any = "glorot_uniform",
-        kernel_regularizer: Any = None,
-        gate_use_bias: bool = False,
-        gate_kernel_initializer: Any = "glorot_uniform",
-        seed: int | None = None,
+        dispatch: str = "auto",
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(name=name or default_name("mmoe"), **kwargs)
-        self.supports_masking = True
+        super().__init__(
+            expert_units, tasks, name=name or default_name("mmoe"), **kwargs
+        )
         self.num_experts = _checks.positive_int("num_experts", num_experts)
-        self.expert_units = expert_units
-        self.tasks = Tasks(tasks)
         self.top_k = _checked_top_k(top_k, self.num_experts)
-        self.gate_units = _checks.unit_sizes("gate_units", gate_units, allow_empty=True)
-        self.gate_temperature = _checks.positive_number(
-            "gate_temperature", gate_temperature
-        )
-        self.gate_dropout = _checks.rate("gate_dropout", gate_dropout)
-        self.activation = keras.activations.get(activation)
-        self.dropout = _checks.rate("dropout", dropout)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.gate_use_bias = gate_use_bias
-        self.gate_kernel_initializer = keras.initializers.get(gate_kernel_initializer)
-        self.seed = seed
-        self._experts_given = experts is not None
-        _check_experts(experts, self.num_experts, expert_units)
-        self.experts = self._make_experts() if experts is None else experts
-        self.gates = MLPExperts(
-            self.tasks.count,
-            (*self.gate_units, self.num_experts),
-            use_bias=gate_use_bias,
-            kernel_initializer=self.gate_kernel_initializer,
-            dtype="float64" if self.compute_dtype == "float64" else "float32",
-            name="gates",
-        )
-        if self.gate_dropout > 0.0:
-            # Not the stream of the experts' dropout, which has the same seed.
-            self.seed_generator = keras.random.SeedGenerator(
-                None if seed is None else seed + 1
-            )
+        self.experts = self.make_experts(self.num_experts, any_layer=True)
+        self.gates = self.make_gates(self.num_gates, self.num_experts)
+        self.dispatch = _checked_dispatch(dispatch, self.top_k, self.experts)
 
-    def _make_experts(self) -> MLPExperts:
-        return MLPExperts(
-            self.num_experts,
-            _checks.unit_sizes("expert_units", self.expert_units),
-            self.activation,
-            final_activation=self.activation,
-            dropout=self.dropout,
-            kernel_initializer=self.kernel_initializer,
-            kernel_regularizer=self.kernel_regularizer,
-            seed=self.seed,
-            dtype=self.dtype_policy,
-            name="experts",
-        )
+    @property
+    def num_gates(self) -> int:
+        """One gate for each task."""
+        return self.tasks.count
 
     def build(
         self,
@@ -172,79 +136,133 @@ class MMoE(keras.layers.Layer):
     ) -> dict[str, Any] | list[Any]:
         gate_inputs = inputs if gate_inputs is None else gate_inputs
         _check_gate_inputs(inputs.shape, gate_inputs.shape)
-        gates = self._gate(gate_inputs, training)  # (..., t, e)
-        expert_outputs = self.experts(inputs, training=training)  # (..., e, u)
-        mixtures = ops.matmul(
-            ops.cast(gates, self.compute_dtype),
-            ops.cast(expert_outputs, self.compute_dtype),
-        )
-        return self.tasks.pack(ops.unstack(mixtures, axis=-2))
+        gates = self._gate(gate_inputs, training)  # (..., g, e)
+        dispatch = self._dispatch_now()
+        if dispatch == "dense":
+            expert_outputs = self.experts(inputs, training=training)  # (..., e, u)
+            mixtures = self.mix(gates, expert_outputs)
+        else:
+            mixtures = self._mix_chosen(inputs, gates, dispatch, training)
+        return self._outputs(ops.unstack(mixtures, axis=-2))
+
+    def _outputs(self, mixtures: list[Any]) -> dict[str, Any] | list[Any]:
+        """Hand each task the mixture of its gate."""
+        return self.tasks.pack(mixtures)
 
     def gate_weights(self, inputs: Any, gate_inputs: Any = None) -> Any:
-        """Return the gates in inference, `(..., t, e)`; each row sums to 1."""
+        """Return the gates in inference, `(..., g, e)`; each row sums to 1."""
         inputs = ops.convert_to_tensor(inputs if gate_inputs is None else gate_inputs)
         return self._gate(inputs, training=False)
 
     def _gate(self, inputs: Any, training: bool | None) -> Any:
-        logits = self.gates(inputs) / self.gate_temperature
-        if self.num_experts == 1:
-            return ops.ones_like(logits)  # Keras warns of a softmax over one value.
-        if training and self.gate_dropout > 0.0:
-            logits = self._drop_experts(logits)
-        if self.top_k is not None:
-            _, chosen = ops.top_k(logits, self.top_k)
-            kept = ops.sum(ops.one_hot(chosen, self.num_experts), axis=-2)
-            logits = ops.where(kept > 0, logits, -float("inf"))
-        return ops.softmax(logits, axis=-1)
+        return self.weigh(self.gates(inputs), training, self.top_k)
 
-    def _drop_experts(self, logits: Any) -> Any:
-        """Removing a logit before the softmax renormalises what stays."""
-        draw = keras.random.uniform(ops.shape(logits), seed=self.seed_generator)
-        kept = draw >= self.gate_dropout
-        kept = ops.logical_or(kept, ops.logical_not(ops.any(kept, -1, keepdims=True)))
-        return ops.where(kept, logits, -float("inf"))
+    def _dispatch_now(self) -> str:
+        """The dispatch of the graph that is being traced; the rule is in the docs."""
+        if self.dispatch != "auto":
+            return self.dispatch
+        few = self.top_k is not None and 2 * self._max_chosen() <= self.num_experts
+        if not few or not hasattr(self.experts, "on_pieces"):
+            return "dense"
+        return dispatch_lib.dropless_here(self.experts)
 
-    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
-        return None if mask is None else self.tasks.repeat(mask)
+    def _max_chosen(self) -> int:
+        """The most experts that the gates of one row can choose."""
+        return min(self.num_gates * (self.top_k or 1), self.num_experts)
+
+    def _mix_chosen(
+        self, inputs: Any, gates: Any, dispatch: str, training: bool | None
+    ) -> Any:
+        """(..., d), (..., g, e) -> (..., g, u), each chosen expert computed once."""
+        leading = ops.shape(inputs)[:-1]
+        tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
+        gates = ops.reshape(gates, (-1, self.num_gates, self.num_experts))
+        routing, weights = routing_lib.union(gates, self._max_chosen())
+        compute = getattr(dispatch_lib, dispatch)
+        outputs = compute(tokens, routing, self.experts, training)  # (n, k, u)
+        mixtures = self.mix(weights, outputs)
+        return ops.reshape(
+            mixtures, (*restored_axes(leading), self.num_gates, mixtures.shape[-1])
+        )
 
     def compute_output_shape(
         self,
         inputs_shape: tuple[int | None, ...],
         gate_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> Any:
-        inputs = keras.KerasTensor(inputs_shape, self.compute_dtype)
-        *leading, _, units = self.experts.compute_output_spec(inputs).shape
-        return self.tasks.repeat((*leading, units))
+        units = self.output_units(self.experts, inputs_shape[-1])
+        return self.tasks.repeat((*inputs_shape[:-1], units))
 
     def get_config(self) -> dict[str, Any]:
-        experts = keras.saving.serialize_keras_object(self.experts)
         return {
             **super().get_config(),
             "num_experts": self.num_experts,
-            "expert_units": self.expert_units,
-            "tasks": self.tasks.config,
             "top_k": self.top_k,
-            "gate_units": self.gate_units,
-            "gate_temperature": self.gate_temperature,
-            "gate_dropout": self.gate_dropout,
-            "experts": experts if self._experts_given else None,
-            "activation": keras.activations.serialize(self.activation),
-            "dropout": self.dropout,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
-            "gate_use_bias": self.gate_use_bias,
-            "gate_kernel_initializer": keras.initializers.serialize(
-                self.gate_kernel_initializer
-            ),
-            "seed": self.seed,
+            "dispatch": self.dispatch,
         }
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> MMoE:
-        experts = config.get("experts")
-        if isinstance(experts, dict):
-            experts = keras.saving.deserialize_keras_object(experts)
-        return cls(**{**config, "experts": experts})
+
+@keras.saving.register_keras_serializable("keras_moe")
+class OMoE(MMoE):
+    """One-gate Mixture-of-Experts: all tasks share the experts and the gate.
+
+    The mixture is the same for every task; only what follows tells them apart. It is
+    the baseline that shows what the gates of `MMoE` are worth.
+
+    Args:
+        num_experts: int, number of shared experts e.
+        expert_units: int or sequence of ints, the widths of an expert's layers. None
+            if `experts` is given.
+        tasks: a sequence of task names (the outputs are a dict by name) or a number
+            of tasks (the outputs are a list).
+        **kwargs: further arguments of `MMoE`.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`; further ones as in `MMoE`.
+
+    Returns:
+        The same tensor of shape `(..., u)` for each task: a dict by task name if
+        `tasks` is a sequence of names, a list if it is a number.
+
+    Raises:
+        ValueError: if an argument breaks its rule.
+
+    Example:
+
+    >>> omoe = keras_moe.layers.OMoE(4, (32, 16), tasks=["click", "buy"])
+    >>> omoe(np.ones((2, 8)))["buy"].shape == (2, 16)
+    True
+
+    References:
+        - [Ma et al., 2018: Modeling Task Relationships in Multi-task Learning with
+          Multi-gate Mixture-of-Experts, section 4.1](
+          https://doi.org/10.1145/3219819.3220007)
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        expert_units: int | Sequence[int] | None,
+        tasks: int | Sequence[str],
+        *,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            num_experts,
+            expert_units,
+            tasks,
+            name=name or default_name("omoe"),
+            **kwargs,
+        )
+
+    @property
+    def num_gates(self) -> int:
+        """One gate for all tasks."""
+        return 1
+
+    def _outputs(self, mixtures: list[Any]) -> dict[str, Any] | list[Any]:
+        return self.tasks.repeat(mixtures[0])
 
 
 def _checked_top_k(top_k: int | None, num_experts: int) -> int | None:
@@ -258,21 +276,17 @@ def _checked_top_k(top_k: int | None, num_experts: int) -> int | None:
     return top_k
 
 
-def _check_experts(experts: Any, num_experts: int, expert_units: Any) -> None:
-    if experts is None:
-        return
-    if not isinstance(experts, keras.layers.Layer):
-        raise ValueError(f"`experts` must be a Keras layer. Received: {experts!r}")
-    if expert_units is not None:
+def _checked_dispatch(dispatch: str, top_k: int | None, experts: Any) -> str:
+    _checks.one_of("dispatch", dispatch, ("auto", "dense", *dispatch_lib.DROPLESS))
+    if dispatch not in dispatch_lib.DROPLESS:
+        return dispatch
+    if top_k is None:
         raise ValueError(
-            "`expert_units` must be None where `experts` is given, which has its own. "
-            f"Received: expert_units={expert_units!r}"
+            '`dispatch` must be "dense" (or "auto") where every gate weighs every '
+            f"expert, which is top_k=None. Received: dispatch={dispatch!r}"
         )
-    if getattr(experts, "num_experts", num_experts) != num_experts:
-        raise ValueError(
-            "`num_experts` must be the number of experts in `experts`. Received: "
-            f"num_experts={num_experts}, experts.num_experts={experts.num_experts}"
-        )
+    dispatch_lib.check_serves(dispatch, experts)
+    return dispatch
 
 
 def _check_expert_outputs(symbolic: Any, expected: tuple[int | None, ...]) -> None:

@@ -308,7 +308,7 @@ def _built(layer, rows=3):
         ({"expert_units": ()}, "`expert_units` must name at least one layer"),
         ({"expert_units": (4, -1)}, r"`expert_units\[1\]` must be .*-1"),
         ({"expert_units": "64"}, "`expert_units` must be an integer or a sequence"),
-        ({"expert_units": None}, "`expert_units` must be an integer or a sequence"),
+        ({"expert_units": None}, "`expert_units` must be given.*or `experts`"),
         ({"tasks": 0}, "`tasks` must be an integer >= 1"),
         ({"tasks": []}, "`tasks` must name at least one task"),
         ({"tasks": "click"}, "`tasks` must be a number of tasks or a sequence"),

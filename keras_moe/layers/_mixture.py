@@ -1,0 +1,264 @@
+"""What the layers of the multi-task family share: experts, and gates that mix them.
+
+Axis letters: n rows, d input features, e experts, t tasks, g gates, u output units.
+
+A *stream* is what one task (or what all of them, the shared stream) has come to at a
+level. At the first level every stream is the input; above it each has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.experts import MLPExperts, restored_axes
+from keras_moe.initializers import independent
+from keras_moe.layers._parts import check_experts
+from keras_moe.layers._tasks import Tasks
+
+
+class Gates(MLPExperts):
+    """The logits of g gates, stacked as experts are, on one stream or on g of them."""
+
+    def call(
+        self, inputs: Any, training: bool | None = None, each_its_own: bool = False
+    ) -> Any:
+        """(..., d) -> (..., g, e), or (g, n, d) -> (g, n, e).
+
+        A call, unlike `on_slots`, computes in the dtype of the gates.
+        """
+        if each_its_own:
+            return self.on_slots(inputs, training)
+        return super().call(inputs, training)
+
+
+class Mixture(keras.layers.Layer):
+    """Experts, softmax gates and task outputs, as `MMoE` documents their arguments.
+
+    A layer of the family makes its parts with `make_experts` and `make_gates`, one of
+    each a level, and weighs experts with `weigh`.
+    """
+
+    def __init__(
+        self,
+        expert_units: int | Sequence[int] | None,
+        tasks: int | Sequence[str],
+        *,
+        experts: Any = None,
+        activation: Any = "relu",
+        dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        kernel_regularizer: Any = None,
+        gate_units: int | Sequence[int] = (),
+        gate_temperature: float = 1.0,
+        gate_dropout: float = 0.0,
+        gate_use_bias: bool = False,
+        gate_kernel_initializer: Any = "glorot_uniform",
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.expert_units = expert_units
+        self.tasks = Tasks(tasks)
+        self.activation = keras.activations.get(activation)
+        self.dropout = _checks.rate("dropout", dropout)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.gate_units = _checks.unit_sizes("gate_units", gate_units, allow_empty=True)
+        self.gate_temperature = _checks.positive_number(
+            "gate_temperature", gate_temperature
+        )
+        self.gate_dropout = _checks.rate("gate_dropout", gate_dropout)
+        self.gate_use_bias = gate_use_bias
+        self.gate_kernel_initializer = keras.initializers.get(gate_kernel_initializer)
+        self.seed = seed
+        self._experts_given = experts
+        if self.gate_dropout > 0.0:
+            # Not the stream of the experts' dropout, which has the same seed.
+            self.seed_generator = keras.random.SeedGenerator(
+                None if seed is None else seed + 1
+            )
+
+    # The parts.
+
+    def make_experts(
+        self, num_experts: int, level: int = 0, any_layer: bool = False
+    ) -> keras.layers.Layer:
+        """Return the experts of a level: those given, or MLPs."""
+        given = self._experts_given
+        if isinstance(given, list | tuple):
+            given = given[level]
+        check_experts(given, num_experts, self.expert_units, any_layer)
+        if given is not None:
+            return given
+        return MLPExperts(
+            num_experts,
+            _checks.unit_sizes("expert_units", self.expert_units),
+            self.activation,
+            final_activation=self.activation,
+            dropout=self.dropout,
+            kernel_initializer=_of_level(self.kernel_initializer, level),
+            kernel_regularizer=self.kernel_regularizer,
+            # The gates' dropout has the stream between.
+            seed=None if self.seed is None else self.seed + level + (level > 0),
+            dtype=self.dtype_policy,
+            name=_name_of_level("experts", level),
+        )
+
+    def make_gates(
+        self, num_gates: int, num_experts: int, level: int = 0, name: str = "gates"
+    ) -> Gates:
+        """Return the logits of `num_gates` gates over `num_experts`, as stacked MLPs.
+
+        Gates of one level that differ in width need names of their own.
+        """
+        initializer = _of_level(self.gate_kernel_initializer, level)
+        if name != "gates":
+            initializer = independent(initializer, *name.encode())
+        return Gates(
+            num_gates,
+            (*self.gate_units, num_experts),
+            use_bias=self.gate_use_bias,
+            kernel_initializer=initializer,
+            dtype="float64" if self.compute_dtype == "float64" else "float32",
+            name=_name_of_level(name, level),
+        )
+
+    def check_levels(self, num_levels: int) -> None:
+        """Refuse `experts` that are not one layer for each level."""
+        given = self._experts_given
+        if given is None:
+            return
+        if not isinstance(given, list | tuple):
+            given = self._experts_given = [given]
+        if len(given) != num_levels or len({id(layer) for layer in given}) < num_levels:
+            raise ValueError(
+                "`experts` must be one layer of its own for each level. Received: "
+                f"num_levels={num_levels}, experts={given!r}"
+            )
+
+    # What they compute.
+
+    def weigh(
+        self, logits: Any, training: bool | None, top_k: int | None = None
+    ) -> Any:
+        """Return gates that sum to 1 over the last axis of `logits`, in its dtype."""
+        if logits.shape[-1] == 1:
+            return ops.ones_like(logits)  # Keras warns of a softmax over one value.
+        logits = logits / self.gate_temperature
+        if training and self.gate_dropout > 0.0:
+            logits = self._drop_experts(logits)
+        if top_k is not None:
+            _, chosen = ops.top_k(logits, top_k)
+            kept = ops.sum(ops.one_hot(chosen, logits.shape[-1]), axis=-2)
+            logits = ops.where(kept > 0, logits, -float("inf"))
+        return ops.softmax(logits, axis=-1)
+
+    def _drop_experts(self, logits: Any) -> Any:
+        """Removing a logit before the softmax renormalises what stays."""
+        draw = keras.random.uniform(ops.shape(logits), seed=self.seed_generator)
+        kept = draw >= self.gate_dropout
+        kept = ops.logical_or(kept, ops.logical_not(ops.any(kept, -1, keepdims=True)))
+        return ops.where(kept, logits, -float("inf"))
+
+    def mix(self, gates: Any, expert_outputs: Any) -> Any:
+        """(..., g, e), (..., e, u) -> (..., g, u): y_g = sum_k gate_gk f_k(x)."""
+        return ops.matmul(
+            ops.cast(gates, self.compute_dtype),
+            ops.cast(expert_outputs, self.compute_dtype),
+        )
+
+    def mix_own(self, gates: Any, expert_outputs: Any) -> Any:
+        """(..., t, m), (..., t * m, u) -> (..., t, u): each task its own m experts."""
+        leading = ops.shape(expert_outputs)[:-2]
+        t, m = gates.shape[-2:]
+        blocks = (*restored_axes(leading), t, m, expert_outputs.shape[-1])
+        own = ops.reshape(expert_outputs, blocks)
+        return ops.squeeze(self.mix(ops.expand_dims(gates, -2), own), axis=-2)
+
+    # What Keras asks of a layer.
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        return None if mask is None else self.tasks.repeat(mask)
+
+    def output_units(self, experts: keras.layers.Layer, features: int | None) -> int:
+        """Return u, the width of what `experts` make of `features`."""
+        rows = keras.KerasTensor((None, features), self.compute_dtype)
+        return experts.compute_output_spec(rows).shape[-1]
+
+    def get_config(self) -> dict[str, Any]:
+        experts = self._experts_given
+        if isinstance(experts, list | tuple):
+            experts = [keras.saving.serialize_keras_object(layer) for layer in experts]
+        elif experts is not None:
+            experts = keras.saving.serialize_keras_object(experts)
+        return {
+            **super().get_config(),
+            "expert_units": self.expert_units,
+            "tasks": self.tasks.config,
+            "experts": experts,
+            "activation": keras.activations.serialize(self.activation),
+            "dropout": self.dropout,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "gate_units": self.gate_units,
+            "gate_temperature": self.gate_temperature,
+            "gate_dropout": self.gate_dropout,
+            "gate_use_bias": self.gate_use_bias,
+            "gate_kernel_initializer": keras.initializers.serialize(
+                self.gate_kernel_initializer
+            ),
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        experts = config.get("experts")
+        if isinstance(experts, list | tuple):
+            experts = [keras.saving.deserialize_keras_object(part) for part in experts]
+        elif isinstance(experts, dict):
+            experts = keras.saving.deserialize_keras_object(experts)
+        return cls(**{**config, "experts": experts})
+
+
+def on_streams(
+    stacked: keras.layers.Layer,
+    streams: Sequence[Any],
+    counts: Sequence[int],
+    training: bool | None = None,
+) -> Any:
+    """Compute `counts[i]` of the stacked experts on `streams[i]`: (..., e, u).
+
+    Streams that all are one tensor are multiplied once for all experts.
+    """
+    used = [s for s, count in zip(streams, counts, strict=True) if count]
+    if all(stream is used[0] for stream in used):
+        return stacked(used[0], training=training)
+    leading = ops.shape(streams[0])[:-1]
+    slots = [
+        ops.reshape(stream, (-1, stream.shape[-1]))
+        for stream, count in zip(streams, counts, strict=True)
+        for _ in range(count)
+    ]
+    if isinstance(stacked, Gates):
+        outputs = stacked(ops.stack(slots), each_its_own=True)
+    else:
+        outputs = stacked.on_slots(ops.stack(slots), training=training)
+    outputs = ops.transpose(outputs, (1, 0, 2))  # (n, e, u)
+    return ops.reshape(
+        outputs, (*restored_axes(leading), len(slots), outputs.shape[-1])
+    )
+
+
+def _of_level(initializer: Any, level: int) -> Any:
+    """With one seed the levels would start as copies of each other."""
+    return independent(initializer, level) if level else initializer
+
+
+def _name_of_level(name: str, level: int) -> str:
+    return f"{name}_{level}" if level else name

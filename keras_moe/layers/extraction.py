@@ -1,0 +1,249 @@
+"""Experts of a task's own beside shared ones: customised gates, in one level or more.
+
+Axis letters: n rows, d input features, e experts, m experts of one task, s shared
+experts, t tasks, u output units.
+
+In a level (Tang et al. 2020, equations 1 to 5) the gate of task k weighs the experts
+of task k and the shared ones, S_k:
+y_k = sum over S_k of g_k(x_k)_i f_i,  g_k(x_k) = softmax(W_k x_k).
+Below the last level one more gate, the shared one, weighs all experts. Each mixture is
+the stream that the next level's experts and gates of its kind read (equations 6, 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.layers._mixture import Mixture, on_streams
+from keras_moe.layers._parts import default_name
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class PLE(Mixture):
+    """Progressive layered extraction: each task has experts of its own, level by level.
+
+    Shared experts carry what the tasks have in common, task experts what would harm
+    the others. Without task experts (`num_task_experts=0`) it is the multi-level MMoE,
+    and one level of that is `MMoE`.
+
+    Args:
+        num_levels: int, number of levels.
+        num_shared_experts: int >= 0, experts in each level that all tasks see, s.
+        num_task_experts: int >= 0, experts in each level that one task has for its
+            own, m.
+        expert_units: int or sequence of ints, the widths of an expert's layers, the
+            same in each level. None if `experts` is given.
+        tasks: a sequence of task names (the outputs are a dict by name) or a number
+            of tasks (the outputs are a list).
+        experts: sequence of layers of `keras_moe.experts`, one a level, each with the
+            `t * m + s` experts of its level, those of the first task first and the
+            shared ones last. The default are `MLPExperts`.
+        **kwargs: the further arguments of `MMoE` that describe experts and gates, from
+            `activation` to `seed`; not `top_k` and `dispatch`.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`, usually `(batch, d)`.
+        training: bool, whether dropout is active.
+
+    Returns:
+        One tensor of shape `(..., u)` for each task: a dict by task name if `tasks`
+        is a sequence of names, a list if it is a number.
+
+    Raises:
+        ValueError: if an argument breaks its rule.
+
+    Example:
+
+    >>> ple = keras_moe.layers.PLE(
+    ...     num_levels=2,
+    ...     num_shared_experts=1,
+    ...     num_task_experts=2,
+    ...     expert_units=(32, 16),
+    ...     tasks=["click", "buy"],
+    ... )
+    >>> ple(np.ones((2, 8)))["buy"].shape == (2, 16)
+    True
+
+    The gates are computed in float32 under any dtype policy and cast back once.
+
+    References:
+        - [Tang et al., 2020: Progressive Layered Extraction (PLE): A Novel Multi-Task
+          Learning Model for Personalized Recommendations](
+          https://doi.org/10.1145/3383313.3412236)
+    """
+
+    def __init__(
+        self,
+        num_levels: int,
+        num_shared_experts: int,
+        num_task_experts: int,
+        expert_units: int | Sequence[int] | None,
+        tasks: int | Sequence[str],
+        *,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        name = name or default_name("ple")
+        super().__init__(expert_units, tasks, name=name, **kwargs)
+        self.num_levels = _checks.positive_int("num_levels", num_levels)
+        self.num_shared_experts = _checks.count(
+            "num_shared_experts", num_shared_experts
+        )
+        self.num_task_experts = _checks.count("num_task_experts", num_task_experts)
+        if num_shared_experts + num_task_experts == 0:
+            raise ValueError(
+                "`num_shared_experts` and `num_task_experts` must not both be 0."
+            )
+        if num_levels > 1 and num_shared_experts == 0:
+            raise ValueError(
+                "`num_shared_experts` must be >= 1 where there are several levels: "
+                "without shared experts nothing reads the stream that tasks share. "
+                f"Received: num_levels={num_levels}, num_shared_experts=0"
+            )
+        self.check_levels(self.num_levels)
+        t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
+        levels = range(self.num_levels)
+        self.experts = [self.make_experts(t * m + s, level) for level in levels]
+        self.gates = [self.make_gates(t, m + s, level) for level in levels]
+        self.shared_gates = [
+            self.make_gates(1, t * m + s, level, name="shared_gate")
+            for level in levels[:-1]
+        ]
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        features = _checks.last_dimension(type(self).__name__, input_shape)
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
+        for level, experts in enumerate(self.experts):
+            gates = [self.gates[level], *self.shared_gates[level : level + 1]]
+            for gate in gates:
+                gate.build((None, features))
+            rows = keras.KerasTensor((None, features), self.compute_dtype)
+            features = experts(rows).shape[-1]  # A symbolic call builds any kind.
+
+    def call(
+        self, inputs: Any, training: bool | None = None
+    ) -> dict[str, Any] | list[Any]:
+        streams = [inputs] * (self.tasks.count + 1)  # The shared stream comes last.
+        for level in range(self.num_levels):
+            streams = self._extract(level, streams, training)
+        return self.tasks.pack(streams)
+
+    def gate_weights(self, inputs: Any) -> list[Any]:
+        """Return the gates of each level in inference: `[(..., t, m + s), ...]`.
+
+        A gate weighs the experts of its task first, then the shared ones.
+        """
+        streams = [ops.convert_to_tensor(inputs)] * (self.tasks.count + 1)
+        found = []
+        for level in range(self.num_levels):
+            found.append(self._task_gates(level, streams, training=False))
+            streams = self._extract(level, streams, training=False)
+        return found
+
+    def _extract(
+        self, level: int, streams: Sequence[Any], training: bool | None
+    ) -> list[Any]:
+        """Return the streams above a level; above the last, those of the tasks."""
+        t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
+        counts = [m] * t + [s]
+        outputs = on_streams(self.experts[level], streams, counts, training)
+        gates = self._task_gates(level, streams, training)  # (..., t, m + s)
+        if m == 0:
+            mixtures = self.mix(gates, outputs)  # (..., t, u)
+        else:
+            mixtures = self.mix_own(gates[..., :m], outputs[..., : t * m, :])
+            if s:
+                shared = self.mix(gates[..., m:], outputs[..., t * m :, :])
+                mixtures = mixtures + shared
+        streams_above = ops.unstack(mixtures, axis=-2)
+        if level < self.num_levels - 1:
+            gate = self.weigh(self.shared_gates[level](streams[-1]), training)
+            streams_above.append(ops.squeeze(self.mix(gate, outputs), axis=-2))
+        return streams_above
+
+    def _task_gates(
+        self, level: int, streams: Sequence[Any], training: bool | None
+    ) -> Any:
+        t = self.tasks.count
+        return self.weigh(on_streams(self.gates[level], streams[:t], [1] * t), training)
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> Any:
+        units = input_shape[-1]
+        for experts in self.experts:
+            units = self.output_units(experts, units)
+        return self.tasks.repeat((*input_shape[:-1], units))
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "num_levels": self.num_levels,
+            "num_shared_experts": self.num_shared_experts,
+            "num_task_experts": self.num_task_experts,
+        }
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class CGC(PLE):
+    """Customized gate control: `PLE` of one level.
+
+    Args:
+        num_shared_experts: int >= 0, experts that all tasks see, s.
+        num_task_experts: int >= 0, experts that one task has for its own, m.
+        expert_units: int or sequence of ints, the widths of an expert's layers. None
+            if `experts` is given.
+        tasks: a sequence of task names (the outputs are a dict by name) or a number
+            of tasks (the outputs are a list).
+        **kwargs: further arguments of `PLE`.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`, usually `(batch, d)`.
+        training: bool, whether dropout is active.
+
+    Returns:
+        One tensor of shape `(..., u)` for each task: a dict by task name if `tasks`
+        is a sequence of names, a list if it is a number.
+
+    Raises:
+        ValueError: if an argument breaks its rule.
+
+    Example:
+
+    >>> cgc = keras_moe.layers.CGC(1, 2, (32, 16), tasks=["click", "buy"])
+    >>> cgc(np.ones((2, 8)))["buy"].shape == (2, 16)
+    True
+
+    References:
+        - [Tang et al., 2020: Progressive Layered Extraction (PLE): A Novel Multi-Task
+          Learning Model for Personalized Recommendations, section 4.1](
+          https://doi.org/10.1145/3383313.3412236)
+    """
+
+    def __init__(
+        self,
+        num_shared_experts: int,
+        num_task_experts: int,
+        expert_units: int | Sequence[int] | None,
+        tasks: int | Sequence[str],
+        *,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            1,
+            num_shared_experts,
+            num_task_experts,
+            expert_units,
+            tasks,
+            name=name or default_name("cgc"),
+            **kwargs,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        del config["num_levels"]
+        return config

@@ -1,0 +1,229 @@
+"""Shared and task-specific embeddings, kept apart in the backward pass.
+
+Axis letters: n rows, d input features, e experts, m experts of one task, s shared
+experts, t tasks, u output units.
+
+The experts of task k read its own embeddings x_k, the shared experts the shared ones
+x_s. All forward, task-wise backward (Su et al. 2024): the gate of task k weighs the
+experts of all tasks, and what comes from other tasks has its gradient stopped, SG:
+y_k = sum over own and shared experts of g_ki f_i + sum over others of g_ki SG(f_i),
+g_k = softmax(W_k (x_k + x_s)).
+So a task's embeddings and experts learn from that task alone, yet all can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.layers._mixture import Mixture, on_streams
+from keras_moe.layers._parts import default_name
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class STEM(Mixture):
+    """Shared and task-specific embeddings with all-forward task-wise-backward gates.
+
+    Args:
+        num_shared_experts: int, experts that read the shared embeddings, s.
+        num_task_experts: int, experts that read the embeddings of one task, m.
+        expert_units: int or sequence of ints, the widths of an expert's layers. None
+            if `experts` is given.
+        tasks: a sequence of task names (the outputs are a dict by name) or a number
+            of tasks (the outputs are a list).
+        num_levels: int, number of levels. Below the last one, a gate that reads the
+            shared stream and weighs all experts makes the next shared stream.
+        experts: sequence of layers of `keras_moe.experts`, one a level, each with the
+            `t * m + s` experts of its level, those of the first task first and the
+            shared ones last. The default are `MLPExperts`.
+        **kwargs: the further arguments of `MMoE` that describe experts and gates, from
+            `activation` to `seed`; not `top_k` and `dispatch`.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`, the shared embeddings of a row side by
+            side.
+        task_inputs: tensor of shape `(..., t, d)`, the embeddings of each task, looked
+            up in tables of its own. By default every task reads `inputs`; what is left
+            of the paper then is the task-wise backward pass of the experts.
+        training: bool, whether dropout is active.
+
+    Returns:
+        One tensor of shape `(..., u)` for each task: a dict by task name if `tasks`
+        is a sequence of names, a list if it is a number.
+
+    Raises:
+        ValueError: if an argument breaks its rule, or `task_inputs` is not
+            `(..., t, d)`.
+
+    Example:
+
+    >>> stem = keras_moe.layers.STEM(1, 1, (32, 16), tasks=["click", "buy"])
+    >>> outputs = stem(np.ones((2, 8)), task_inputs=np.ones((2, 2, 8)))
+    >>> outputs["buy"].shape == (2, 16)
+    True
+
+    The gates are computed in float32 under any dtype policy and cast back once.
+
+    References:
+        - [Su et al., 2024: STEM: Unleashing the Power of Embeddings for Multi-task
+          Recommendation](https://arxiv.org/abs/2308.13537)
+    """
+
+    def __init__(
+        self,
+        num_shared_experts: int,
+        num_task_experts: int,
+        expert_units: int | Sequence[int] | None,
+        tasks: int | Sequence[str],
+        *,
+        num_levels: int = 1,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            expert_units, tasks, name=name or default_name("stem"), **kwargs
+        )
+        self.num_shared_experts = _checks.positive_int(
+            "num_shared_experts", num_shared_experts
+        )
+        self.num_task_experts = _checks.positive_int(
+            "num_task_experts", num_task_experts
+        )
+        self.num_levels = _checks.positive_int("num_levels", num_levels)
+        self.check_levels(self.num_levels)
+        t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
+        levels = range(self.num_levels)
+        self.experts = [self.make_experts(t * m + s, level) for level in levels]
+        self.gates = [self.make_gates(t, t * m + s, level) for level in levels]
+        self.shared_gates = [
+            self.make_gates(1, t * m + s, level, name="shared_gate")
+            for level in levels[:-1]
+        ]
+
+    def build(
+        self,
+        inputs_shape: tuple[int | None, ...],
+        task_inputs_shape: tuple[int | None, ...] | None = None,
+    ) -> None:
+        features = _checks.last_dimension(type(self).__name__, inputs_shape)
+        self._check_task_inputs(inputs_shape, task_inputs_shape)
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
+        for level, experts in enumerate(self.experts):
+            gates = [self.gates[level], *self.shared_gates[level : level + 1]]
+            for gate in gates:
+                gate.build((None, features))
+            rows = keras.KerasTensor((None, features), self.compute_dtype)
+            features = experts(rows).shape[-1]  # A symbolic call builds any kind.
+
+    def call(
+        self, inputs: Any, task_inputs: Any = None, training: bool | None = None
+    ) -> dict[str, Any] | list[Any]:
+        streams = self._first_streams(inputs, task_inputs)
+        for level in range(self.num_levels):
+            streams = self._extract(level, streams, training)
+        return self.tasks.pack(streams)
+
+    def gate_weights(self, inputs: Any, task_inputs: Any = None) -> list[Any]:
+        """Return the gates of each level in inference: `[(..., t, e), ...]`.
+
+        Experts of the first task come first, shared ones last.
+        """
+        inputs = ops.convert_to_tensor(inputs)
+        if task_inputs is not None:
+            task_inputs = ops.convert_to_tensor(task_inputs)
+        streams = self._first_streams(inputs, task_inputs)
+        found = []
+        for level in range(self.num_levels):
+            found.append(self._task_gates(level, streams, training=False))
+            streams = self._extract(level, streams, training=False)
+        return found
+
+    def _first_streams(self, inputs: Any, task_inputs: Any) -> list[Any]:
+        """Return the streams of the tasks, and the shared one as the last."""
+        if task_inputs is None:
+            return [inputs] * (self.tasks.count + 1)
+        self._check_task_inputs(inputs.shape, task_inputs.shape)
+        return [*ops.unstack(task_inputs, num=self.tasks.count, axis=-2), inputs]
+
+    def _extract(
+        self, level: int, streams: Sequence[Any], training: bool | None
+    ) -> list[Any]:
+        """Return the streams above a level; above the last, those of the tasks."""
+        t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
+        outputs = on_streams(self.experts[level], streams, [m] * t + [s], training)
+        gates = self._task_gates(level, streams, training)
+        own, shared = _diagonal_blocks(gates[..., : t * m], t, m), gates[..., t * m :]
+        others = gates * ops.cast(_of_other_tasks(t, m, s), gates.dtype)
+        mixtures = (
+            self.mix_own(own, outputs[..., : t * m, :])
+            + self.mix(shared, outputs[..., t * m :, :])
+            + self.mix(others, ops.stop_gradient(outputs))
+        )
+        streams_above = ops.unstack(mixtures, axis=-2)
+        if level < self.num_levels - 1:
+            gate = self.weigh(self.shared_gates[level](streams[-1]), training)
+            streams_above.append(ops.squeeze(self.mix(gate, outputs), axis=-2))
+        return streams_above
+
+    def _task_gates(
+        self, level: int, streams: Sequence[Any], training: bool | None
+    ) -> Any:
+        *own, shared = streams
+        # One sum only where all streams are one tensor, so that one matmul does all.
+        same = all(stream is shared for stream in own)
+        read = [own[0] + shared] * len(own) if same else [x + shared for x in own]
+        logits = on_streams(self.gates[level], read, [1] * len(read))
+        return self.weigh(logits, training)
+
+    def _check_task_inputs(
+        self, inputs_shape: Sequence[int | None], shape: Sequence[int | None] | None
+    ) -> None:
+        if shape is None:
+            return
+        expected = (*inputs_shape[:-1], self.tasks.count, inputs_shape[-1])
+        same = len(shape) == len(expected) and all(
+            a is None or b is None or a == b
+            for a, b in zip(shape, expected, strict=True)
+        )
+        if not same:
+            raise ValueError(
+                "`task_inputs` must have the shape (..., t, d), here "
+                f"{expected}. Received: task_inputs of shape {tuple(shape)}"
+            )
+
+    def compute_output_shape(
+        self,
+        inputs_shape: tuple[int | None, ...],
+        task_inputs_shape: tuple[int | None, ...] | None = None,
+    ) -> Any:
+        units = inputs_shape[-1]
+        for experts in self.experts:
+            units = self.output_units(experts, units)
+        return self.tasks.repeat((*inputs_shape[:-1], units))
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "num_shared_experts": self.num_shared_experts,
+            "num_task_experts": self.num_task_experts,
+            "num_levels": self.num_levels,
+        }
+
+
+def _diagonal_blocks(gates: Any, t: int, m: int) -> Any:
+    """(..., t, t * m) -> (..., t, m): of every task the weights of its own experts."""
+    blocks = [gates[..., k, k * m : (k + 1) * m] for k in range(t)]
+    return ops.stack(blocks, axis=-2)
+
+
+def _of_other_tasks(t: int, m: int, s: int) -> Any:
+    """(t, t * m + s): True where an expert belongs to another task."""
+    task_of_expert = ops.concatenate(
+        [ops.repeat(ops.arange(t, dtype="int32"), m), ops.full((s,), -1, "int32")]
+    )
+    tasks = ops.expand_dims(ops.arange(t, dtype="int32"), -1)
+    return ops.logical_and(task_of_expert != tasks, task_of_expert >= 0)
