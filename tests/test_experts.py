@@ -4,6 +4,7 @@ import pytest
 from keras import ops
 
 from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
+from keras_moe.layers import PLE, MMoE, MoE
 from tests import backends, moe_oracles, oracles
 
 
@@ -187,3 +188,36 @@ def test_training_reaches_the_layers():
 def test_bad_arguments_of_the_others_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_layers_of_keras_rs_are_experts(tmp_path):
+    """An MLP and a cross network of DCN-V2, in mixtures of every kind."""
+    keras_rs = pytest.importorskip("keras_rs")
+
+    def mixed(count):
+        mlp = [keras.layers.Dense(8, "relu"), keras.layers.Dense(6)]
+        cross = keras_rs.layers.FeatureCross(projection_dim=3)
+        others = [keras.layers.Dense(6) for _ in range(count - 2)]
+        return LayerExperts([keras.Sequential(mlp), cross, *others])
+
+    inputs = keras.Input((6,))
+    sparse = MoE(4, experts=mixed(4))(inputs)
+    shared = MMoE(8, None, 2, top_k=2, experts=mixed(8))(sparse)
+    extracted = PLE(2, 1, 1, None, 2, experts=[mixed(3), mixed(3)])(shared[0])
+    model = keras.Model(inputs, [shared[1], *extracted])
+    x = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
+    model.compile("sgd", loss=["mse"] * 3)
+    before = model.get_weights()
+    model.fit(x, [x] * 3, epochs=2, verbose=0)
+    still = [
+        weight.path
+        for weight, value in zip(model.weights, before, strict=True)
+        if np.array_equal(weight, value)
+    ]
+    assert still == []
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    for a, b in zip(
+        model.predict(x, verbose=0), again.predict(x, verbose=0), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
