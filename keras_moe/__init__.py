@@ -1,6 +1,7 @@
 """Mixture-of-Experts and multi-task recommender layers for Keras 3.
 
-Layers: `keras_moe.layers` (MoE, HierarchicalMoE, SoftMoE, MMoE, SharedBottom, Tower).
+Layers: `keras_moe.layers` (MoE, HierarchicalMoE, SoftMoE, MMoE, SharedBottom,
+        CrossStitch, DSelectK, PEPNet and its parts GateNU, EPNet, PPNet, Tower).
 Parts:  `keras_moe.routers` (who goes where), `keras_moe.experts` (what computes),
         `keras_moe.losses` (what keeps routers balanced), `keras_moe.metrics` (what
         tells how they do), `keras_moe.initializers` (PerExpert).

@@ -74,6 +74,17 @@ def check_serves(dispatch: str, experts: Any) -> None:
         )
 
 
+def checked_here(dispatch: str) -> str:
+    """Return `dispatch`, unless the device would expand it to every expert."""
+    if dispatch == "ragged" and not _backend.has_grouped_matmul():
+        raise ValueError(
+            'dispatch="ragged" needs a device with a grouped matmul, which XLA has '
+            "for TPUs; elsewhere it would compute every expert on every row. "
+            'Set `layer.dispatch = "auto"`.'
+        )
+    return dispatch
+
+
 # Dense: every expert on every token.
 
 

@@ -17,3 +17,8 @@ def _seed():
     import keras
 
     keras.utils.set_random_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """One test runs the suite on another backend: it starts first, it takes longest."""
+    items.sort(key=lambda item: "test_core_of_the_suite" not in item.name)

@@ -91,7 +91,7 @@ class Mixture(keras.layers.Layer):
     ) -> keras.layers.Layer:
         """Return the experts of a level: those given, or MLPs."""
         given = self._experts_given
-        if isinstance(given, list | tuple):
+        if isinstance(given, list | tuple) and not any_layer:
             given = given[level]
         check_experts(given, num_experts, self.expert_units, any_layer)
         if given is not None:
@@ -118,7 +118,10 @@ class Mixture(keras.layers.Layer):
         Gates of one level that differ in width need names of their own.
         """
         initializer = _of_level(self.gate_kernel_initializer, level)
-        if name != "gates":
+        # Gates as wide as experts would start as their copies, too.
+        if name != "gates" or _share_a_seed(
+            self.gate_kernel_initializer, self.kernel_initializer
+        ):
             initializer = independent(initializer, *name.encode())
         return Gates(
             num_gates,
@@ -149,7 +152,8 @@ class Mixture(keras.layers.Layer):
     ) -> Any:
         """Return gates that sum to 1 over the last axis of `logits`, in its dtype."""
         if logits.shape[-1] == 1:
-            return ops.ones_like(logits)  # Keras warns of a softmax over one value.
+            # Keras warns of a softmax over one value, and of weights with no gradient.
+            return 1.0 + 0.0 * logits
         logits = logits / self.gate_temperature
         if training and self.gate_dropout > 0.0:
             logits = self._drop_experts(logits)
@@ -239,20 +243,35 @@ def on_streams(
     used = [s for s, count in zip(streams, counts, strict=True) if count]
     if all(stream is used[0] for stream in used):
         return stacked(used[0], training=training)
-    leading = ops.shape(streams[0])[:-1]
-    slots = [
-        ops.reshape(stream, (-1, stream.shape[-1]))
-        for stream, count in zip(streams, counts, strict=True)
-        for _ in range(count)
-    ]
+    slots = to_slots(streams, counts)
     if isinstance(stacked, Gates):
-        outputs = stacked(ops.stack(slots), each_its_own=True)
+        outputs = stacked(slots, each_its_own=True)
     else:
-        outputs = stacked.on_slots(ops.stack(slots), training=training)
-    outputs = ops.transpose(outputs, (1, 0, 2))  # (n, e, u)
-    return ops.reshape(
-        outputs, (*restored_axes(leading), len(slots), outputs.shape[-1])
+        outputs = stacked.on_slots(slots, training=training)
+    return from_slots(outputs, ops.shape(streams[0])[:-1])
+
+
+def to_slots(streams: Sequence[Any], counts: Sequence[int]) -> Any:
+    """Lay `counts[i]` copies of `streams[i]` (..., d) behind each other: (e, n, d)."""
+    return ops.stack(
+        [
+            ops.reshape(stream, (-1, stream.shape[-1]))
+            for stream, count in zip(streams, counts, strict=True)
+            for _ in range(count)
+        ]
     )
+
+
+def from_slots(outputs: Any, leading: Sequence[Any]) -> Any:
+    """(e, n, u) -> (..., e, u), with the leading axes restored."""
+    e, u = outputs.shape[0], outputs.shape[-1]
+    outputs = ops.transpose(outputs, (1, 0, 2))  # (n, e, u)
+    return ops.reshape(outputs, (*restored_axes(leading), e, u))
+
+
+def _share_a_seed(first: Any, second: Any) -> bool:
+    seed = getattr(first, "seed", None)
+    return isinstance(seed, int) and seed == getattr(second, "seed", None)
 
 
 def _of_level(initializer: Any, level: int) -> Any:

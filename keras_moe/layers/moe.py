@@ -15,7 +15,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _backend, _checks, losses, routers
+from keras_moe import _checks, losses, routers
 from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
 from keras_moe.experts import MLPExperts, restored_axes
@@ -435,14 +435,8 @@ class MoE(keras.layers.Layer):
 
     def _dispatch_now(self) -> str:
         """The dispatch of the graph that is being traced; the rule is in the docs."""
-        if self.dispatch == "ragged" and not _backend.has_grouped_matmul():
-            raise ValueError(
-                'dispatch="ragged" needs a device with a grouped matmul, which XLA has '
-                "for TPUs; elsewhere it would compute every expert on every row. "
-                'Set `layer.dispatch = "auto"`.'
-            )
         if self.dispatch != "auto":
-            return self.dispatch
+            return dispatch_lib.checked_here(self.dispatch)
         if self.router.choice == "expert" or self.capacity_factor is not None:
             return "capacity"
         if self.router.choice == "all" or self.top_k == self.num_experts:

@@ -28,7 +28,8 @@ class MMoE(Mixture):
     """Multi-gate Mixture-of-Experts: tasks share experts, each mixes them its own way.
 
     Every task has its own softmax gate over one pool of experts, so related tasks
-    can lean on the same experts and conflicting ones on different experts.
+    can lean on the same experts and conflicting ones on different experts. For several
+    levels of this, see `PLE` without task experts.
 
     Args:
         num_experts: int, number of shared experts e.
@@ -42,9 +43,9 @@ class MMoE(Mixture):
         dispatch: how rows come to the experts that `top_k` leaves them: "dense" (every
             expert on every row), "split" (the chosen ones alone; not for XLA),
             "blocked" (the same for XLA), "ragged" (the same by `jax.lax.ragged_dot`,
-            on a TPU under JAX), or "auto": "dense" if the gates of a row can choose
-            more than half of the experts, else the first of the others that the
-            compiler takes. The result is the same.
+            on a TPU under JAX), or "auto": "dense" if the gates of a row, choosing at
+            random, would leave less than a quarter of the experts idle, else the first
+            of the others that the compiler takes. The result is the same.
         gate_units: sequence of ints, hidden layers of the gates. By default a gate
             is linear, as in the paper.
         gate_temperature: float > 0, the logits are divided by it: below 1 sharpens
@@ -160,11 +161,12 @@ class MMoE(Mixture):
     def _dispatch_now(self) -> str:
         """The dispatch of the graph that is being traced; the rule is in the docs."""
         if self.dispatch != "auto":
-            return self.dispatch
-        few = self.top_k is not None and 2 * self._max_chosen() <= self.num_experts
-        if not few or not hasattr(self.experts, "on_pieces"):
+            return dispatch_lib.checked_here(self.dispatch)
+        if self.top_k is None or not hasattr(self.experts, "on_pieces"):
             return "dense"
-        return dispatch_lib.dropless_here(self.experts)
+        # The share of the experts that no gate of a row would choose at random.
+        idle = (1 - self.top_k / self.num_experts) ** self.num_gates
+        return dispatch_lib.dropless_here(self.experts) if idle >= 0.25 else "dense"
 
     def _max_chosen(self) -> int:
         """The most experts that the gates of one row can choose."""

@@ -36,7 +36,9 @@ class STEM(Mixture):
         tasks: a sequence of task names (the outputs are a dict by name) or a number
             of tasks (the outputs are a list).
         num_levels: int, number of levels. Below the last one, a gate that reads the
-            shared stream and weighs all experts makes the next shared stream.
+            shared stream and weighs all experts makes the next shared stream. That
+            stream, too, has no gradient by the experts of tasks, so that no task
+            learns through it from another one; the authors' code lets it pass there.
         experts: sequence of layers of `keras_moe.experts`, one a level, each with the
             `t * m + s` experts of its level, those of the first task first and the
             shared ones last. The default are `MLPExperts`.
@@ -166,7 +168,10 @@ class STEM(Mixture):
         streams_above = ops.unstack(mixtures, axis=-2)
         if level < self.num_levels - 1:
             gate = self.weigh(self.shared_gates[level](streams[-1]), training)
-            streams_above.append(ops.squeeze(self.mix(gate, outputs), axis=-2))
+            # Else a task would teach the experts of others through the shared stream.
+            of_tasks = ops.stop_gradient(outputs[..., : t * m, :])
+            read = ops.concatenate([of_tasks, outputs[..., t * m :, :]], axis=-2)
+            streams_above.append(ops.squeeze(self.mix(gate, read), axis=-2))
         return streams_above
 
     def _task_gates(

@@ -1,0 +1,381 @@
+"""A mixture of experts for several tasks whose gates learn which k experts to use.
+
+Axis letters: n rows, d input features, e experts, t tasks, k selectors a gate, m bits
+of an expert's number, u expert output units.
+
+A selector r(z) spells the number of an expert in m = ceil(log2 e) smooth bits, and a
+gate is a softmax mixture of k selectors (Hazimeh et al. 2021, section 3):
+
+q = sum_k softmax(w)_k r(z_k),  r(z)_i = prod_j S(z_j) if bit j of i is 1, else
+1 - S(z_j).
+
+S is a smooth step, exactly 0 below -gamma / 2 and exactly 1 above gamma / 2, so a gate
+whose bits have arrived at 0 or 1 weighs at most k experts, and gradients lead there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks, losses
+from keras_moe.experts import MLPExperts, restored_axes
+from keras_moe.initializers import PerExpert
+from keras_moe.layers._parts import check_experts, default_name
+from keras_moe.layers._tasks import Tasks
+from keras_moe.layers.multi_gate import (
+    _check_expert_outputs,
+    _check_gate_inputs,
+    _checked_top_k,
+)
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class DSelectK(keras.layers.Layer):
+    """`MMoE` with sparse gates that are differentiable: DSelect-k.
+
+    Every task chooses at most k of the shared experts. A top-k gate has no gradient
+    towards the experts that it does not choose, and jumps where its choice changes;
+    this one is smooth everywhere. It starts as a mixture of all experts and becomes
+    sparse in training. That makes the mixture sparse, not cheaper: every expert is
+    computed.
+
+    Args:
+        num_experts: int >= 2, number of shared experts e.
+        expert_units: int or sequence of ints, the widths of an expert's layers. None
+            if `experts` is given.
+        tasks: a sequence of task names (the outputs are a dict by name) or a number
+            of tasks (the outputs are a list).
+        top_k: int, the most experts that a gate weighs in the end, k.
+        gamma: float > 0, the width of the smooth step. A narrow one makes gates choose
+            early, a wide one lets them look around for longer.
+        entropy_weight: float, weight of the entropy of the selectors as a loss, which
+            drives their bits to 0 or 1. The larger it is, the sooner gates are sparse.
+        static: bool, whether a gate is the same for every row, which the task alone
+            decides. By default it is linear in the inputs of the gates.
+        experts: a layer that maps `(..., d)` to `(..., e, u)`, instead of the
+            default `MLPExperts`. The arguments that describe experts (from
+            `activation` to `kernel_regularizer`) then have no effect.
+        activation: activation of every expert layer, the last one included.
+        dropout: float in [0, 1), dropped share of an expert's hidden units.
+        kernel_initializer: initializer of one expert's kernel.
+        kernel_regularizer: regularizer of the stacked expert kernels.
+        seed: int, the seed of the dropout.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`, usually `(batch, d)`.
+        gate_inputs: tensor of shape `(..., g)` with the leading axes of `inputs`,
+            what the gates see. `inputs` by default. Not with `static`.
+        mask: bool tensor of the leading axes, False for rows without part in the
+            losses.
+        training: bool, whether dropout is active.
+
+    Returns:
+        One tensor of shape `(..., u)` for each task: a dict by task name if `tasks`
+        is a sequence of names, a list if it is a number.
+
+    Raises:
+        ValueError: if an argument breaks its rule, if the leading axes of
+            `gate_inputs` are not those of `inputs`, or if `experts` gives outputs of
+            another shape.
+
+    Example:
+
+    >>> layer = keras_moe.layers.DSelectK(8, (32, 16), ["click", "buy"], top_k=2)
+    >>> x = np.ones((4, 6))
+    >>> layer(x)["buy"].shape == (4, 16), layer.gate_weights(x).shape == (4, 2, 8)
+    (True, True)
+
+    Where e is no power of two, some numbers of m bits belong to no expert. As in the
+    authors' code, the weights of a gate then sum to less than 1 while it is on its way,
+    and a loss `1 / (sum of r(z)) - 1` a selector keeps it from ending at such a
+    number. Losses are means over rows here and sums over rows there, so that they do
+    not grow with the batch; the theirs is 1 larger, without effect on the gradient.
+
+    The gates are computed in float32 under any dtype policy and cast back once.
+
+    References:
+        - [Hazimeh et al., 2021: DSelect-k: Differentiable Selection in the Mixture of
+          Experts with Applications to Multi-Task Learning](
+          https://arxiv.org/abs/2106.03760)
+        - [Hazimeh et al., 2020: The Tree Ensemble Layer](
+          https://arxiv.org/abs/2002.07772), for the smooth step
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        expert_units: int | Sequence[int] | None,
+        tasks: int | Sequence[str],
+        top_k: int = 2,
+        *,
+        gamma: float = 1.0,
+        entropy_weight: float = 0.0,
+        static: bool = False,
+        experts: keras.layers.Layer | None = None,
+        activation: Any = "relu",
+        dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        kernel_regularizer: Any = None,
+        seed: int | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name=name or default_name("dselect_k"), **kwargs)
+        self.supports_masking = True
+        self.num_experts = _checked_num_experts(num_experts)
+        self.num_bits = (self.num_experts - 1).bit_length()
+        self.expert_units = expert_units
+        self.tasks = Tasks(tasks)
+        self.top_k = _checks.positive_int("top_k", top_k)
+        _checked_top_k(self.top_k, self.num_experts)
+        self.gamma = _checks.positive_number("gamma", gamma)
+        self.entropy_weight = _checks.finite_number("entropy_weight", entropy_weight)
+        self.static = static
+        self.activation = keras.activations.get(activation)
+        self.dropout = _checks.rate("dropout", dropout)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.seed = seed
+        check_experts(experts, self.num_experts, expert_units, any_layer=True)
+        self._experts_given = experts is not None
+        self.experts = self._make_experts() if experts is None else experts
+        self._gate_dtype = "float64" if self.compute_dtype == "float64" else "float32"
+        # As in the authors' code: near 0, where the smooth step is steepest, and wide
+        # enough for no two selectors to start alike.
+        self._bit_initializer = keras.initializers.RandomUniform(
+            -self.gamma / 100, self.gamma / 100
+        )
+        self._mixing_initializer = keras.initializers.RandomUniform(-0.05, 0.05)
+        if not static:
+            self.selectors = self._linear(
+                "selectors", self.top_k * self.num_bits, self._bit_initializer
+            )
+        if not static and self.top_k > 1:
+            # One selector has no other to be weighed against.
+            self.mixing = self._linear("mixing", self.top_k, self._mixing_initializer)
+
+    def _make_experts(self) -> MLPExperts:
+        return MLPExperts(
+            self.num_experts,
+            _checks.unit_sizes("expert_units", self.expert_units),
+            self.activation,
+            final_activation=self.activation,
+            dropout=self.dropout,
+            kernel_initializer=self.kernel_initializer,
+            kernel_regularizer=self.kernel_regularizer,
+            seed=self.seed,
+            dtype=self.dtype_policy,
+            name="experts",
+        )
+
+    def _linear(self, name: str, units: int, initializer: Any) -> MLPExperts:
+        """Return (..., g) -> (..., t, units), one linear function a task."""
+        return MLPExperts(
+            self.tasks.count,
+            units,
+            kernel_initializer=initializer,
+            bias_initializer=initializer,
+            dtype=self._gate_dtype,
+            name=name,
+        )
+
+    def build(
+        self,
+        inputs_shape: tuple[int | None, ...],
+        gate_inputs_shape: tuple[int | None, ...] | None = None,
+    ) -> None:
+        # A symbolic call builds experts of any kind, unless they are built already.
+        symbolic = self.experts(keras.KerasTensor(inputs_shape, self.compute_dtype))
+        _check_expert_outputs(symbolic, (*inputs_shape[:-1], self.num_experts))
+        if self.static:
+            self._build_static()
+            return
+        self.selectors.build(gate_inputs_shape or inputs_shape)
+        if self.top_k > 1:
+            self.mixing.build(gate_inputs_shape or inputs_shape)
+
+    def _build_static(self) -> None:
+        self.selector_logits = self._static(
+            "selector_logits", (self.top_k, self.num_bits), self._bit_initializer
+        )
+        if self.top_k > 1:
+            self.mixing_logits = self._static(
+                "mixing_logits", (self.top_k,), self._mixing_initializer
+            )
+
+    def _static(self, name: str, shape: tuple[int, ...], initializer: Any) -> Any:
+        """Return what static gates have in the place of a function: (t, *shape)."""
+        return self.add_weight(
+            name=name,
+            shape=(self.tasks.count, *shape),
+            initializer=PerExpert(initializer),
+            dtype=self._gate_dtype,
+            autocast=False,
+        )
+
+    def call(
+        self,
+        inputs: Any,
+        gate_inputs: Any = None,
+        mask: Any = None,
+        training: bool | None = None,
+    ) -> dict[str, Any] | list[Any]:
+        if mask is None:
+            # Keras hands it over only where the inputs are the one tensor of a call.
+            mask = getattr(inputs, "_keras_mask", None)
+        weights, selected = self._gate(inputs, gate_inputs)
+        self._add_losses(selected, None if self.static else mask)
+        expert_outputs = self.experts(inputs, training=training)  # (..., e, u)
+        mixtures = ops.matmul(
+            ops.cast(weights, self.compute_dtype),
+            ops.cast(expert_outputs, self.compute_dtype),
+        )
+        return self.tasks.pack(ops.unstack(mixtures, axis=-2))
+
+    def gate_weights(self, inputs: Any, gate_inputs: Any = None) -> Any:
+        """Return the gates, `(..., t, e)`.
+
+        Each row sums to 1 where the number of experts is a power of two, and to at
+        most 1 where it is not.
+        """
+        inputs = ops.convert_to_tensor(inputs)
+        if gate_inputs is not None:
+            gate_inputs = ops.convert_to_tensor(gate_inputs)
+        weights, _ = self._gate(inputs, gate_inputs)
+        leading = ops.shape(inputs)[:-1]
+        return ops.broadcast_to(weights, (*leading, *weights.shape[-2:]))
+
+    def _gate(self, inputs: Any, gate_inputs: Any) -> tuple[Any, Any]:
+        """Return the weights (..., t, e) and the selectors (n, t, k, e).
+
+        Those of static gates have no leading axes.
+        """
+        if gate_inputs is not None and self.static:
+            raise ValueError(
+                "`gate_inputs` must be None for static gates, which see no inputs. "
+                f"Received: gate_inputs of shape {tuple(gate_inputs.shape)}"
+            )
+        if self.static:
+            return self._mix(
+                ops.convert_to_tensor(self.selector_logits),
+                ops.convert_to_tensor(self.mixing_logits) if self.top_k > 1 else None,
+            )
+        gate_inputs = inputs if gate_inputs is None else gate_inputs
+        _check_gate_inputs(inputs.shape, gate_inputs.shape)
+        leading = ops.shape(gate_inputs)[:-1]
+        rows = ops.reshape(gate_inputs, (-1, gate_inputs.shape[-1]))
+        bits = (-1, self.tasks.count, self.top_k, self.num_bits)
+        weights, selected = self._mix(
+            ops.reshape(self.selectors(rows), bits),
+            self.mixing(rows) if self.top_k > 1 else None,
+        )
+        shape = (*restored_axes(leading), self.tasks.count, self.num_experts)
+        return ops.reshape(weights, shape), selected
+
+    def _mix(self, selector_logits: Any, mixing_logits: Any) -> tuple[Any, Any]:
+        """(..., t, k, m), (..., t, k) -> the weights (..., t, e), (..., t, k, e)."""
+        selected = _selected(smooth_step(selector_logits, self.gamma), self.num_experts)
+        if mixing_logits is None:
+            return ops.squeeze(selected, axis=-2), selected
+        shares = ops.expand_dims(ops.softmax(mixing_logits, axis=-1), -1)
+        return ops.sum(shares * selected, axis=-2), selected
+
+    def _add_losses(self, selected: Any, mask: Any) -> None:
+        """Add what drives the selectors, summed over those of a row."""
+        per_row = self.tasks.count * self.top_k
+        rows = ops.reshape(selected, (-1, self.num_experts))
+        if mask is not None:
+            mask = ops.reshape(ops.cast(mask, "bool"), (-1,))
+            mask = ops.repeat(mask, per_row)
+        if self.entropy_weight != 0.0:
+            entropy = losses.entropy_loss(rows, mask)
+            self.add_loss(self.entropy_weight * per_row * entropy)
+        if self.num_experts < 2**self.num_bits:
+            self.add_loss(per_row * _unreachable_loss(rows, mask))
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        return None if mask is None else self.tasks.repeat(mask)
+
+    def compute_output_shape(
+        self,
+        inputs_shape: tuple[int | None, ...],
+        gate_inputs_shape: tuple[int | None, ...] | None = None,
+    ) -> Any:
+        inputs = keras.KerasTensor(inputs_shape, self.compute_dtype)
+        *leading, _, units = self.experts.compute_output_spec(inputs).shape
+        return self.tasks.repeat((*leading, units))
+
+    def get_config(self) -> dict[str, Any]:
+        experts = keras.saving.serialize_keras_object(self.experts)
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "expert_units": self.expert_units,
+            "tasks": self.tasks.config,
+            "top_k": self.top_k,
+            "gamma": self.gamma,
+            "entropy_weight": self.entropy_weight,
+            "static": self.static,
+            "experts": experts if self._experts_given else None,
+            "activation": keras.activations.serialize(self.activation),
+            "dropout": self.dropout,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DSelectK:
+        experts = config.get("experts")
+        if isinstance(experts, dict):
+            experts = keras.saving.deserialize_keras_object(experts)
+        return cls(**{**config, "experts": experts})
+
+
+def smooth_step(values: Any, gamma: float = 1.0) -> Any:
+    """Return S: 0 up to -gamma / 2, 1 from gamma / 2, a cubic with slope 0 at both.
+
+    Between, S(x) = -2 (x / gamma)^3 + 3/2 (x / gamma) + 1/2 (Hazimeh et al. 2020).
+    """
+    # Clipped first, so that the ends are exactly 0 and 1: these numbers have few bits.
+    x = ops.clip(values / gamma, -0.5, 0.5)
+    return (1.5 - 2.0 * x * x) * x + 0.5
+
+
+def _selected(bits: Any, num_experts: int) -> Any:
+    """(..., m) -> (..., e): how far the bits spell the number of each expert.
+
+    The first bit is the most significant. Each bit doubles the numbers that are told
+    apart, which takes 2e products and not e * m.
+    """
+    selected = ops.ones_like(bits[..., :1])
+    for j in reversed(range(bits.shape[-1])):
+        bit = bits[..., j : j + 1]
+        selected = ops.concatenate([selected * (1.0 - bit), selected * bit], axis=-1)
+    return selected[..., :num_experts]
+
+
+def _unreachable_loss(rows: Any, mask: Any) -> Any:
+    """Return the mean of 1 / sum_i r(z)_i - 1 over the rows (n * t * k, e)."""
+    reached = ops.sum(rows, axis=-1)
+    # Not 0, where a selector has left for good: a number, with a gradient of 0.
+    values = 1.0 / ops.maximum(reached, 1e-6) - 1.0
+    if mask is None:
+        count = ops.cast(ops.shape(values)[0], values.dtype)
+    else:
+        values = ops.where(mask, values, ops.zeros_like(values))
+        count = ops.sum(ops.cast(mask, values.dtype))
+    return ops.sum(values) / ops.maximum(count, 1.0)
+
+
+def _checked_num_experts(num_experts: Any) -> int:
+    if _checks.positive_int("num_experts", num_experts) < 2:
+        raise ValueError(
+            "`num_experts` must be >= 2, or there is nothing to select. "
+            f"Received: num_experts={num_experts}"
+        )
+    return int(num_experts)

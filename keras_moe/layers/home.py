@@ -1,0 +1,301 @@
+"""A hierarchy of gates: experts for all tasks, for groups of tasks, and for each task.
+
+Axis letters: n rows, d input features, e experts, c groups, t tasks, m experts of one
+task or group, s shared experts, u output units, r rank of a feature gate.
+
+Three ideas of Wang et al. 2024, section 3, each of which may be switched off:
+
+- Expert normalisation (equation 6): an expert is Swish(BatchNorm(MLP(x))), so that no
+  expert is silent and all speak equally loud.
+- Hierarchy mask (3.2): at the first, *meta* level a group of tasks sees its own experts
+  and the shared ones. At the second a task sees its own experts, those of its group and
+  the shared ones, each of which reads the stream that the meta level made for its kind.
+- Feature gates (3.3): each expert reads v * 2 sigmoid(v B A) with B, A of rank r.
+  Self gates: every stream adds its own experts once more, weighed by a sigmoid (or, if
+  they are several, a softmax) of what its gate reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.experts import MLPExperts, restored_axes
+from keras_moe.initializers import independent
+from keras_moe.layers._mixture import Mixture, from_slots, on_streams, to_slots
+from keras_moe.layers._parts import default_name
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class HoME(Mixture):
+    """Hierarchy of multi-gate experts: sharing among all tasks, and within groups.
+
+    Args:
+        num_shared_experts: int, experts in each level that all tasks see, s.
+        num_task_experts: int, experts of one task, and of one group in each level, m.
+        expert_units: int or sequence of ints, the widths of an expert's layers, the
+            same in both levels.
+        tasks: a sequence of task names (the outputs are a dict by name) or a number
+            of tasks (the outputs are a list).
+        groups: sequence of sequences of tasks, by name if `tasks` are names, else by
+            index; each task in one group. All tasks in one group by default.
+        expert_normalization: bool, whether experts end in batch normalisation and
+            Swish (`activation` is used where it is False).
+        feature_gate_rank: int >= 0, the rank r of the experts' feature gates. 0: the
+            experts read their stream as it is.
+        self_gate: bool, whether a stream adds its own experts once more.
+        **kwargs: the further arguments of `MMoE` that describe experts and gates, from
+            `activation` to `seed`; not `experts`, `top_k` and `dispatch`.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`, usually `(batch, d)`.
+        training: bool, whether dropout is active and batch statistics are used.
+
+    Returns:
+        One tensor of shape `(..., u)` for each task: a dict by task name if `tasks`
+        is a sequence of names, a list if it is a number.
+
+    Raises:
+        ValueError: if an argument breaks its rule.
+
+    Example:
+
+    >>> home = keras_moe.layers.HoME(
+    ...     num_shared_experts=1,
+    ...     num_task_experts=1,
+    ...     expert_units=(32, 16),
+    ...     tasks=["click", "like", "watch"],
+    ...     groups=[["click", "like"], ["watch"]],
+    ... )
+    >>> home(np.ones((2, 8)))["like"].shape == (2, 16)
+    True
+
+    The gates are computed in float32 under any dtype policy and cast back once. The
+    gates of the second level read the stream of the task's group beside the shared one.
+
+    References:
+        - [Wang et al., 2024: HoME: Hierarchy of Multi-Gate Experts for Multi-Task
+          Learning at Kuaishou](https://arxiv.org/abs/2408.05430)
+    """
+
+    def __init__(
+        self,
+        num_shared_experts: int,
+        num_task_experts: int,
+        expert_units: int | Sequence[int],
+        tasks: int | Sequence[str],
+        *,
+        groups: Sequence[Sequence[str | int]] | None = None,
+        expert_normalization: bool = True,
+        feature_gate_rank: int = 8,
+        self_gate: bool = True,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("experts") is not None:
+            raise ValueError(
+                "`experts` must be None: HoME normalises and gates experts of its own. "
+                f"Received: experts={kwargs['experts']!r}"
+            )
+        super().__init__(
+            expert_units, tasks, name=name or default_name("home"), **kwargs
+        )
+        self.num_shared_experts = _checks.positive_int(
+            "num_shared_experts", num_shared_experts
+        )
+        self.num_task_experts = _checks.positive_int(
+            "num_task_experts", num_task_experts
+        )
+        self.group_of_task = _checked_groups(groups, self.tasks.config)
+        self.groups = None if groups is None else [list(group) for group in groups]
+        self.num_groups = max(self.group_of_task) + 1
+        self.expert_normalization = expert_normalization
+        self.feature_gate_rank = _checks.count("feature_gate_rank", feature_gate_rank)
+        self.self_gate = self_gate
+
+        t, c = self.tasks.count, self.num_groups
+        m, s = self.num_task_experts, self.num_shared_experts
+        self.experts = [
+            self.make_experts(c * m + s, level=0),
+            self.make_experts(t * m + c * m + s, level=1),
+        ]
+        self.norms = [self._make_norm(), self._make_norm()]
+        self.group_gates = self.make_gates(c, m + s, name="group_gates")
+        self.shared_gate = self.make_gates(1, c * m + s, name="shared_gate")
+        self.task_gates = self.make_gates(t, 2 * m + s, level=1, name="task_gates")
+        if self.self_gate:
+            self.group_self_gates = self.make_gates(c, m, name="group_self_gates")
+            self.shared_self_gate = self.make_gates(1, s, name="shared_self_gate")
+            self.task_self_gates = self.make_gates(
+                t, m, level=1, name="task_self_gates"
+            )
+
+    def make_experts(
+        self, num_experts: int, level: int = 0, any_layer: bool = False
+    ) -> keras.layers.Layer:
+        """Return MLPs whose last layer is linear if normalisation follows."""
+        experts = super().make_experts(num_experts, level, any_layer)
+        if self.expert_normalization:
+            experts.final_activation = keras.activations.linear
+        return experts
+
+    def _make_norm(self) -> keras.layers.Layer | None:
+        if not self.expert_normalization:
+            return None
+        return keras.layers.BatchNormalization(dtype=self.dtype_policy)
+
+    def _make_feature_gates(self, level: int, features: int) -> MLPExperts:
+        """Return v B A of every expert of a level."""
+        return MLPExperts(
+            self.experts[level].num_experts,
+            (self.feature_gate_rank, features),
+            activation=None,
+            use_bias=False,
+            kernel_initializer=independent(
+                self.gate_kernel_initializer, level, *b"feature_gates"
+            ),
+            dtype=self.dtype_policy,
+            name=f"feature_gates_{level}",
+        )
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        features = _checks.last_dimension(type(self).__name__, input_shape)
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
+        self.shared_gate.build((None, features))
+        self.group_gates.build((None, features))
+        if self.self_gate:
+            self.group_self_gates.build((None, features))
+            self.shared_self_gate.build((None, features))
+        units = self.experts[0].units[-1]
+        self.feature_gates: list[MLPExperts] = []
+        for level, width in enumerate((features, units)):
+            self.experts[level].build((None, width))
+            if self.feature_gate_rank:
+                self.feature_gates.append(self._make_feature_gates(level, width))
+                self.feature_gates[level].build((None, width))
+            if self.norms[level] is not None:
+                flat = self.experts[level].num_experts * units
+                self.norms[level].build((None, flat))
+        self.task_gates.build((None, 2 * units))
+        if self.self_gate:
+            self.task_self_gates.build((None, 2 * units))
+
+    def call(
+        self, inputs: Any, training: bool | None = None
+    ) -> dict[str, Any] | list[Any]:
+        *groups, shared = self._meta_level(inputs, training)
+        return self.tasks.pack(self._task_level(groups, shared, training))
+
+    def _meta_level(self, inputs: Any, training: bool | None) -> list[Any]:
+        """Return the streams of the groups, and the shared one as the last."""
+        c, m, s = self.num_groups, self.num_task_experts, self.num_shared_experts
+        streams = [inputs] * (c + 1)
+        outputs = self._experts_of(0, streams, [m] * c + [s], training)
+        own, shared = outputs[..., : c * m, :], outputs[..., c * m :, :]
+        gates = self.weigh(self.group_gates(inputs), training)  # (..., c, m + s)
+        groups = self.mix_own(gates[..., :m], own) + self.mix(gates[..., m:], shared)
+        all_gate = self.weigh(self.shared_gate(inputs), training)
+        common = self.mix(all_gate, outputs)
+        if self.self_gate:
+            groups = groups + self.mix_own(_self(self.group_self_gates(inputs)), own)
+            common = common + self.mix(_self(self.shared_self_gate(inputs)), shared)
+        return [*ops.unstack(groups, axis=-2), ops.squeeze(common, axis=-2)]
+
+    def _task_level(
+        self, groups: Sequence[Any], shared: Any, training: bool | None
+    ) -> list[Any]:
+        t, c = self.tasks.count, self.num_groups
+        m, s = self.num_task_experts, self.num_shared_experts
+        of_task = [groups[group] for group in self.group_of_task]
+        streams = [*of_task, *groups, shared]
+        outputs = self._experts_of(1, streams, [m] * (t + c) + [s], training)
+        own = outputs[..., : t * m, :]
+        # The experts of each task's group, task by task.
+        grouped = ops.concatenate(
+            [
+                outputs[..., (t + group) * m : (t + group + 1) * m, :]
+                for group in self.group_of_task
+            ],
+            axis=-2,
+        )
+        read = [ops.concatenate([stream, shared], axis=-1) for stream in of_task]
+        gates = self.weigh(on_streams(self.task_gates, read, [1] * t), training)
+        mixtures = (
+            self.mix_own(gates[..., :m], own)
+            + self.mix_own(gates[..., m : 2 * m], grouped)
+            + self.mix(gates[..., 2 * m :], outputs[..., (t + c) * m :, :])
+        )
+        if self.self_gate:
+            logits = on_streams(self.task_self_gates, read, [1] * t)
+            mixtures = mixtures + self.mix_own(_self(logits), own)
+        return ops.unstack(mixtures, axis=-2)
+
+    def _experts_of(
+        self,
+        level: int,
+        streams: Sequence[Any],
+        counts: Sequence[int],
+        training: bool | None,
+    ) -> Any:
+        """(..., e, u): Swish(BatchNorm(MLP(x * FeatureGate(x)))) of every expert."""
+        experts, norm = self.experts[level], self.norms[level]
+        if self.feature_gate_rank:
+            slots = to_slots(streams, counts)
+            gates = 2.0 * ops.sigmoid(self.feature_gates[level].on_slots(slots))
+            outputs = experts.on_slots(slots * gates, training=training)
+            outputs = from_slots(outputs, ops.shape(streams[0])[:-1])
+        else:
+            outputs = on_streams(experts, streams, counts, training)
+        if norm is None:
+            return outputs
+        leading, (e, u) = ops.shape(outputs)[:-2], outputs.shape[-2:]
+        flat = ops.reshape(outputs, (-1, e * u))
+        normal = ops.silu(norm(flat, training=training))
+        return ops.reshape(normal, (*restored_axes(leading), e, u))
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> Any:
+        return self.tasks.repeat((*input_shape[:-1], self.experts[0].units[-1]))
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        del config["experts"]
+        return {
+            **config,
+            "num_shared_experts": self.num_shared_experts,
+            "num_task_experts": self.num_task_experts,
+            "groups": self.groups,
+            "expert_normalization": self.expert_normalization,
+            "feature_gate_rank": self.feature_gate_rank,
+            "self_gate": self.self_gate,
+        }
+
+
+def _self(logits: Any) -> Any:
+    """Weights of a stream's own experts: they need not leave room for others."""
+    if logits.shape[-1] == 1:
+        return ops.sigmoid(logits)
+    return ops.softmax(logits, axis=-1)
+
+
+def _checked_groups(groups: Any, tasks: int | list[str]) -> list[int]:
+    """Return the group of every task."""
+    known = list(range(tasks)) if isinstance(tasks, int) else tasks
+    if groups is None:
+        return [0] * len(known)
+    try:
+        listed = [task for group in groups for task in group]
+    except TypeError:
+        listed = []
+    complete = len(listed) == len(known) and all(task in listed for task in known)
+    if not complete or not all(len(group) for group in groups):
+        raise ValueError(
+            "`groups` must be a sequence of sequences that hold every task once. "
+            f"Received: groups={groups!r} for the tasks {known}"
+        )
+    return [
+        next(i for i, group in enumerate(groups) if task in group) for task in known
+    ]

@@ -1,0 +1,521 @@
+"""PEPNet: prior knowledge about a row scales its embedding and its hidden units.
+
+Axis letters: n rows, d input features, p prior features, t tasks, h hidden units,
+u output units.
+
+A gate unit (Gate NU) makes gates between 0 and a scale gamma, around 1 for gamma = 2:
+gates = gamma * sigmoid(relu(z W + b) W' + b'). With E the shared embedding, F_d what
+is known of the domain, P the prior about user, item and author, and sg the stop of the
+gradient (Chang et al. 2023):
+
+EPNet:  O = gates([F_d, sg(E)]) * E, the embedding as the domain sees it.
+PPNet:  H_1 = f(O W_0 + b_0), H_l+1 = f((gates_l([P, sg(O)]) * H_l) W_l + b_l), with
+        towers and gates of every task's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _checks
+from keras_moe.experts import MLPExperts
+from keras_moe.initializers import independent
+from keras_moe.layers._parts import default_name
+from keras_moe.layers._tasks import Tasks
+from keras_moe.layers._towers import check_leading_axes, run_towers
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class GateNU(keras.layers.Layer):
+    """Gate unit: two layers that end in gates between 0 and `scale`.
+
+    `scale * sigmoid(relu(x W + b) W' + b')`. With a scale of 2, gates start around 1,
+    and what they multiply starts as if they were not there.
+
+    Args:
+        units: int, number of gates u.
+        hidden_units: int, width of the hidden layer. `units` by default.
+        scale: float > 0, the largest value of a gate.
+        kernel_initializer: initializer of the two kernels; each gets its own draw.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`.
+
+    Returns:
+        A tensor of shape `(..., u)`.
+
+    Raises:
+        ValueError: if an argument breaks its rule.
+
+    Example:
+
+    >>> gate = keras_moe.layers.GateNU(16)
+    >>> gate(np.ones((2, 8))).shape == (2, 16)
+    True
+
+    The gates are computed in float32 under any dtype policy and cast back once.
+
+    References:
+        - [Chang et al., 2023: PEPNet: Parameter and Embedding Personalized Network for
+          Infusing with Personalized Prior Information](
+          https://doi.org/10.1145/3580305.3599884)
+    """
+
+    def __init__(
+        self,
+        units: int,
+        hidden_units: int | None = None,
+        scale: float = 2.0,
+        *,
+        kernel_initializer: Any = "glorot_uniform",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.units = _checks.positive_int("units", units)
+        self.hidden_units = _checked_width("hidden_units", hidden_units)
+        self.scale = _checks.positive_number("scale", scale)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.hidden = self._dense("hidden", self.hidden_units or self.units, "relu")
+        self.gates = self._dense("gates", self.units, "sigmoid")
+
+    def _dense(self, name: str, units: int, activation: str) -> keras.layers.Dense:
+        return keras.layers.Dense(
+            units,
+            activation,
+            kernel_initializer=independent(self.kernel_initializer, *name.encode()),
+            dtype="float64" if self.compute_dtype == "float64" else "float32",
+            name=name,
+        )
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.hidden.build(input_shape)
+        self.gates.build(self.hidden.compute_output_shape(input_shape))
+
+    def call(self, inputs: Any) -> Any:
+        gates = self.scale * self.gates(self.hidden(inputs))
+        return ops.cast(gates, self.compute_dtype)
+
+    def compute_output_shape(
+        self, input_shape: tuple[int | None, ...]
+    ) -> tuple[int | None, ...]:
+        return (*input_shape[:-1], self.units)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "units": self.units,
+            "hidden_units": self.hidden_units,
+            "scale": self.scale,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+        }
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class EPNet(keras.layers.Layer):
+    """An embedding that every domain scales its own way.
+
+    What is known of the domain (scenario, page, market) makes a gate for every unit of
+    the shared embedding. The gates see the embedding too, without passing a gradient to
+    it: the embedding learns from what it is scaled to, not from how.
+
+    Args:
+        gate_units: int, width of the hidden layer of the gates. That of the embedding
+            by default.
+        gate_scale: float > 0, the largest value of a gate.
+        gate_kernel_initializer: initializer of the gates' kernels; each gets its own
+            draw.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`, the shared embedding.
+        domain_inputs: tensor of shape `(..., p)` with the leading axes of `inputs`,
+            embedded features of the domain.
+
+    Returns:
+        A tensor of shape `(..., d)`.
+
+    Raises:
+        ValueError: if an argument breaks its rule, or the leading axes of
+            `domain_inputs` are not those of `inputs`.
+
+    Example:
+
+    >>> epnet = keras_moe.layers.EPNet()
+    >>> epnet(np.ones((2, 8)), np.ones((2, 3))).shape == (2, 8)
+    True
+
+    References:
+        - [Chang et al., 2023: PEPNet: Parameter and Embedding Personalized Network for
+          Infusing with Personalized Prior Information](
+          https://doi.org/10.1145/3580305.3599884)
+    """
+
+    def __init__(
+        self,
+        gate_units: int | None = None,
+        gate_scale: float = 2.0,
+        *,
+        gate_kernel_initializer: Any = "glorot_uniform",
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name=name or default_name("epnet"), **kwargs)
+        self.supports_masking = True
+        self.gate_units = _checked_width("gate_units", gate_units)
+        self.gate_scale = _checks.positive_number("gate_scale", gate_scale)
+        self.gate_kernel_initializer = keras.initializers.get(gate_kernel_initializer)
+
+    def build(
+        self,
+        inputs_shape: tuple[int | None, ...],
+        domain_inputs_shape: tuple[int | None, ...],
+    ) -> None:
+        check_leading_axes("domain_inputs", domain_inputs_shape, inputs_shape)
+        name = type(self).__name__
+        features = _checks.last_dimension(name, inputs_shape)
+        domain_features = _checks.last_dimension(name, domain_inputs_shape)
+        # Without it, an embedding of one unit would be broadcast to all gates.
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
+        self.gate = GateNU(
+            features,
+            self.gate_units,
+            self.gate_scale,
+            kernel_initializer=self.gate_kernel_initializer,
+            dtype=self.dtype_policy,
+            name="gate",
+        )
+        self.gate.build((*inputs_shape[:-1], domain_features + features))
+
+    def call(self, inputs: Any, domain_inputs: Any) -> Any:
+        check_leading_axes("domain_inputs", domain_inputs.shape, inputs.shape)
+        seen = ops.concatenate([domain_inputs, ops.stop_gradient(inputs)], axis=-1)
+        return self.gate(seen) * inputs
+
+    def compute_output_shape(
+        self,
+        inputs_shape: tuple[int | None, ...],
+        domain_inputs_shape: tuple[int | None, ...],
+    ) -> tuple[int | None, ...]:
+        return tuple(inputs_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "gate_units": self.gate_units,
+            "gate_scale": self.gate_scale,
+            "gate_kernel_initializer": keras.initializers.serialize(
+                self.gate_kernel_initializer
+            ),
+        }
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class PPNet(keras.layers.Layer):
+    """One MLP a task, whose hidden units are scaled for each row.
+
+    What is known beforehand of user, item and author makes a gate for every unit of
+    every layer of every task, so that each row has, in effect, parameters of its own.
+    The gates see the inputs too, without passing a gradient to them.
+
+    Args:
+        units: int or sequence of ints, the widths of the layers of every task's MLP.
+        tasks: a sequence of task names (the outputs are a dict by name) or a number
+            of tasks (the outputs are a list).
+        gate_units: int, width of the hidden layer of the gates, one gate unit a layer
+            for all tasks. By default that of the layer that it scales.
+        gate_scale: float > 0, the largest value of a gate.
+        activation: activation of every layer, the last one included; the gates scale
+            what comes after it.
+        dropout: float in [0, 1), dropped share of every hidden layer's units.
+        kernel_initializer: initializer of one task's kernel; each task and each layer
+            gets its own draw.
+        kernel_regularizer: regularizer of the stacked kernels.
+        gate_kernel_initializer: initializer of the gates' kernels; each gets its own
+            draw.
+        seed: int, the seed of the dropout.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`, usually what `EPNet` gives.
+        prior_inputs: tensor of shape `(..., p)` with the leading axes of `inputs`,
+            embedded features of user, item and author. By default the gates see
+            `inputs` alone.
+        training: bool, whether dropout is active.
+
+    Returns:
+        One tensor of shape `(..., units[-1])` for each task: a dict by task name if
+        `tasks` is a sequence of names, a list if it is a number.
+
+    Raises:
+        ValueError: if an argument breaks its rule, or the leading axes of
+            `prior_inputs` are not those of `inputs`.
+
+    Example:
+
+    >>> ppnet = keras_moe.layers.PPNet((32, 16), tasks=["click", "buy"])
+    >>> ppnet(np.ones((2, 8)), np.ones((2, 3)))["buy"].shape == (2, 16)
+    True
+
+    The paper leaves the last layer of a tower, which gives the prediction, without
+    gates. That layer is a `Tower` of its own here; all that comes before it has gates.
+
+    References:
+        - [Chang et al., 2023: PEPNet: Parameter and Embedding Personalized Network for
+          Infusing with Personalized Prior Information](
+          https://doi.org/10.1145/3580305.3599884)
+    """
+
+    def __init__(
+        self,
+        units: int | Sequence[int],
+        tasks: int | Sequence[str],
+        *,
+        gate_units: int | None = None,
+        gate_scale: float = 2.0,
+        activation: Any = "relu",
+        dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        kernel_regularizer: Any = None,
+        gate_kernel_initializer: Any = "glorot_uniform",
+        seed: int | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name=name or default_name("ppnet"), **kwargs)
+        self.supports_masking = True
+        self.tasks = Tasks(tasks)
+        self.gate_units = _checked_width("gate_units", gate_units)
+        self.gate_scale = _checks.positive_number("gate_scale", gate_scale)
+        self.gate_kernel_initializer = keras.initializers.get(gate_kernel_initializer)
+        self.towers = MLPExperts(
+            self.tasks.count,
+            _checks.unit_sizes("units", units),
+            activation,
+            final_activation=activation,
+            dropout=dropout,
+            kernel_initializer=kernel_initializer,
+            kernel_regularizer=kernel_regularizer,
+            seed=seed,
+            dtype=self.dtype_policy,
+            name="towers",
+        )
+        self.gates = [
+            GateNU(
+                self.tasks.count * width,
+                self.gate_units or width,
+                self.gate_scale,
+                kernel_initializer=independent(self.gate_kernel_initializer, i),
+                dtype=self.dtype_policy,
+                name=f"gate_{i}",
+            )
+            for i, width in enumerate(self.towers.units)
+        ]
+
+    def build(
+        self,
+        inputs_shape: tuple[int | None, ...],
+        prior_inputs_shape: tuple[int | None, ...] | None = None,
+    ) -> None:
+        check_leading_axes("prior_inputs", prior_inputs_shape, inputs_shape)
+        self.towers.build(inputs_shape)
+        self.input_spec = self.towers.input_spec
+        name = type(self).__name__
+        seen = _checks.last_dimension(name, inputs_shape)
+        if prior_inputs_shape is not None:
+            seen += _checks.last_dimension(name, prior_inputs_shape)
+        for gate in self.gates:
+            gate.build((*inputs_shape[:-1], seen))
+
+    def call(
+        self, inputs: Any, prior_inputs: Any = None, training: bool | None = None
+    ) -> dict[str, Any] | list[Any]:
+        seen = ops.stop_gradient(inputs)
+        if prior_inputs is not None:
+            check_leading_axes("prior_inputs", prior_inputs.shape, inputs.shape)
+            seen = ops.concatenate([prior_inputs, seen], axis=-1)
+
+        def scaled(i: int, activations: Any) -> Any:
+            return self._gates_of_layer(i, seen) * activations
+
+        outputs = run_towers(self.towers, inputs, scaled, training)
+        return self.tasks.pack(outputs)
+
+    def _gates_of_layer(self, i: int, seen: Any) -> Any:
+        """(..., p + d) -> (t, n, h)."""
+        shape = (-1, self.tasks.count, self.towers.units[i])
+        return ops.transpose(ops.reshape(self.gates[i](seen), shape), (1, 0, 2))
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        return None if mask is None else self.tasks.repeat(mask)
+
+    def compute_output_shape(
+        self,
+        inputs_shape: tuple[int | None, ...],
+        prior_inputs_shape: tuple[int | None, ...] | None = None,
+    ) -> Any:
+        return self.tasks.repeat((*inputs_shape[:-1], self.towers.units[-1]))
+
+    def get_config(self) -> dict[str, Any]:
+        towers = self.towers.get_config()
+        kept = (
+            "units",
+            "activation",
+            "dropout",
+            "kernel_initializer",
+            "kernel_regularizer",
+            "seed",
+        )
+        return {
+            **super().get_config(),
+            "tasks": self.tasks.config,
+            "gate_units": self.gate_units,
+            "gate_scale": self.gate_scale,
+            "gate_kernel_initializer": keras.initializers.serialize(
+                self.gate_kernel_initializer
+            ),
+            **{name: towers[name] for name in kept},
+        }
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class PEPNet(keras.layers.Layer):
+    """`EPNet`, then `PPNet`: domains scale the embedding, priors the task towers.
+
+    Its outputs have the form of those of `MMoE`, so that one swaps for the other where
+    several domains and several tasks are learned together.
+
+    Args:
+        units: int or sequence of ints, the widths of the layers of every task's MLP.
+        tasks: a sequence of task names (the outputs are a dict by name) or a number
+            of tasks (the outputs are a list).
+        gate_units: int, width of the hidden layer of the gates, of `EPNet` as of
+            `PPNet`. By default that of what they scale.
+        gate_scale: float > 0, the largest value of a gate.
+        activation: activation of every layer of the towers, the last one included.
+        dropout: float in [0, 1), dropped share of every hidden layer's units.
+        kernel_initializer: initializer of one task's kernel.
+        kernel_regularizer: regularizer of the stacked kernels of the towers.
+        gate_kernel_initializer: initializer of the gates' kernels; each gets its own
+            draw.
+        seed: int, the seed of the dropout.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`, the shared embedding.
+        domain_inputs: tensor of shape `(..., p)`, embedded features of the domain.
+        prior_inputs: tensor of shape `(..., q)`, embedded features of user, item and
+            author. By default the gates of the towers see the scaled embedding alone.
+            All have the leading axes of `inputs`.
+        training: bool, whether dropout is active.
+
+    Returns:
+        One tensor of shape `(..., units[-1])` for each task: a dict by task name if
+        `tasks` is a sequence of names, a list if it is a number.
+
+    Raises:
+        ValueError: if an argument breaks its rule, or inputs differ in leading axes.
+
+    Example:
+
+    >>> pepnet = keras_moe.layers.PEPNet((32, 16), tasks=["click", "buy"])
+    >>> outputs = pepnet(np.ones((2, 8)), np.ones((2, 3)), np.ones((2, 4)))
+    >>> outputs["buy"].shape == (2, 16)
+    True
+
+    References:
+        - [Chang et al., 2023: PEPNet: Parameter and Embedding Personalized Network for
+          Infusing with Personalized Prior Information](
+          https://doi.org/10.1145/3580305.3599884)
+    """
+
+    def __init__(
+        self,
+        units: int | Sequence[int],
+        tasks: int | Sequence[str],
+        *,
+        gate_units: int | None = None,
+        gate_scale: float = 2.0,
+        activation: Any = "relu",
+        dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        kernel_regularizer: Any = None,
+        gate_kernel_initializer: Any = "glorot_uniform",
+        seed: int | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name=name or default_name("pepnet"), **kwargs)
+        self.supports_masking = True
+        self.ppnet = PPNet(
+            units,
+            tasks,
+            gate_units=gate_units,
+            gate_scale=gate_scale,
+            activation=activation,
+            dropout=dropout,
+            kernel_initializer=kernel_initializer,
+            kernel_regularizer=kernel_regularizer,
+            gate_kernel_initializer=gate_kernel_initializer,
+            seed=seed,
+            dtype=self.dtype_policy,
+            name="ppnet",
+        )
+        self.epnet = EPNet(
+            gate_units,
+            gate_scale,
+            gate_kernel_initializer=gate_kernel_initializer,
+            dtype=self.dtype_policy,
+            name="epnet",
+        )
+
+    def build(
+        self,
+        inputs_shape: tuple[int | None, ...],
+        domain_inputs_shape: tuple[int | None, ...],
+        prior_inputs_shape: tuple[int | None, ...] | None = None,
+    ) -> None:
+        self.epnet.build(inputs_shape, domain_inputs_shape)
+        self.ppnet.build(inputs_shape, prior_inputs_shape)
+
+    def call(
+        self,
+        inputs: Any,
+        domain_inputs: Any,
+        prior_inputs: Any = None,
+        training: bool | None = None,
+    ) -> dict[str, Any] | list[Any]:
+        embedding = self.epnet(inputs, domain_inputs)
+        return self.ppnet(embedding, prior_inputs, training=training)
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        return self.ppnet.compute_mask(inputs, mask)
+
+    def compute_output_shape(
+        self,
+        inputs_shape: tuple[int | None, ...],
+        domain_inputs_shape: tuple[int | None, ...],
+        prior_inputs_shape: tuple[int | None, ...] | None = None,
+    ) -> Any:
+        return self.ppnet.compute_output_shape(inputs_shape, prior_inputs_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        ppnet = self.ppnet.get_config()
+        kept = (
+            "units",
+            "tasks",
+            "gate_units",
+            "gate_scale",
+            "activation",
+            "dropout",
+            "kernel_initializer",
+            "kernel_regularizer",
+            "gate_kernel_initializer",
+            "seed",
+        )
+        return {**super().get_config(), **{name: ppnet[name] for name in kept}}
+
+
+def _checked_width(name: str, value: Any) -> int | None:
+    return None if value is None else _checks.positive_int(name, value)
