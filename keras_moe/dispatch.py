@@ -163,9 +163,12 @@ def _each_choice(rows: Any, runs: Runs, source: Callable[[Any], Any]) -> Any:
     def gradient(inputs: Any, upstream: Any) -> Any:
         return ops.take(source(_flat(upstream)), runs.order, axis=0)
 
-    return _backend.with_gradient(
-        lambda rows: ops.take(rows, runs.positions, axis=0), gradient, rows
-    )
+    def forward(rows: Any) -> Any:
+        # What JAX takes from nothing has not even a shape.
+        shape = (*ops.shape(runs.positions), rows.shape[-1])
+        return ops.reshape(ops.take(rows, runs.positions, axis=0), shape)
+
+    return _backend.with_gradient(forward, gradient, rows)
 
 
 def _not_empty(rows: Any) -> Any:

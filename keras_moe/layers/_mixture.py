@@ -37,11 +37,7 @@ class Gates(MLPExperts):
 
 
 class Mixture(keras.layers.Layer):
-    """Experts, softmax gates and task outputs, as `MMoE` documents their arguments.
-
-    A layer of the family makes its parts with `make_experts` and `make_gates`, one of
-    each a level, and weighs experts with `weigh`.
-    """
+    """Experts and task outputs, as `MMoE` documents their arguments."""
 
     def __init__(
         self,
@@ -53,11 +49,6 @@ class Mixture(keras.layers.Layer):
         dropout: float = 0.0,
         kernel_initializer: Any = "glorot_uniform",
         kernel_regularizer: Any = None,
-        gate_units: int | Sequence[int] = (),
-        gate_temperature: float = 1.0,
-        gate_dropout: float = 0.0,
-        gate_use_bias: bool = False,
-        gate_kernel_initializer: Any = "glorot_uniform",
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -69,22 +60,8 @@ class Mixture(keras.layers.Layer):
         self.dropout = _checks.rate("dropout", dropout)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.gate_units = _checks.unit_sizes("gate_units", gate_units, allow_empty=True)
-        self.gate_temperature = _checks.positive_number(
-            "gate_temperature", gate_temperature
-        )
-        self.gate_dropout = _checks.rate("gate_dropout", gate_dropout)
-        self.gate_use_bias = gate_use_bias
-        self.gate_kernel_initializer = keras.initializers.get(gate_kernel_initializer)
         self.seed = seed
         self._experts_given = experts
-        if self.gate_dropout > 0.0:
-            # Not the stream of the experts' dropout, which has the same seed.
-            self.seed_generator = keras.random.SeedGenerator(
-                None if seed is None else seed + 1
-            )
-
-    # The parts.
 
     def make_experts(
         self, num_experts: int, level: int = 0, any_layer: bool = False
@@ -110,28 +87,6 @@ class Mixture(keras.layers.Layer):
             name=_name_of_level("experts", level),
         )
 
-    def make_gates(
-        self, num_gates: int, num_experts: int, level: int = 0, name: str = "gates"
-    ) -> Gates:
-        """Return the logits of `num_gates` gates over `num_experts`, as stacked MLPs.
-
-        Gates of one level that differ in width need names of their own.
-        """
-        initializer = _of_level(self.gate_kernel_initializer, level)
-        # Gates as wide as experts would start as their copies, too.
-        if name != "gates" or _share_a_seed(
-            self.gate_kernel_initializer, self.kernel_initializer
-        ):
-            initializer = independent(initializer, *name.encode())
-        return Gates(
-            num_gates,
-            (*self.gate_units, num_experts),
-            use_bias=self.gate_use_bias,
-            kernel_initializer=initializer,
-            dtype="float64" if self.compute_dtype == "float64" else "float32",
-            name=_name_of_level(name, level),
-        )
-
     def check_levels(self, num_levels: int) -> None:
         """Refuse `experts` that are not one layer for each level."""
         given = self._experts_given
@@ -144,31 +99,6 @@ class Mixture(keras.layers.Layer):
                 "`experts` must be one layer of its own for each level. Received: "
                 f"num_levels={num_levels}, experts={given!r}"
             )
-
-    # What they compute.
-
-    def weigh(
-        self, logits: Any, training: bool | None, top_k: int | None = None
-    ) -> Any:
-        """Return gates that sum to 1 over the last axis of `logits`, in its dtype."""
-        if logits.shape[-1] == 1:
-            # Keras warns of a softmax over one value, and of weights with no gradient.
-            return 1.0 + 0.0 * logits
-        logits = logits / self.gate_temperature
-        if training and self.gate_dropout > 0.0:
-            logits = self._drop_experts(logits)
-        if top_k is not None:
-            _, chosen = ops.top_k(logits, top_k)
-            kept = ops.sum(ops.one_hot(chosen, logits.shape[-1]), axis=-2)
-            logits = ops.where(kept > 0, logits, -float("inf"))
-        return ops.softmax(logits, axis=-1)
-
-    def _drop_experts(self, logits: Any) -> Any:
-        """Removing a logit before the softmax renormalises what stays."""
-        draw = keras.random.uniform(ops.shape(logits), seed=self.seed_generator)
-        kept = draw >= self.gate_dropout
-        kept = ops.logical_or(kept, ops.logical_not(ops.any(kept, -1, keepdims=True)))
-        return ops.where(kept, logits, -float("inf"))
 
     def mix(self, gates: Any, expert_outputs: Any) -> Any:
         """(..., g, e), (..., e, u) -> (..., g, u): y_g = sum_k gate_gk f_k(x)."""
@@ -184,8 +114,6 @@ class Mixture(keras.layers.Layer):
         blocks = (*restored_axes(leading), t, m, expert_outputs.shape[-1])
         own = ops.reshape(expert_outputs, blocks)
         return ops.squeeze(self.mix(ops.expand_dims(gates, -2), own), axis=-2)
-
-    # What Keras asks of a layer.
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         return None if mask is None else self.tasks.repeat(mask)
@@ -210,13 +138,6 @@ class Mixture(keras.layers.Layer):
             "dropout": self.dropout,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
-            "gate_units": self.gate_units,
-            "gate_temperature": self.gate_temperature,
-            "gate_dropout": self.gate_dropout,
-            "gate_use_bias": self.gate_use_bias,
-            "gate_kernel_initializer": keras.initializers.serialize(
-                self.gate_kernel_initializer
-            ),
             "seed": self.seed,
         }
 
@@ -228,6 +149,97 @@ class Mixture(keras.layers.Layer):
         elif isinstance(experts, dict):
             experts = keras.saving.deserialize_keras_object(experts)
         return cls(**{**config, "experts": experts})
+
+
+class GatedMixture(Mixture):
+    """Experts, softmax gates and task outputs, as `MMoE` documents their arguments.
+
+    A layer of the family makes its parts with `make_experts` and `make_gates`, one of
+    each a level, and weighs experts with `weigh`.
+    """
+
+    def __init__(
+        self,
+        expert_units: int | Sequence[int] | None,
+        tasks: int | Sequence[str],
+        *,
+        gate_units: int | Sequence[int] = (),
+        gate_temperature: float = 1.0,
+        gate_dropout: float = 0.0,
+        gate_use_bias: bool = False,
+        gate_kernel_initializer: Any = "glorot_uniform",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(expert_units, tasks, **kwargs)
+        self.gate_units = _checks.unit_sizes("gate_units", gate_units, allow_empty=True)
+        self.gate_temperature = _checks.positive_number(
+            "gate_temperature", gate_temperature
+        )
+        self.gate_dropout = _checks.rate("gate_dropout", gate_dropout)
+        self.gate_use_bias = gate_use_bias
+        self.gate_kernel_initializer = keras.initializers.get(gate_kernel_initializer)
+        if self.gate_dropout > 0.0:
+            # Not the stream of the experts' dropout, which has the same seed.
+            self.seed_generator = keras.random.SeedGenerator(
+                None if self.seed is None else self.seed + 1
+            )
+
+    def make_gates(
+        self, num_gates: int, num_experts: int, level: int = 0, name: str = "gates"
+    ) -> Gates:
+        """Return the logits of `num_gates` gates over `num_experts`, as stacked MLPs.
+
+        Gates of one level that differ in width need names of their own.
+        """
+        initializer = _of_level(self.gate_kernel_initializer, level)
+        # Gates as wide as experts would start as their copies, too.
+        if name != "gates" or _share_a_seed(
+            self.gate_kernel_initializer, self.kernel_initializer
+        ):
+            initializer = independent(initializer, *name.encode())
+        return Gates(
+            num_gates,
+            (*self.gate_units, num_experts),
+            use_bias=self.gate_use_bias,
+            kernel_initializer=initializer,
+            dtype="float64" if self.compute_dtype == "float64" else "float32",
+            name=_name_of_level(name, level),
+        )
+
+    def weigh(
+        self, logits: Any, training: bool | None, top_k: int | None = None
+    ) -> Any:
+        """Return gates that sum to 1 over the last axis of `logits`, in its dtype."""
+        if logits.shape[-1] == 1:
+            # Keras warns of a softmax over one value, and of weights with no gradient.
+            return 1.0 + 0.0 * logits
+        logits = logits / self.gate_temperature
+        if training and self.gate_dropout > 0.0:
+            logits = self._drop_experts(logits)
+        if top_k is not None:
+            _, chosen = ops.top_k(logits, top_k)
+            kept = ops.sum(ops.one_hot(chosen, logits.shape[-1]), axis=-2)
+            logits = ops.where(kept > 0, logits, -float("inf"))
+        return ops.softmax(logits, axis=-1)
+
+    def _drop_experts(self, logits: Any) -> Any:
+        """Removing a logit before the softmax renormalises what stays."""
+        draw = keras.random.uniform(ops.shape(logits), seed=self.seed_generator)
+        kept = draw >= self.gate_dropout
+        kept = ops.logical_or(kept, ops.logical_not(ops.any(kept, -1, keepdims=True)))
+        return ops.where(kept, logits, -float("inf"))
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "gate_units": self.gate_units,
+            "gate_temperature": self.gate_temperature,
+            "gate_dropout": self.gate_dropout,
+            "gate_use_bias": self.gate_use_bias,
+            "gate_kernel_initializer": keras.initializers.serialize(
+                self.gate_kernel_initializer
+            ),
+        }
 
 
 def on_streams(

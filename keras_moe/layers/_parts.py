@@ -1,10 +1,12 @@
-"""What layers with experts share: how they are named, and the argument `experts`."""
+"""What layers share: how they are named, and the arguments that many of them have."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import keras
+
+from keras_moe import _checks
 
 
 def default_name(name: str) -> str:
@@ -43,4 +45,43 @@ def check_experts(
         raise ValueError(
             "`num_experts` must be the number of experts in `experts`. Received: "
             f"num_experts={num_experts}, experts.num_experts={experts.num_experts}"
+        )
+
+
+def check_expert_outputs(symbolic: Any, expected: tuple[int | None, ...]) -> None:
+    """Refuse experts whose outputs are not (..., e, u); `expected` is (..., e)."""
+    shape: tuple[int | None, ...] = getattr(symbolic, "shape", ())
+    if len(shape) != len(expected) + 1 or shape[-2] != expected[-1]:
+        raise ValueError(
+            "`experts` must map (..., d) to (..., e, u). Received: experts whose "
+            f"outputs have the shape {tuple(shape)} instead of {(*expected, 'u')}"
+        )
+
+
+def checked_top_k(top_k: int, num_experts: int) -> int:
+    """Return `top_k` if there are so many experts."""
+    if _checks.positive_int("top_k", top_k) > num_experts:
+        raise ValueError(
+            "`top_k` must not exceed `num_experts`. "
+            f"Received: top_k={top_k}, num_experts={num_experts}"
+        )
+    return int(top_k)
+
+
+def check_leading_axes(
+    argument: str,
+    shape: tuple[int | None, ...] | None,
+    inputs_shape: tuple[int | None, ...],
+) -> None:
+    """Refuse a further input whose leading axes are not those of `inputs`."""
+    if shape is None:
+        return
+    leading, other = inputs_shape[:-1], shape[:-1]
+    same = len(leading) == len(other) and all(
+        a is None or b is None or a == b for a, b in zip(leading, other, strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"`{argument}` must have the leading axes of `inputs`. Received: inputs of "
+            f"shape {tuple(inputs_shape)}, {argument} of shape {tuple(shape)}"
         )

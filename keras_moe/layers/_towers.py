@@ -57,22 +57,3 @@ def _shared_matmul(rows: Any, kernel: Any) -> Any:
     flat = ops.reshape(ops.transpose(kernel, (1, 0, 2)), (d, t * h))
     outputs = ops.reshape(ops.matmul(rows, flat), (-1, t, h))
     return ops.transpose(outputs, (1, 0, 2))
-
-
-def check_leading_axes(
-    argument: str,
-    shape: tuple[int | None, ...] | None,
-    inputs_shape: tuple[int | None, ...],
-) -> None:
-    """Refuse a further input whose leading axes are not those of `inputs`."""
-    if shape is None:
-        return
-    leading, other = inputs_shape[:-1], shape[:-1]
-    same = len(leading) == len(other) and all(
-        a is None or b is None or a == b for a, b in zip(leading, other, strict=True)
-    )
-    if not same:
-        raise ValueError(
-            f"`{argument}` must have the leading axes of `inputs`. Received: inputs of "
-            f"shape {tuple(inputs_shape)}, {argument} of shape {tuple(shape)}"
-        )

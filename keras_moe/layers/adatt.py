@@ -20,12 +20,12 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe.initializers import independent
-from keras_moe.layers._mixture import Mixture, on_streams
+from keras_moe.layers._mixture import GatedMixture, on_streams
 from keras_moe.layers._parts import default_name
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class AdaTT(Mixture):
+class AdaTT(GatedMixture):
     """Adaptive task-to-task fusion: tasks borrow from each other, level by level.
 
     Each task has experts of its own. A gate lets it read those of all other tasks as

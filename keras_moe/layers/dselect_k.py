@@ -24,17 +24,17 @@ from keras import ops
 from keras_moe import _checks, losses
 from keras_moe.experts import MLPExperts, restored_axes
 from keras_moe.initializers import PerExpert
-from keras_moe.layers._parts import check_experts, default_name
-from keras_moe.layers._tasks import Tasks
-from keras_moe.layers.multi_gate import (
-    _check_expert_outputs,
-    _check_gate_inputs,
-    _checked_top_k,
+from keras_moe.layers._mixture import Mixture
+from keras_moe.layers._parts import (
+    check_expert_outputs,
+    check_leading_axes,
+    checked_top_k,
+    default_name,
 )
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class DSelectK(keras.layers.Layer):
+class DSelectK(Mixture):
     """`MMoE` with sparse gates that are differentiable: DSelect-k.
 
     Every task chooses at most k of the shared experts. A top-k gate has no gradient
@@ -115,34 +115,18 @@ class DSelectK(keras.layers.Layer):
         gamma: float = 1.0,
         entropy_weight: float = 0.0,
         static: bool = False,
-        experts: keras.layers.Layer | None = None,
-        activation: Any = "relu",
-        dropout: float = 0.0,
-        kernel_initializer: Any = "glorot_uniform",
-        kernel_regularizer: Any = None,
-        seed: int | None = None,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(name=name or default_name("dselect_k"), **kwargs)
-        self.supports_masking = True
+        name = name or default_name("dselect_k")
+        super().__init__(expert_units, tasks, name=name, **kwargs)
         self.num_experts = _checked_num_experts(num_experts)
         self.num_bits = (self.num_experts - 1).bit_length()
-        self.expert_units = expert_units
-        self.tasks = Tasks(tasks)
-        self.top_k = _checks.positive_int("top_k", top_k)
-        _checked_top_k(self.top_k, self.num_experts)
+        self.top_k = checked_top_k(top_k, self.num_experts)
         self.gamma = _checks.positive_number("gamma", gamma)
         self.entropy_weight = _checks.finite_number("entropy_weight", entropy_weight)
         self.static = static
-        self.activation = keras.activations.get(activation)
-        self.dropout = _checks.rate("dropout", dropout)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.seed = seed
-        check_experts(experts, self.num_experts, expert_units, any_layer=True)
-        self._experts_given = experts is not None
-        self.experts = self._make_experts() if experts is None else experts
+        self.experts = self.make_experts(self.num_experts, any_layer=True)
         self._gate_dtype = "float64" if self.compute_dtype == "float64" else "float32"
         # As in the authors' code: near 0, where the smooth step is steepest, and wide
         # enough for no two selectors to start alike.
@@ -157,20 +141,6 @@ class DSelectK(keras.layers.Layer):
         if not static and self.top_k > 1:
             # One selector has no other to be weighed against.
             self.mixing = self._linear("mixing", self.top_k, self._mixing_initializer)
-
-    def _make_experts(self) -> MLPExperts:
-        return MLPExperts(
-            self.num_experts,
-            _checks.unit_sizes("expert_units", self.expert_units),
-            self.activation,
-            final_activation=self.activation,
-            dropout=self.dropout,
-            kernel_initializer=self.kernel_initializer,
-            kernel_regularizer=self.kernel_regularizer,
-            seed=self.seed,
-            dtype=self.dtype_policy,
-            name="experts",
-        )
 
     def _linear(self, name: str, units: int, initializer: Any) -> MLPExperts:
         """Return (..., g) -> (..., t, units), one linear function a task."""
@@ -190,7 +160,7 @@ class DSelectK(keras.layers.Layer):
     ) -> None:
         # A symbolic call builds experts of any kind, unless they are built already.
         symbolic = self.experts(keras.KerasTensor(inputs_shape, self.compute_dtype))
-        _check_expert_outputs(symbolic, (*inputs_shape[:-1], self.num_experts))
+        check_expert_outputs(symbolic, (*inputs_shape[:-1], self.num_experts))
         if self.static:
             self._build_static()
             return
@@ -230,11 +200,7 @@ class DSelectK(keras.layers.Layer):
         weights, selected = self._gate(inputs, gate_inputs)
         self._add_losses(selected, None if self.static else mask)
         expert_outputs = self.experts(inputs, training=training)  # (..., e, u)
-        mixtures = ops.matmul(
-            ops.cast(weights, self.compute_dtype),
-            ops.cast(expert_outputs, self.compute_dtype),
-        )
-        return self.tasks.pack(ops.unstack(mixtures, axis=-2))
+        return self.tasks.pack(ops.unstack(self.mix(weights, expert_outputs), axis=-2))
 
     def gate_weights(self, inputs: Any, gate_inputs: Any = None) -> Any:
         """Return the gates, `(..., t, e)`.
@@ -265,7 +231,7 @@ class DSelectK(keras.layers.Layer):
                 ops.convert_to_tensor(self.mixing_logits) if self.top_k > 1 else None,
             )
         gate_inputs = inputs if gate_inputs is None else gate_inputs
-        _check_gate_inputs(inputs.shape, gate_inputs.shape)
+        check_leading_axes("gate_inputs", gate_inputs.shape, inputs.shape)
         leading = ops.shape(gate_inputs)[:-1]
         rows = ops.reshape(gate_inputs, (-1, gate_inputs.shape[-1]))
         bits = (-1, self.tasks.count, self.top_k, self.num_bits)
@@ -297,43 +263,23 @@ class DSelectK(keras.layers.Layer):
         if self.num_experts < 2**self.num_bits:
             self.add_loss(per_row * _unreachable_loss(rows, mask))
 
-    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
-        return None if mask is None else self.tasks.repeat(mask)
-
     def compute_output_shape(
         self,
         inputs_shape: tuple[int | None, ...],
         gate_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> Any:
-        inputs = keras.KerasTensor(inputs_shape, self.compute_dtype)
-        *leading, _, units = self.experts.compute_output_spec(inputs).shape
-        return self.tasks.repeat((*leading, units))
+        units = self.output_units(self.experts, inputs_shape[-1])
+        return self.tasks.repeat((*inputs_shape[:-1], units))
 
     def get_config(self) -> dict[str, Any]:
-        experts = keras.saving.serialize_keras_object(self.experts)
         return {
             **super().get_config(),
             "num_experts": self.num_experts,
-            "expert_units": self.expert_units,
-            "tasks": self.tasks.config,
             "top_k": self.top_k,
             "gamma": self.gamma,
             "entropy_weight": self.entropy_weight,
             "static": self.static,
-            "experts": experts if self._experts_given else None,
-            "activation": keras.activations.serialize(self.activation),
-            "dropout": self.dropout,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
-            "seed": self.seed,
         }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> DSelectK:
-        experts = config.get("experts")
-        if isinstance(experts, dict):
-            experts = keras.saving.deserialize_keras_object(experts)
-        return cls(**{**config, "experts": experts})
 
 
 def smooth_step(values: Any, gamma: float = 1.0) -> Any:

@@ -19,12 +19,12 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.layers._mixture import Mixture, on_streams
+from keras_moe.layers._mixture import GatedMixture, on_streams
 from keras_moe.layers._parts import default_name
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class PLE(Mixture):
+class PLE(GatedMixture):
     """Progressive layered extraction: each task has experts of its own, level by level.
 
     Shared experts carry what the tasks have in common, task experts what would harm

@@ -26,12 +26,12 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe.experts import MLPExperts, restored_axes
 from keras_moe.initializers import independent
-from keras_moe.layers._mixture import Mixture, from_slots, on_streams, to_slots
+from keras_moe.layers._mixture import GatedMixture, from_slots, on_streams, to_slots
 from keras_moe.layers._parts import default_name
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class HoME(Mixture):
+class HoME(GatedMixture):
     """Hierarchy of multi-gate experts: sharing among all tasks, and within groups.
 
     Args:
@@ -177,9 +177,9 @@ class HoME(Mixture):
             if self.feature_gate_rank:
                 self.feature_gates.append(self._make_feature_gates(level, width))
                 self.feature_gates[level].build((None, width))
-            if self.norms[level] is not None:
-                flat = self.experts[level].num_experts * units
-                self.norms[level].build((None, flat))
+            norm = self.norms[level]
+            if norm is not None:
+                norm.build((None, self.experts[level].num_experts * units))
         self.task_gates.build((None, 2 * units))
         if self.self_gate:
             self.task_self_gates.build((None, 2 * units))

@@ -18,13 +18,18 @@ from keras_moe import _checks
 from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
 from keras_moe.experts import MLPExperts, restored_axes
-from keras_moe.layers._mixture import Mixture
-from keras_moe.layers._parts import default_name
+from keras_moe.layers._mixture import GatedMixture
+from keras_moe.layers._parts import (
+    check_expert_outputs,
+    check_leading_axes,
+    checked_top_k,
+    default_name,
+)
 from keras_moe.layers._tasks import Tasks
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class MMoE(Mixture):
+class MMoE(GatedMixture):
     """Multi-gate Mixture-of-Experts: tasks share experts, each mixes them its own way.
 
     Every task has its own softmax gate over one pool of experts, so related tasks
@@ -111,7 +116,7 @@ class MMoE(Mixture):
             expert_units, tasks, name=name or default_name("mmoe"), **kwargs
         )
         self.num_experts = _checks.positive_int("num_experts", num_experts)
-        self.top_k = _checked_top_k(top_k, self.num_experts)
+        self.top_k = None if top_k is None else checked_top_k(top_k, self.num_experts)
         self.experts = self.make_experts(self.num_experts, any_layer=True)
         self.gates = self.make_gates(self.num_gates, self.num_experts)
         self.dispatch = _checked_dispatch(dispatch, self.top_k, self.experts)
@@ -126,17 +131,17 @@ class MMoE(Mixture):
         inputs_shape: tuple[int | None, ...],
         gate_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> None:
-        _check_gate_inputs(inputs_shape, gate_inputs_shape)
+        check_leading_axes("gate_inputs", gate_inputs_shape, inputs_shape)
         # A symbolic call builds experts of any kind, unless they are built already.
         symbolic = self.experts(keras.KerasTensor(inputs_shape, self.compute_dtype))
-        _check_expert_outputs(symbolic, (*inputs_shape[:-1], self.num_experts))
+        check_expert_outputs(symbolic, (*inputs_shape[:-1], self.num_experts))
         self.gates.build(gate_inputs_shape or inputs_shape)
 
     def call(
         self, inputs: Any, gate_inputs: Any = None, training: bool | None = None
     ) -> dict[str, Any] | list[Any]:
         gate_inputs = inputs if gate_inputs is None else gate_inputs
-        _check_gate_inputs(inputs.shape, gate_inputs.shape)
+        check_leading_axes("gate_inputs", gate_inputs.shape, inputs.shape)
         gates = self._gate(gate_inputs, training)  # (..., g, e)
         dispatch = self._dispatch_now()
         if dispatch == "dense":
@@ -267,17 +272,6 @@ class OMoE(MMoE):
         return self.tasks.repeat(mixtures[0])
 
 
-def _checked_top_k(top_k: int | None, num_experts: int) -> int | None:
-    if top_k is None:
-        return None
-    if _checks.positive_int("top_k", top_k) > num_experts:
-        raise ValueError(
-            "`top_k` must not exceed `num_experts`. "
-            f"Received: top_k={top_k}, num_experts={num_experts}"
-        )
-    return top_k
-
-
 def _checked_dispatch(dispatch: str, top_k: int | None, experts: Any) -> str:
     _checks.one_of("dispatch", dispatch, ("auto", "dense", *dispatch_lib.DROPLESS))
     if dispatch not in dispatch_lib.DROPLESS:
@@ -289,34 +283,6 @@ def _checked_dispatch(dispatch: str, top_k: int | None, experts: Any) -> str:
         )
     dispatch_lib.check_serves(dispatch, experts)
     return dispatch
-
-
-def _check_expert_outputs(symbolic: Any, expected: tuple[int | None, ...]) -> None:
-    shape: tuple[int | None, ...] = getattr(symbolic, "shape", ())
-    if len(shape) != len(expected) + 1 or shape[-2] != expected[-1]:
-        raise ValueError(
-            "`experts` must map (..., d) to (..., e, u). Received: experts whose "
-            f"outputs have the shape {tuple(shape)} instead of {(*expected, 'u')}"
-        )
-
-
-def _check_gate_inputs(
-    inputs_shape: tuple[int | None, ...],
-    gate_inputs_shape: tuple[int | None, ...] | None,
-) -> None:
-    if gate_inputs_shape is None:
-        return
-    leading, gate_leading = inputs_shape[:-1], gate_inputs_shape[:-1]
-    same = len(leading) == len(gate_leading) and all(
-        a is None or b is None or a == b
-        for a, b in zip(leading, gate_leading, strict=True)
-    )
-    if not same:
-        raise ValueError(
-            "`gate_inputs` must have the leading axes of `inputs`. Received: inputs of "
-            f"shape {tuple(inputs_shape)}, gate_inputs of shape "
-            f"{tuple(gate_inputs_shape)}"
-        )
 
 
 @keras.saving.register_keras_serializable("keras_moe")

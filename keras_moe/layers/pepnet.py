@@ -24,9 +24,9 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe.experts import MLPExperts
 from keras_moe.initializers import independent
-from keras_moe.layers._parts import default_name
+from keras_moe.layers._parts import check_leading_axes, default_name
 from keras_moe.layers._tasks import Tasks
-from keras_moe.layers._towers import check_leading_axes, run_towers
+from keras_moe.layers._towers import run_towers
 
 
 @keras.saving.register_keras_serializable("keras_moe")

@@ -20,12 +20,12 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.layers._mixture import Mixture, on_streams
+from keras_moe.layers._mixture import GatedMixture, on_streams
 from keras_moe.layers._parts import default_name
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class STEM(Mixture):
+class STEM(GatedMixture):
     """Shared and task-specific embeddings with all-forward task-wise-backward gates.
 
     Args:
