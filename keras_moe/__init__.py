@@ -1,7 +1,8 @@
 """Mixture-of-Experts and multi-task recommender layers for Keras 3.
 
-Layers: `keras_moe.layers` (MoE, HierarchicalMoE, SoftMoE, MMoE, SharedBottom,
-        CrossStitch, DSelectK, PEPNet and its parts GateNU, EPNet, PPNet, Tower).
+Layers: `keras_moe.layers`. Sparse: MoE, HierarchicalMoE, SoftMoE. For several tasks:
+        SharedBottom, OMoE, MMoE, CGC, PLE, AdaTT, STEM, HoME, CrossStitch, DSelectK,
+        PEPNet (with its parts EPNet, PPNet, GateNU), and Tower, the head of a task.
 Parts:  `keras_moe.routers` (who goes where), `keras_moe.experts` (what computes),
         `keras_moe.losses` (what keeps routers balanced), `keras_moe.metrics` (what
         tells how they do), `keras_moe.initializers` (PerExpert).
