@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
@@ -9,6 +10,11 @@ from tests import backends, family_oracles, moe_oracles, oracles
 
 OUTPUTS = backends.tolerance(1e-6, 1e-8)
 GRADIENTS = backends.tolerance(1e-5, 1e-7)
+
+# JAX compiles every shape of every operation, and all of these tests take it minutes.
+not_on_jax = pytest.mark.skipif(
+    keras.backend.backend() == "jax", reason="compiled for seconds; others say the same"
+)
 
 
 class Call(keras.layers.Layer):
@@ -21,6 +27,14 @@ class Call(keras.layers.Layer):
 
     def call(self, *inputs):
         return self.layer(*inputs, **self.given)
+
+
+def few_on_jax(cases, *kept):
+    """All cases of a test, of which JAX runs those `kept`, by their numbers."""
+    return [
+        case if i in kept else pytest.param(*case, marks=not_on_jax)
+        for i, case in enumerate(cases)
+    ]
 
 
 def array(tensor):
@@ -103,12 +117,21 @@ def levels_of(layer, values):
     ]
 
 
-def check(layer, inputs, expected, values, moving=None, **given):
+def check(
+    layer,
+    inputs,
+    expected,
+    values,
+    moving=None,
+    tolerance=(OUTPUTS, GRADIENTS),
+    **given,
+):
     """Outputs and all gradients of a built float64 layer are those of its oracle.
 
     `expected` takes nothing and returns the outputs; it reads `inputs` and `values`,
     which central differences move. `moving` may give other outputs to differentiate.
     """
+    of_outputs, of_gradients = tolerance
     wanted, moving = expected(), moving or expected
     cotangents = [rows(*output.shape, seed=9 + i) for i, output in enumerate(wanted)]
     weights = layer.trainable_variables
@@ -120,11 +143,11 @@ def check(layer, inputs, expected, values, moving=None, **given):
         Call(layer, **given), inputs, cotangents
     )
     for output, value in zip(outputs, wanted, strict=True):
-        np.testing.assert_allclose(output, value, **OUTPUTS)
+        np.testing.assert_allclose(output, value, **of_outputs)
     parts = [*["inputs"] * len(inputs), *[weight.path for weight in weights]]
     found = [*by_input, *by_weight]
     for part, gradient, value in zip(parts, found, numeric, strict=True):
-        np.testing.assert_allclose(gradient, value, **GRADIENTS, err_msg=part)
+        np.testing.assert_allclose(gradient, value, **of_gradients, err_msg=part)
 
 
 def draws(layer):

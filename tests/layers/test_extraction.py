@@ -39,19 +39,23 @@ def check(layer, *leading):
 
 @pytest.mark.parametrize(
     ("levels", "shared", "own", "tasks", "options"),
-    [
-        (1, 1, 1, 1, {}),
-        (1, 0, 2, 2, {}),
-        (1, 2, 0, 3, {}),
-        (1, 0, 1, 2, {}),
-        (2, 1, 1, 2, {"units": (3, U)}),
-        (2, 1, 0, 2, {}),
-        (2, 2, 1, 1, {}),
-        (2, 1, 2, 3, {"gate_temperature": 0.5}),
-        (2, 1, 1, 2, {"gate_units": (3,), "gate_use_bias": True}),
-        (3, 2, 2, 2, {}),
-        (3, 1, 1, 3, {"units": (3, 3, U)}),
-    ],
+    family.few_on_jax(
+        [
+            (1, 1, 1, 1, {}),
+            (1, 0, 2, 2, {}),
+            (1, 2, 0, 3, {}),
+            (1, 0, 1, 2, {}),
+            (2, 1, 1, 2, {"units": (3, U)}),
+            (2, 1, 0, 2, {}),
+            (2, 2, 1, 1, {}),
+            (2, 1, 2, 3, {"gate_temperature": 0.5}),
+            (2, 1, 1, 2, {"gate_units": (3,), "gate_use_bias": True}),
+            (3, 2, 2, 2, {}),
+            (3, 1, 1, 3, {"units": (3, 3, U)}),
+        ],
+        5,
+        8,
+    ),
 )
 def test_outputs_and_all_gradients_equal_the_oracle(
     levels, shared, own, tasks, options
@@ -66,6 +70,7 @@ def test_further_axes_are_rows(leading):
     check(PLE(2, 1, 1, U, 2, dtype="float64"), *leading)
 
 
+@family.not_on_jax
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_experts_of_other_kinds_equal_the_oracle(kind):
     experts = [EXPERTS[kind](5, 3), EXPERTS[kind](5, U)]
@@ -79,11 +84,13 @@ def test_kinds_may_change_from_level_to_level():
     check(layer, 3)
 
 
+@family.not_on_jax
 def test_cgc_equals_the_oracle():
     check(CGC(2, 1, (3, U), 2, dtype="float64"), 3)
     check(CGC(1, 1, None, 2, experts=family.glu_experts(3, U), dtype="float64"), 3)
 
 
+@family.not_on_jax
 @settings(max_examples=12, deadline=None)
 @given(
     n=st.integers(1, 4),
@@ -135,6 +142,7 @@ def test_by_hand():
 # Special cases
 
 
+@family.not_on_jax
 @pytest.mark.parametrize("options", [{}, {"gate_units": (4,), "gate_use_bias": True}])
 def test_one_level_without_task_experts_is_an_mmoe(options):
     x = rows(5, 3)
@@ -158,6 +166,7 @@ def test_cgc_is_one_level_of_ple():
     assert "num_levels" not in cgc.get_config()
 
 
+@family.not_on_jax
 def test_without_shared_experts_tasks_know_nothing_of_each_other():
     layer = CGC(0, 2, 3, 2, dtype="float64")
     x = rows(4, 3)
@@ -174,6 +183,7 @@ def test_without_shared_experts_tasks_know_nothing_of_each_other():
 # Faults seen elsewhere
 
 
+@family.not_on_jax
 @pytest.mark.parametrize("tasks", [["like", "like_x"], ["like_x", "like"]])
 def test_a_task_whose_name_begins_another_has_its_own_experts(tasks):
     """Outputs by name are those by number, and no task reads another one's experts."""
@@ -193,6 +203,7 @@ def test_a_task_whose_name_begins_another_has_its_own_experts(tasks):
     assert not np.allclose(array(after[tasks[1]]), array(before[tasks[1]]))
 
 
+@family.not_on_jax
 def test_experts_and_gates_start_different_from_one_seed():
     """Also across levels and between gates and experts of one shape."""
     initializer = keras.initializers.GlorotUniform(seed=1)
@@ -215,6 +226,7 @@ def test_experts_and_gates_start_different_from_one_seed():
         assert gates.std() > 0.01
 
 
+@family.not_on_jax
 def test_gates_of_a_second_level_read_the_first_one():
     """They are as wide as its experts, and blind to inputs that those do not see."""
     layer = PLE(2, 1, 1, 3, 2, dtype="float64")
@@ -258,6 +270,7 @@ def test_gate_weights_weigh_own_experts_first_then_shared_ones():
         np.testing.assert_allclose(array(outputs[k]), expected, **family.OUTPUTS)
 
 
+@family.not_on_jax
 def test_gate_dropout_renormalises():
     """With linear experts that all give 1, any gates that sum to 1 give 1."""
     layer = PLE(2, 2, 2, 1, 2, activation="linear", gate_dropout=0.6, seed=0)
@@ -279,6 +292,7 @@ def test_dropout_follows_its_seed(options):
     )
 
 
+@family.not_on_jax
 @pytest.mark.parametrize("levels", [1, 2])
 def test_layers_in_experts_are_told_of_training(levels):
     """Of all levels: above the first, experts are not called as a layer."""
@@ -293,6 +307,7 @@ def test_layers_in_experts_are_told_of_training(levels):
     assert len(np.unique(trained.round(3))) > 2**levels
 
 
+@family.not_on_jax
 def test_gates_of_one_expert_train_without_a_warning():
     """They are 1, and their weights have gradients: 0, but not none."""
     inputs = keras.Input((4,))

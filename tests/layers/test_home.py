@@ -92,22 +92,30 @@ def check(layer, *leading, training=False):
     def expected():
         return [output.reshape(*leading, U) for output in call(flat)]
 
-    family.check(layer, [x], expected, values, training=training)
+    tolerance = family.OUTPUTS, family.GRADIENTS
+    if layer.expert_normalization and keras.backend.backend() == "jax":
+        # Keras 3.15 normalises in float32 there, whatever the dtype of the layer.
+        tolerance = [{"rtol": 1e-4, "atol": 1e-5}] * 2
+    family.check(layer, [x], expected, values, tolerance=tolerance, training=training)
 
 
 @pytest.mark.parametrize(
     ("tasks", "groups", "own", "shared", "options"),
-    [
-        (1, None, 1, 1, {}),
-        (2, None, 2, 1, {"units": (3, U)}),
-        (3, [[0, 2], [1]], 1, 2, {}),
-        (3, [[2], [1], [0]], 1, 1, {"gate_temperature": 0.5}),
-        (2, [[1], [0]], 1, 2, {"gate_units": (2,), "gate_use_bias": True}),
-        (2, [[1], [0]], 1, 1, {"self_gate": False}),
-        (3, [[2], [0, 1]], 1, 1, {"feature_gate_rank": 0}),
-        (2, [[0], [1]], 1, 2, {"expert_normalization": False, "units": (3, U)}),
-        (3, [[1, 2], [0]], 2, 1, PLAIN),
-    ],
+    family.few_on_jax(
+        [
+            (1, None, 1, 1, {}),
+            (2, None, 2, 1, {"units": (3, U)}),
+            (3, [[0, 2], [1]], 1, 2, {}),
+            (3, [[2], [1], [0]], 1, 1, {"gate_temperature": 0.5}),
+            (2, [[1], [0]], 1, 2, {"gate_units": (2,), "gate_use_bias": True}),
+            (2, [[1], [0]], 1, 1, {"self_gate": False}),
+            (3, [[2], [0, 1]], 1, 1, {"feature_gate_rank": 0}),
+            (2, [[0], [1]], 1, 2, {"expert_normalization": False, "units": (3, U)}),
+            (3, [[1, 2], [0]], 2, 1, PLAIN),
+        ],
+        2,
+        8,
+    ),
 )
 def test_outputs_and_all_gradients_equal_the_oracle(
     tasks, groups, own, shared, options
@@ -173,6 +181,7 @@ def copy_weights(source, target):
         weight.assign(known[weight.path.split("/", 1)[1]])
 
 
+@family.not_on_jax
 @pytest.mark.parametrize("normal", [True, False])
 def test_with_open_feature_gates_and_closed_self_gates_it_is_its_plain_counterpart(
     normal,
@@ -212,6 +221,7 @@ def test_with_open_feature_gates_and_closed_self_gates_it_is_its_plain_counterpa
         np.testing.assert_allclose(a, b, **family.OUTPUTS)
 
 
+@family.not_on_jax
 def test_plain_with_a_group_for_each_task_is_a_ple():
     """If its gates neither read the shared stream nor weigh the groups' experts."""
     t, m, s, u = 3, 2, 1, 4
@@ -244,6 +254,7 @@ def test_plain_with_a_group_for_each_task_is_a_ple():
 # The hierarchy
 
 
+@family.not_on_jax
 def test_groups_by_name_are_groups_by_number():
     x = rows(4, 3)
     named = HoME(1, 1, 2, ["a", "b", "c"], groups=[["c", "a"], ["b"]])
@@ -255,6 +266,7 @@ def test_groups_by_name_are_groups_by_number():
     assert named.group_of_task == [0, 1, 0]
 
 
+@family.not_on_jax
 def test_a_task_reads_only_its_own_experts_its_groups_and_shared_ones():
     """At the task level: 4 experts of tasks, 2 of groups, 1 shared."""
     layer = HoME(1, 1, 3, 4, groups=[[0, 3], [1, 2]], dtype="float64")
@@ -272,6 +284,7 @@ def test_a_task_reads_only_its_own_experts_its_groups_and_shared_ones():
         assert found == expected
 
 
+@family.not_on_jax
 def test_a_task_whose_name_begins_another_is_of_its_own_group():
     tasks = ["like_x", "like", "x"]
     layer = HoME(1, 1, 3, tasks, groups=[["like"], ["x", "like_x"]], dtype="float64")
@@ -287,6 +300,7 @@ def test_a_task_whose_name_begins_another_is_of_its_own_group():
         assert same == (name != "like")
 
 
+@family.not_on_jax
 def test_statistics_move_in_training_alone():
     layer = HoME(1, 1, 3, 2)
     x = rows(20, 4).astype("float32")
@@ -303,6 +317,7 @@ def test_statistics_move_in_training_alone():
 # Faults seen elsewhere
 
 
+@family.not_on_jax
 def test_experts_and_gates_start_different_from_one_seed():
     initializer = keras.initializers.GlorotUniform(seed=1)
     layer = HoME(
@@ -329,6 +344,7 @@ def test_gates_of_the_task_level_read_both_streams_of_the_first():
         assert gates.kernels[0].shape == (2, 6, 4)
 
 
+@family.not_on_jax
 def test_gate_dropout_renormalises():
     """With experts that all give 1, any gates that sum to 1 give 1."""
     layer = HoME(1, 2, 1, 2, activation="linear", gate_dropout=0.6, seed=0, **PLAIN)
@@ -342,6 +358,7 @@ def test_gate_dropout_renormalises():
         np.testing.assert_allclose(array(output), 1.0, rtol=1e-5)
 
 
+@family.not_on_jax
 @pytest.mark.parametrize("options", [{"dropout": 0.5}, {"gate_dropout": 0.5}])
 def test_dropout_follows_its_seed(options):
     family.assert_dropout_follows_its_seed(

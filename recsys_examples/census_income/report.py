@@ -1,0 +1,133 @@
+"""The tables: what was found, what papers report, and whether a layer is ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from rich.table import Table
+
+from recsys_examples.census_income.comparison import GAIN, LEVEL, compare
+from recsys_examples.census_income.features import GROUPS
+from recsys_examples.census_income.models import (
+    BASELINES,
+    EQUAL_BOTTOM,
+    SINGLE_TASK,
+    expert_units,
+)
+from recsys_examples.census_income.papers import REPORTED, SOURCE
+from recsys_examples.census_income.study import Found, best_layer
+from recsys_examples.tables import summary
+
+TITLES = {
+    "income": "income over $50K",
+    "education": "education at least college",
+    "never_married": "never married",
+}
+
+
+def found_table(group: str, table: Mapping[str, Found], where: str) -> Table:
+    """Make the table of one group.
+
+    Args:
+        group: one of `features.GROUPS`.
+        table: what was found, by model.
+        where: on which files and columns.
+    """
+    main, auxiliary = GROUPS[group].tasks
+    made = Table(
+        title=f"Group {GROUPS[group].number}, test AUC, mean ± standard deviation; "
+        f"{where}",
+        title_justify="left",
+    )
+    made.add_column("")
+    for heading in (
+        f"{TITLES[main]} (main)",
+        "best",
+        TITLES[auxiliary],
+        "best",
+        "validation (main)",
+        "runs",
+        "units",
+        "parameters",
+        "s a run",
+    ):
+        made.add_column(heading, justify="right")
+    for model, found in table.items():
+        made.add_row(
+            model,
+            *_mean_and_best(found, main),
+            *_mean_and_best(found, auxiliary),
+            f"{found.validation(main):.4f}",
+            str(len(found.outcomes)),
+            str(expert_units(model, found.settings)),
+            f"{found.outcomes[0].parameters:,}",
+            f"{np.mean([outcome.seconds for outcome in found.outcomes]):.0f}",
+        )
+    return made
+
+
+def _mean_and_best(found: Found, task: str) -> tuple[str, str]:
+    return (
+        summary([outcome.test for outcome in found.outcomes], task),
+        f"{max(found.test(task)):.4f}",
+    )
+
+
+def papers_table(group: str) -> Table:
+    """Make the table of what papers report for a group."""
+    main, auxiliary = GROUPS[group].tasks
+    made = Table(
+        title=f"Group {GROUPS[group].number} in the paper, on other columns and with "
+        f"another budget; {SOURCE}",
+        title_justify="left",
+    )
+    made.add_column("")
+    for heading in (
+        f"{TITLES[main]} (main): mean",
+        "best",
+        f"{TITLES[auxiliary]}: mean",
+        "in the best run of main",
+    ):
+        made.add_column(heading, justify="right")
+    for model, reported in REPORTED[group].items():
+        made.add_row(
+            model,
+            f"{reported.main_mean:.4f}",
+            f"{reported.main_best:.4f}",
+            f"{reported.auxiliary_mean:.4f}",
+            f"{reported.auxiliary_of_best:.4f}",
+        )
+    return made
+
+
+def verdict(group: str, table: Mapping[str, Found]) -> list[str]:
+    """Say whether the best layer is ahead of the baselines, with paired tests."""
+    main = GROUPS[group].main
+    best = best_layer(table, main)
+    baselines = [model for model in BASELINES if model in table]
+    if best is None or not baselines:
+        return []
+    lines = [f"Best layer on validation: {best}, {dict(_settings(table[best]))}"]
+    if len(table[best].outcomes) < 2:
+        return [*lines, "One seed allows no paired test."]
+    held = {}
+    for model in baselines:
+        result = compare(table[best].test(main), table[model].test(main))
+        held[model] = result.holds
+        lines.append(
+            f"{best} less {model}: {result.mean:+.5f} ± {result.deviation:.5f}, ahead "
+            f"in {result.better:.0%} of the seeds; paired t-test p = "
+            f"{result.t_test:.2g}, Wilcoxon p = {result.wilcoxon:.2g}"
+        )
+    if {SINGLE_TASK, EQUAL_BOTTOM} <= held.keys():
+        reached = held[SINGLE_TASK] and held[EQUAL_BOTTOM]
+        lines.append(
+            f"Ahead of {SINGLE_TASK} and of {EQUAL_BOTTOM} by {GAIN} with p < {LEVEL}: "
+            f"{'yes' if reached else 'no'}"
+        )
+    return lines
+
+
+def _settings(found: Found) -> Mapping[str, object]:
+    return vars(found.settings)

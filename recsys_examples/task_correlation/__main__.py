@@ -1,0 +1,364 @@
+"""The MMoE paper's synthetic study: what task correlation does to four models.
+
+python -m recsys_examples.task_correlation             the study
+python -m recsys_examples.task_correlation --resume    go on with one that was stopped
+
+Two regression tasks of correlation p are learned by a shared bottom, OMoE, MMoE and PLE
+of equal size, in many runs; the paper's claims are then checked (Ma et al. 2018,
+https://doi.org/10.1145/3219819.3220007, sections 3 and 5).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Before TensorFlow is loaded: less start-up chatter.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from recsys_examples.errors import InputError
+from recsys_examples.task_correlation.settings import MODELS, Recipe, Settings
+
+if TYPE_CHECKING:
+    from recsys_examples.task_correlation.claims import Claim, Losses
+    from recsys_examples.task_correlation.study import Study
+
+RESULTS, METRICS, PICTURE = "results.jsonl", "metrics.json", "task_correlation.png"
+NAMES = {name.lower().replace(" ", "-"): name for name in MODELS}
+QUICK = {
+    "runs": 2,
+    "correlations": [0.0, 1.0],
+    "steps": 200,
+    "learning_rates": [0.01],
+    "processes": 1,  # each compiles for itself, which takes most of the time
+}
+QUICK_ROWS = 16_384
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = _parsed(arguments)
+    # TensorFlow warns of loops that compile anew, which here each model does once.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    try:
+        backend = os.environ["KERAS_BACKEND"]
+        if backend != "tensorflow":
+            raise InputError(
+                "the study needs KERAS_BACKEND=tensorflow (its training loop); the "
+                f"environment has KERAS_BACKEND={backend}"
+            )
+        study(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: --resume goes on with what is done", file=sys.stderr)
+        return 130
+    return 0
+
+
+def study(options: argparse.Namespace) -> None:
+    """Run the study, or what is left of it; print, draw and write what it came to."""
+    started = time.perf_counter()
+    settings = _settings(options)
+    # An error in what is there already comes before TensorFlow is loaded.
+    from recsys_examples.task_correlation.results import ResultsFile
+
+    depends_on = {**asdict(settings), "versions": _versions()}
+    depends_on |= depends_on.pop("recipe")
+    file = ResultsFile(options.out / RESULTS, depends_on, options.resume)
+
+    from recsys_examples.runs import write_json
+    from recsys_examples.tables import results_table
+    from recsys_examples.task_correlation import models, pictures
+    from recsys_examples.task_correlation.claims import check_claims
+    from recsys_examples.task_correlation.study import Study
+
+    console = _console()
+    if options.quick:
+        console.print("A quick run: it shows that all works, and its figures nothing.")
+    dimension = settings.recipe.dimension
+    every_width = models.equal_widths(dimension)
+    widths = {NAMES[name]: every_width[NAMES[name]] for name in options.models}
+    parameters = {m: models.parameters(m, w, dimension) for m, w in widths.items()}
+    for model, count in parameters.items():
+        console.print(f"{model}: {count:,} parameters, width {widths[model]}")
+    work = Study(settings, widths, options.correlations, options.runs, file)
+    _run(work, options.processes, console)
+
+    losses = work.losses()
+    claims = check_claims(losses)
+    pictures.draw(options.out / PICTURE, losses)
+    rates = {
+        model: {f"{p:g}": work.learning_rate(model, p) for p in options.correlations}
+        for model in widths
+    }
+    seconds = round(time.perf_counter() - started, 1)
+    record = {
+        **_record(options, settings, losses, claims),
+        "widths": widths,
+        "parameters": parameters,
+        "learning_rates": rates,
+        "seconds": seconds,
+    }
+    write_json(options.out / METRICS, record)
+    for model, chosen in rates.items():
+        shown = ", ".join(f"{rate:g} at p = {p}" for p, rate in chosen.items())
+        console.print(f"{model}: learning rate {shown}")
+    console.print(
+        results_table(
+            f"final loss, {options.runs} runs, mean ± standard deviation",
+            {model: _by_run(found) for model, found in losses.items()},
+            {f"{p:g}": f"p = {p:g}" for p in options.correlations},
+        )
+    )
+    _print_claims(claims, console)
+    console.print(f"{seconds:.0f} s. Written to {options.out}")
+
+
+def _run(work: Study, processes: int, console: Console) -> None:
+    columns = (
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("training", total=work.trainings)
+        work.run(lambda done: bar.update(task, completed=done), processes)
+
+
+def _by_run(losses: Mapping[float, Any]) -> list[dict[str, float]]:
+    """Return for each run its loss by correlation."""
+    names = [f"{p:g}" for p in losses]
+    return [
+        dict(zip(names, map(float, run), strict=True))
+        for run in zip(*losses.values(), strict=True)
+    ]
+
+
+def _print_claims(claims: list[Claim], console: Console) -> None:
+    console.print("The paper's claims; [..]: 95% interval of a paired bootstrap")
+    verdicts = {True: "true", False: "false", None: "not checked"}
+    for number, claim in enumerate(claims, start=1):
+        console.print(f"{number}. {claim.text}: {verdicts[claim.holds]}")
+        console.print(f"   rule: {claim.rule}", markup=False)
+        for line in claim.evidence:
+            console.print(f"   {line}", markup=False)
+
+
+def _record(
+    options: argparse.Namespace,
+    settings: Settings,
+    losses: Losses,
+    claims: list[Claim],
+) -> dict[str, Any]:
+    """Return all that says where the figures come from, and the figures."""
+    from recsys_examples.task_correlation.claims import mean, spread
+
+    return {
+        "arguments": {
+            k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()
+        },
+        "seed": options.seed,
+        "settings": asdict(settings),
+        "versions": _versions(),
+        "results": {
+            model: {
+                f"{p:g}": {
+                    "mean": float(mean(runs)),
+                    "standard_deviation": float(spread(runs)),
+                    "losses": runs.tolist(),
+                }
+                for p, runs in found.items()
+            }
+            for model, found in losses.items()
+        },
+        "claims": [asdict(claim) for claim in claims],
+    }
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    from recsys_examples.runs import versions
+
+    return {
+        "python": platform.python_version(),
+        **versions("keras-moe", "keras", "tensorflow", "numpy"),
+    }
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    recipe = Recipe(scale=options.scale, sines=options.sines, noise=options.noise)
+    if options.quick:
+        recipe = replace(recipe, train_rows=QUICK_ROWS)
+    return Settings(
+        recipe,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rates=tuple(options.learning_rates),
+        seed=options.seed,
+    )
+
+
+def _console() -> Console:
+    # Tables keep their width in a file or a pipe, where there is no terminal to fit.
+    return Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+
+
+def _parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.quick:  # what else is given still counts
+        parser.set_defaults(**QUICK)
+        options = parser.parse_args(arguments)
+    for name in ("correlations", "models", "learning_rates"):
+        setattr(options, name, list(dict.fromkeys(getattr(options, name))))
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    recipe, settings = Recipe(), Settings()
+    parser = argparse.ArgumentParser(
+        prog="python -m recsys_examples.task_correlation",
+        description="Compare multi-task models on two tasks of chosen correlation.",
+    )
+    parser.add_argument(
+        "--runs",
+        type=_whole_number(2, 100_000),
+        default=30,
+        help="runs of each model at each correlation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--correlations",
+        type=_number(-1, 1),
+        nargs="+",
+        default=[0.0, 0.5, 1.0],
+        metavar="P",
+        help="cosines of the tasks' weights (default: 0 0.5 1)",
+    )
+    parser.add_argument(
+        "--models",
+        choices=tuple(NAMES),
+        nargs="+",
+        default=list(NAMES),
+        help="what to compare (default: all)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=_whole_number(1, 10**9),
+        default=settings.steps,
+        help="batches of a run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_whole_number(1, QUICK_ROWS),
+        default=settings.batch_size,
+        help="rows of a batch (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--learning-rates",
+        type=_number(1e-9, 10),
+        nargs="+",
+        default=list(settings.learning_rates),
+        metavar="RATE",
+        help="the grid of Adam's rates for each model and correlation; one alone is "
+        f"taken as it is (default: {' '.join(map(str, settings.learning_rates))})",
+    )
+    parser.add_argument(
+        "--scale",
+        type=_number(0, 1000),
+        default=recipe.scale,
+        help="length c of the tasks' weight vectors (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sines",
+        type=_whole_number(0, 1000),
+        default=recipe.sines,
+        help="number m of sines in a label (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--noise",
+        type=_number(0, 1000),
+        default=recipe.noise,
+        help="standard deviation of a label's noise (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=_whole_number(0, 2**32 - 1),
+        default=settings.seed,
+        help="of the data and the weights of all runs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=_whole_number(1, 256),
+        default=min(os.cpu_count() or 1, 4),
+        help="runs at the same time, 1 GiB of memory each; the results are the same "
+        "(default: the number of cores, here %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/task_correlation"),
+        help=f"the folder of {RESULTS}, {METRICS} and {PICTURE} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the study in the folder; it may be given more runs, "
+        "correlations or models than it had",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{QUICK['runs']} runs of {QUICK['steps']} steps, to see that all works",
+    )
+    return parser
+
+
+def _whole_number(lowest: int, highest: int) -> Callable[[str], int]:
+    """Make an argument type that takes the whole numbers of a range."""
+
+    def parse(text: str) -> int:
+        if text.isascii() and text.isdigit() and lowest <= int(text) <= highest:
+            return int(text)
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from {lowest} to {highest}, not {text!r}"
+        )
+
+    return parse
+
+
+def _number(lowest: float, highest: float) -> Callable[[str], float]:
+    """Make an argument type that takes the numbers of a range."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if lowest <= value <= highest:
+            return value
+        raise argparse.ArgumentTypeError(
+            f"must be a number from {lowest:g} to {highest:g}, not {text!r}"
+        )
+
+    return parse
+
+
+if __name__ == "__main__":
+    # A terminated study ends its processes as an interrupted one does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""The picture of the study: mean and spread by correlation, and every run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # a run may have no screen
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from recsys_examples.task_correlation.claims import Losses, mean, spread
+
+
+def draw(path: Path, losses: Losses) -> None:
+    """Write the picture as PNG: means to the left, distributions to the right."""
+    models = list(losses)
+    correlations = sorted(losses[models[0]])
+    figure, (means, runs) = plt.subplots(
+        1, 2, figsize=(11, 4.2), width_ratios=(2, 3), sharey=True, layout="constrained"
+    )
+    # Side by side around each correlation, in the order of the legend.
+    places = np.arange(len(correlations))
+    offsets = (np.arange(len(models)) - (len(models) - 1) / 2) * 0.8 / len(models)
+    for i, model in enumerate(models):
+        values = [losses[model][p] for p in correlations]
+        at, colour = places + offsets[i], f"C{i}"
+        means.errorbar(
+            at,
+            [mean(v) for v in values],
+            [spread(v) for v in values],
+            fmt="o-",
+            color=colour,
+            capsize=3,
+            label=model,
+        )
+        runs.boxplot(
+            values,
+            positions=at,
+            widths=0.6 / len(models),
+            showfliers=False,  # every run is drawn below
+            manage_ticks=False,
+            boxprops={"color": colour},
+            whiskerprops={"color": colour},
+            capprops={"color": colour},
+            medianprops={"color": colour},
+        )
+        for place, v in zip(at, values, strict=True):
+            runs.plot(np.full(len(v), place), v, ".", color=colour, alpha=0.4, ms=5)
+    means.set_title("mean ± standard deviation")
+    means.set_ylabel("final loss: mean squared error on test rows")
+    means.legend()
+    runs.set_title(f"{len(values[0])} runs, quartiles")
+    for ax in (means, runs):
+        ax.set_xticks(places, [f"{p:g}" for p in correlations])
+        ax.set_xlabel("task correlation p")
+        ax.set_ylim(bottom=0)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

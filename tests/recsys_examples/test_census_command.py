@@ -1,0 +1,211 @@
+"""The command: what it says and keeps, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from recsys_examples.census_income.__main__ import main
+from recsys_examples.census_income.data import DATA_VARIABLE
+from tests import census_files, processes
+
+ROOT = Path(__file__).parents[2]
+COMMAND = ["-m", "recsys_examples.census_income"]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return census_files.write_cut(
+        tmp_path_factory.mktemp("data") / "census-income",
+        census_files.make_rows(600, 1),
+        census_files.make_rows(400, 2),
+    ).parent
+
+
+def call(out, *arguments, **environment):
+    done = processes.run(
+        [*COMMAND, "--out", out, *arguments], cwd=ROOT, timeout=500, **environment
+    )
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done
+
+
+def records(out):
+    """The lines of every results file, the earlier files first."""
+    return [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted(out.glob("*.jsonl"))
+    ]
+
+
+@pytest.fixture(scope="module")
+def out(data_dir, tmp_path_factory):
+    """Results of a run with one worker, and of one with two that goes on from it."""
+    out = tmp_path_factory.mktemp("out") / "new"
+    first = call(out, "--trials=1", "--seeds=1", "--workers=1", KERAS_MOE_DATA=data_dir)
+    assert first.returncode == 0, first.stderr[-3000:]
+    (out.parent / "first.txt").write_text(first.stdout)
+    second = call(out, "--trials=1", "--seeds=2", "--resume", "--data-dir", data_dir)
+    assert second.returncode == 0, second.stderr[-3000:]
+    (out.parent / "second.txt").write_text(second.stdout)
+    return out
+
+
+class TestRun:
+    def test_what_is_kept(self, out):
+        first, second = records(out)
+        assert len(first) == 2 * (1 + 1)
+        assert len(second) == 2  # the second seed of both models
+        assert {line["job"]["seed"] for line in second} == {1}
+        assert {line["job"]["model"] for line in first} == {"shared bottom", "MMoE"}
+        for line in [*first, *second]:
+            assert line["job"]["group"] == "income"
+            assert set(line["outcome"]["test"]) == {"income", "never_married"}
+            assert line["versions"]["keras"]
+
+    def test_what_is_said(self, out):
+        first = (out.parent / "first.txt").read_text()
+        assert "34 of the 42 columns, 30 of them inputs" in first
+        assert "600 rows to train, 200 to choose, 200 to report" in first
+        assert "4 runs: 1 trials and 1 seeds" in first
+        assert "income, MMoE, trial 0: validation 0." in first
+        assert "One seed allows no paired test" in first
+        second = (out.parent / "second.txt").read_text()
+        assert "4 earlier runs at hand" in second
+        assert second.count(": validation 0.") == 2
+        assert "income, shared bottom, seed 1: validation 0." in second
+        assert "Group 1, test AUC, mean ± standard deviation" in second
+        assert "MMoE less shared bottom: " in second
+
+    def test_the_papers_figures_stand_apart(self, out):
+        ours, papers = (out.parent / "first.txt").read_text().split("in the paper")
+        assert "on other columns and with another budget" in papers
+        assert "0.9359" in papers
+        assert "0.9359" not in ours
+
+
+def test_an_interrupted_run_keeps_what_is_finished(data_dir, out, tmp_path):
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "PYTEST", "KERAS_BACKEND"))
+    }
+    arguments = ["--out", tmp_path, "--data-dir", data_dir, "--trials=200"]
+    with subprocess.Popen(
+        [sys.executable, *COMMAND, *map(str, arguments)],
+        cwd=ROOT,
+        env={**environment, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            next(line for line in process.stdout if ": validation 0." in line)
+            # As a terminal does it: to the workers as well.
+            os.killpg(process.pid, signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == 130
+        assert "finished runs are kept, and --resume goes on" in errors
+        assert "Traceback" not in errors
+        assert_no_process_left(process.pid)
+    (kept,) = records(tmp_path)
+    assert kept
+
+    # Two workers did here what one did there: the first trial comes first.
+    def by_job(lines):
+        return {json.dumps(line["job"]): line["outcome"]["test"] for line in lines}
+
+    again, before = by_job(kept), by_job(records(out)[0])
+    common = again.keys() & before.keys()
+    assert common
+    assert all(again[job] == before[job] for job in common)
+
+
+def assert_no_process_left(session):
+    """The workers had the session of their parent."""
+    for _ in range(50):
+        try:
+            os.killpg(session, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
+    pytest.fail("a worker outlived its parent")
+
+
+@pytest.fixture
+def command(capsys):
+    """Run the command in this process; give its status and its two outputs."""
+
+    def run(*arguments):
+        status = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+class TestRefused:
+    def test_no_data(self, command, monkeypatch):
+        monkeypatch.delenv(DATA_VARIABLE, raising=False)
+        status, said, error = command()
+        assert status == 2
+        assert said == ""
+        assert error.startswith("error: where is the data? Give --data-dir")
+        assert error.count("\n") == 1
+
+    def test_a_bad_line(self, command, tmp_path):
+        rows = census_files.make_rows(5)
+        rows[3]["label"] = "rich"
+        census_files.write_official(tmp_path, rows, rows[:2])
+        status, _, error = command("--data-dir", tmp_path, "--out", tmp_path / "out")
+        assert status == 2
+        assert error == (
+            f"error: {tmp_path / 'census-income.data'}, line 4, column 'label': "
+            "must be '- 50000.' or '50000+.'; got 'rich'\n"
+        )
+        assert not (tmp_path / "out").exists()
+
+    def test_unknown_model(self, command, data_dir, tmp_path):
+        status, _, error = command(
+            "--data-dir", data_dir, "--out", tmp_path / "out", "--models", "MMoe"
+        )
+        assert status == 2
+        assert error.startswith("error: --models: 'MMoe' is none of single-task, ")
+        assert not (tmp_path / "out").exists()
+
+    def test_another_backend(self, command, monkeypatch, data_dir):
+        monkeypatch.setenv("KERAS_BACKEND", "jax")
+        status, _, error = command("--data-dir", data_dir)
+        assert status == 2
+        assert "needs KERAS_BACKEND=tensorflow" in error
+
+    def test_output_is_a_file(self, command, data_dir, tmp_path):
+        (tmp_path / "file").write_text("")
+        status, _, error = command("--data-dir", data_dir, "--out", tmp_path / "file")
+        assert status == 2
+        assert "cannot write to the output folder" in error
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["--trials", "0"],
+            ["--seeds", "-1"],
+            ["--workers", "0"],
+            ["--seed", "x"],
+            ["--groups", "marital"],
+            ["--quick"],
+        ],
+    )
+    def test_bad_arguments(self, arguments, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        assert arguments[0] in capsys.readouterr().err
