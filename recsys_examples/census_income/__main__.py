@@ -12,7 +12,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,8 @@ from recsys_examples.census_income.features import GROUPS, NOT_INPUTS, Splits
 from recsys_examples.errors import InputError
 
 if TYPE_CHECKING:
-    from recsys_examples.census_income.results import Job, Results
-    from recsys_examples.census_income.study import Plan, Runner
+    from recsys_examples.census_income.results import Job
+    from recsys_examples.census_income.study import Announce, Plan
     from recsys_examples.census_income.training import Outcome
 
 TRIALS, SEEDS = 8, 5
@@ -98,8 +98,8 @@ def compare_models(options: argparse.Namespace) -> None:
         f"and group; {len(results)} earlier runs at hand; results in {results.path}"
     )
     with start_workers(options.workers, splits) as workers, _progress(console) as bar:
-        runner = _announced(workers, results, plan, bar, console)
-        for group, table in Study(plan, splits, results, runner).run():
+        announce = _announcer(plan, bar, console)
+        for group, table in Study(plan, splits, results, workers, announce).run():
             console.print(found_table(group, table, where))
             for line in verdict(group, table):
                 console.print(line)
@@ -147,27 +147,23 @@ def _depends_on(splits: Splits) -> dict[str, Any]:
     }
 
 
-def _announced(
-    workers: Runner, results: Results, plan: Plan, bar: Progress, console: Console
-) -> Runner:
-    """Let a runner tell of each run that is done."""
+def _announcer(plan: Plan, bar: Progress, console: Console) -> Announce:
+    """Tell of each run by the bar, or by a line where there is no terminal."""
     task = bar.add_task("runs", total=plan.runs)
     done = 0
 
-    def run(jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
+    def announce(job: Job, outcome: Outcome, just_now: bool) -> None:
         nonlocal done
-        for job, outcome in workers(jobs):
-            yield job, outcome  # first: what is told of has been kept
-            done += 1
-            bar.update(task, advance=1, description=str(job))
-            if not console.is_terminal:
-                main_task = GROUPS[job.group].main
-                console.print(
-                    f"{job}: validation {outcome.validation[main_task]:.5f}, "
-                    f"{outcome.seconds:.0f} s, {done} done"
-                )
+        done += 1
+        bar.update(task, advance=1, description=str(job))
+        if just_now and not console.is_terminal:
+            validation = outcome.validation[GROUPS[job.group].main]
+            console.print(
+                f"{job}: validation {validation:.5f}, {outcome.seconds:.0f} s; "
+                f"{done} of {plan.runs}"
+            )
 
-    return run
+    return announce
 
 
 def _progress(console: Console) -> Progress:

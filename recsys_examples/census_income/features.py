@@ -27,6 +27,7 @@ from recsys_examples.census_income.columns import (
     WEIGHT,
 )
 from recsys_examples.census_income.data import Census
+from recsys_examples.errors import InputError
 
 NOT_INPUTS = (EDUCATION, MARITAL_STATUS, LABEL, WEIGHT)
 
@@ -136,16 +137,22 @@ def make_splits(census: Census, seed: int = SPLIT_SEED) -> Splits:
     Args:
         census: the files.
         seed: of the split.
+
+    Raises:
+        InputError: if all labels of a task are alike in one of the three.
     """
     encoder = Encoder(census.train)
-    test = encoder.encode(census.test)
-    validation_rows, test_rows = split_in_half(len(test), seed)
-    return Splits(
-        train=encoder.encode(census.train),
-        validation=test.take(validation_rows),
-        test=test.take(test_rows),
-        table_rows=encoder.table_rows,
-    )
+    both = encoder.encode(census.test)
+    train = encoder.encode(census.train)
+    validation, test = (both.take(rows) for rows in split_in_half(len(both), seed))
+    for name, part in (("train", train), ("validation", validation), ("test", test)):
+        for task, label in part.labels.items():
+            if len(np.unique(label)) < 2:
+                raise InputError(
+                    f"{census.name}: the {len(part)} {name} rows must hold both "
+                    f"classes of {task}; all are {label[:1]}"
+                )
+    return Splits(train, validation, test, encoder.table_rows)
 
 
 def split_in_half(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -108,7 +108,8 @@ def verdict(group: str, table: Mapping[str, Found]) -> list[str]:
     baselines = [model for model in BASELINES if model in table]
     if best is None or not baselines:
         return []
-    lines = [f"Best layer on validation: {best}, {dict(_settings(table[best]))}"]
+    chosen = ", ".join(f"{k}={v}" for k, v in vars(table[best].settings).items())
+    lines = [f"Best layer on validation: {best} with {chosen}"]
     if len(table[best].outcomes) < 2:
         return [*lines, "One seed allows no paired test."]
     held = {}
@@ -127,7 +128,3 @@ def verdict(group: str, table: Mapping[str, Found]) -> list[str]:
             f"{'yes' if reached else 'no'}"
         )
     return lines
-
-
-def _settings(found: Found) -> Mapping[str, object]:
-    return vars(found.settings)

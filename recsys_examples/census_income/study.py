@@ -28,6 +28,8 @@ from recsys_examples.census_income.training import Outcome
 
 # Does jobs, in any order, and gives each back with its outcome.
 Runner = Callable[[Sequence[Job]], Iterator[tuple[Job, Outcome]]]
+# Is told of each job that is done and kept, and whether it was just now.
+Announce = Callable[[Job, Outcome, bool], None]
 
 # Trials have seeds apart from those of the table.
 _FIRST_TRIAL_SEED = 1_000_000
@@ -99,13 +101,20 @@ class Study:
         splits: the rows.
         results: where outcomes are kept.
         runner: does the runs that are missing.
+        announce: told of each run, also of those that are taken up.
     """
 
     def __init__(
-        self, plan: Plan, splits: Splits, results: Results, runner: Runner
+        self,
+        plan: Plan,
+        splits: Splits,
+        results: Results,
+        runner: Runner,
+        announce: Announce = lambda job, outcome, just_now: None,
     ) -> None:
         self._plan, self._splits = plan, splits
         self._results, self._runner = results, runner
+        self._announce = announce
 
     def run(self) -> Iterator[tuple[str, Table]]:
         """Run one group after the other; yield the name of each, and its table."""
@@ -182,9 +191,16 @@ class Study:
         }
 
     def _do(self, jobs: Sequence[Job]) -> None:
-        missing = [job for job in jobs if self._results.get(job) is None]
+        missing = []
+        for job in jobs:
+            earlier = self._results.get(job)
+            if earlier is None:
+                missing.append(job)
+            else:
+                self._announce(job, earlier, False)
         for job, outcome in self._runner(missing):
             self._results.add(job, outcome)
+            self._announce(job, outcome, True)
 
     def _outcome(self, job: Job) -> Outcome:
         outcome = self._results.get(job)

@@ -92,9 +92,14 @@ def aucs(model: keras.Model, rows: Rows) -> dict[str, float]:
     """Return the exact area under the ROC curve of each task."""
     scores = model.predict(rows.inputs, batch_size=_PREDICTION_ROWS, verbose=0)
     return {
-        task: float(roc_auc_score(rows.labels[task], score[:, 0]))
-        for task, score in scores.items()
+        task: _auc(rows.labels[task], score[:, 0]) for task, score in scores.items()
     }
+
+
+def _auc(labels: np.ndarray, scores: np.ndarray) -> float:
+    if not np.isfinite(scores).all():
+        return 0.5  # The training diverged: what it left ranks nothing.
+    return float(roc_auc_score(labels, scores))
 
 
 class BestEpoch(keras.callbacks.Callback):

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -71,6 +72,7 @@ def _begin(splits: Splits) -> None:
     """Prepare a worker: it holds the rows, has one thread, and lets its parent stop."""
     global _splits
     _splits = splits
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Ctrl-C goes to all processes of a terminal; the parent alone answers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -80,6 +82,14 @@ def _begin(splits: Splits) -> None:
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
+def _end_with_parent() -> None:
+    """Else a worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run(job: Job) -> Outcome:

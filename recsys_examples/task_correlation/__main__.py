@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,51 +81,45 @@ def study(options: argparse.Namespace) -> None:
     file = ResultsFile(options.out / RESULTS, depends_on, options.resume)
 
     from recsys_examples.runs import write_json
-    from recsys_examples.tables import results_table
-    from recsys_examples.task_correlation import models, pictures
     from recsys_examples.task_correlation.claims import check_claims
+    from recsys_examples.task_correlation.models import equal_widths
+    from recsys_examples.task_correlation.pictures import draw
     from recsys_examples.task_correlation.study import Study
 
     console = _console()
     if options.quick:
         console.print("A quick run: it shows that all works, and its figures nothing.")
-    dimension = settings.recipe.dimension
-    every_width = models.equal_widths(dimension)
+    every_width = equal_widths(settings.recipe.dimension)
     widths = {NAMES[name]: every_width[NAMES[name]] for name in options.models}
-    parameters = {m: models.parameters(m, w, dimension) for m, w in widths.items()}
-    for model, count in parameters.items():
-        console.print(f"{model}: {count:,} parameters, width {widths[model]}")
+    sizes = _sizes(widths, settings.recipe.dimension, console)
     work = Study(settings, widths, options.correlations, options.runs, file)
     _run(work, options.processes, console)
 
-    losses = work.losses()
-    claims = check_claims(losses)
-    pictures.draw(options.out / PICTURE, losses)
-    rates = {
-        model: {f"{p:g}": work.learning_rate(model, p) for p in options.correlations}
-        for model in widths
-    }
-    seconds = round(time.perf_counter() - started, 1)
+    claims = check_claims(work.losses())
+    draw(options.out / PICTURE, work.losses())
     record = {
-        **_record(options, settings, losses, claims),
-        "widths": widths,
-        "parameters": parameters,
-        "learning_rates": rates,
-        "seconds": seconds,
+        **_record(options, settings, work, claims),
+        "sizes": sizes,
+        "seconds": round(time.perf_counter() - started, 1),
     }
     write_json(options.out / METRICS, record)
-    for model, chosen in rates.items():
-        shown = ", ".join(f"{rate:g} at p = {p}" for p, rate in chosen.items())
-        console.print(f"{model}: learning rate {shown}")
-    console.print(
-        results_table(
-            f"final loss, {options.runs} runs, mean ± standard deviation",
-            {model: _by_run(found) for model, found in losses.items()},
-            {f"{p:g}": f"p = {p:g}" for p in options.correlations},
-        )
-    )
+    _print_results(record, work.losses(), console)
     _print_claims(claims, console)
-    console.print(f"{seconds:.0f} s. Written to {options.out}")
+    console.print(f"{record['seconds']:.0f} s. Written to {options.out}")
+
+
+def _sizes(
+    widths: dict[str, int], dimension: int, console: Console
+) -> dict[str, dict[str, int]]:
+    """Return the width and the parameters of each model, and print them."""
+    from recsys_examples.task_correlation.models import parameters
+
+    sizes = {}
+    for model, width in widths.items():
+        count = parameters(model, width, dimension)
+        console.print(f"{model}: {count:,} parameters, width {width}")
+        sizes[model] = {"width": width, "parameters": count}
+    return sizes
 
 
 def _run(work: Study, processes: int, console: Console) -> None:
@@ -139,33 +133,19 @@ def _run(work: Study, processes: int, console: Console) -> None:
         work.run(lambda done: bar.update(task, completed=done), processes)
 
 
-def _by_run(losses: Mapping[float, Any]) -> list[dict[str, float]]:
-    """Return for each run its loss by correlation."""
-    names = [f"{p:g}" for p in losses]
-    return [
-        dict(zip(names, map(float, run), strict=True))
-        for run in zip(*losses.values(), strict=True)
-    ]
-
-
-def _print_claims(claims: list[Claim], console: Console) -> None:
-    console.print("The paper's claims; [..]: 95% interval of a paired bootstrap")
-    verdicts = {True: "true", False: "false", None: "not checked"}
-    for number, claim in enumerate(claims, start=1):
-        console.print(f"{number}. {claim.text}: {verdicts[claim.holds]}")
-        console.print(f"   rule: {claim.rule}", markup=False)
-        for line in claim.evidence:
-            console.print(f"   {line}", markup=False)
-
-
 def _record(
-    options: argparse.Namespace,
-    settings: Settings,
-    losses: Losses,
-    claims: list[Claim],
+    options: argparse.Namespace, settings: Settings, work: Study, claims: list[Claim]
 ) -> dict[str, Any]:
     """Return all that says where the figures come from, and the figures."""
     from recsys_examples.task_correlation.claims import mean, spread
+
+    def cell(model: str, p: float, losses: Any) -> dict[str, Any]:
+        return {
+            "learning_rate": work.learning_rate(model, p),
+            "mean": float(mean(losses)),
+            "standard_deviation": float(spread(losses)),
+            "losses": losses.tolist(),
+        }
 
     return {
         "arguments": {
@@ -175,18 +155,39 @@ def _record(
         "settings": asdict(settings),
         "versions": _versions(),
         "results": {
-            model: {
-                f"{p:g}": {
-                    "mean": float(mean(runs)),
-                    "standard_deviation": float(spread(runs)),
-                    "losses": runs.tolist(),
-                }
-                for p, runs in found.items()
-            }
-            for model, found in losses.items()
+            model: {_shown(p): cell(model, p, losses) for p, losses in found.items()}
+            for model, found in work.losses().items()
         },
         "claims": [asdict(claim) for claim in claims],
     }
+
+
+def _print_results(record: dict[str, Any], losses: Losses, console: Console) -> None:
+    from recsys_examples.tables import results_table
+
+    for model, found in record["results"].items():
+        rates = (f"{cell['learning_rate']:g} at p = {p}" for p, cell in found.items())
+        console.print(f"{model}: learning rate {', '.join(rates)}")
+    names = [_shown(p) for p in record["arguments"]["correlations"]]
+    by_run = {}
+    for model, found in losses.items():
+        runs = zip(*found.values(), strict=True)
+        by_run[model] = [dict(zip(names, run, strict=True)) for run in runs]
+    title = f"final loss, {record['arguments']['runs']} runs, mean ± standard deviation"
+    console.print(results_table(title, by_run, {p: f"p = {p}" for p in names}))
+
+
+def _shown(correlation: float) -> str:
+    return f"{correlation:.15g}"  # all digits: no two of them may become one
+
+
+def _print_claims(claims: list[Claim], console: Console) -> None:
+    console.print("The paper's claims; [..]: 95% interval of a paired bootstrap")
+    verdicts = {True: "true", False: "false", None: "not checked"}
+    for number, claim in enumerate(claims, start=1):
+        console.print(f"{number}. {claim.text}: {verdicts[claim.holds]}")
+        for line in (f"rule: {claim.rule}", *claim.evidence):
+            console.print(f"   {line}", markup=False)
 
 
 def _versions() -> dict[str, str]:
@@ -305,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
         "--processes",
         type=_whole_number(1, 256),
         default=min(os.cpu_count() or 1, 4),
-        help="runs at the same time, 1 GiB of memory each; the results are the same "
+        help="runs at the same time, 1.4 GiB of memory each; the results are the same "
         "(default: the number of cores, here %(default)s)",
     )
     parser.add_argument(

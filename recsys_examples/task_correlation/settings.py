@@ -13,8 +13,9 @@ class Recipe:
     """What all pairs of tasks have in common.
 
     The paper gives the dimension and the noise, N(0, 0.01), which we read as a
-    variance. It leaves out c, m, a and b: ours are those with which Maziarz et al. 2019
-    (https://arxiv.org/abs/1910.04915) make the same data, a_i = i and b_i = (i - 1)^2.
+    variance. It leaves out c, m, a and b: ours are those of the published code of
+    Maziarz et al. 2019 (https://arxiv.org/abs/1910.04915), who make the same data:
+    c = 1, m = 10, a_i = i and b_i = (i - 1)^2.
 
     Attributes:
         dimension: input features d.

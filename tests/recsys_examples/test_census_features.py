@@ -16,6 +16,7 @@ from recsys_examples.census_income.features import (
     make_splits,
     split_in_half,
 )
+from recsys_examples.errors import InputError
 from tests import census_files
 
 
@@ -172,6 +173,14 @@ class TestEncoder:
         assert np.array_equal(other.train.codes, splits.train.codes)
         assert np.array_equal(other.train.numbers, splits.train.numbers)
         assert other.table_rows == splits.table_rows
+
+
+def test_labels_that_are_all_alike(census):
+    poor = census.test.assign(label="- 50000.")
+    with pytest.raises(
+        InputError, match="the 50 validation rows .* both classes of in"
+    ):
+        make_splits(Census(census.train, poor, "tiny"))
 
 
 def test_the_fingerprint_tells_data_apart(census, splits):

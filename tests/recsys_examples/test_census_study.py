@@ -101,6 +101,28 @@ class TestPlan:
                 assert result.settings == best.settings
                 assert result.outcomes == [by_job(j) for j in runs]
 
+    def test_every_run_is_told_of_after_it_was_kept(self, tmp_path, splits):
+        told = []
+
+        def study(resume):
+            results = Results(tmp_path, DATA, resume)
+
+            def announce(job, outcome, just_now):
+                assert results.get(job) == outcome
+                assert (
+                    not just_now
+                    or str(outcome.test["income"])
+                    in (results.path.read_text().splitlines()[-1])
+                )
+                told.append(just_now)
+
+            return Study(PLAN, splits, results, Runner(), announce)
+
+        list(study(resume=False).run())
+        assert told == [True] * PLAN.runs
+        list(study(resume=True).run())
+        assert told[PLAN.runs :] == [False] * PLAN.runs
+
     def test_models_take_turns(self, tmp_path, splits):
         """Stopped early, every model has about as many trials as another."""
         order = []

@@ -107,6 +107,13 @@ def test_auc_by_hand():
     assert training.aucs(FixedScores(scores), rows) == {"a": 0.75, "b": 0.75}
 
 
+def test_a_model_that_diverged_ranks_nothing():
+    labels = np.array([1, 0, 0], np.float32)
+    rows = Rows(np.zeros((3, 1)), np.zeros((3, 1)), {"a": labels})
+    scores = {"a": np.array([[1.0], [np.nan], [0.0]])}
+    assert training.aucs(FixedScores(scores), rows) == {"a": 0.5}
+
+
 def test_weights_of_the_losses(splits):
     """An auxiliary task of weight 0 does not move the body."""
     import keras
