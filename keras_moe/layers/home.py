@@ -190,6 +190,18 @@ class HoME(GatedMixture):
         *groups, shared = self._meta_level(inputs, training)
         return self.tasks.pack(self._task_level(groups, shared, training))
 
+    def gate_weights(self, inputs: Any) -> list[Any]:
+        """Return the gates in inference: `[(..., c, m + s), (..., t, 2m + s)]`.
+
+        The first are those of the groups, over their own experts and the shared ones.
+        The second are those of the tasks, over their own experts, their group's and
+        the shared ones. Self gates are not among them.
+        """
+        inputs = ops.convert_to_tensor(inputs)
+        *groups, shared = self._meta_level(inputs, training=False)
+        meta = self.weigh(self.group_gates(inputs), training=False)
+        return [meta, self._task_gates(self._read(groups, shared), training=False)]
+
     def _meta_level(self, inputs: Any, training: bool | None) -> list[Any]:
         """Return the streams of the groups, and the shared one as the last."""
         c, m, s = self.num_groups, self.num_task_experts, self.num_shared_experts
@@ -222,8 +234,8 @@ class HoME(GatedMixture):
             ],
             axis=-2,
         )
-        read = [ops.concatenate([stream, shared], axis=-1) for stream in of_task]
-        gates = self.weigh(on_streams(self.task_gates, read, [1] * t), training)
+        read = self._read(groups, shared)
+        gates = self._task_gates(read, training)  # (..., t, 2m + s)
         mixtures = (
             self.mix_own(gates[..., :m], own)
             + self.mix_own(gates[..., m : 2 * m], grouped)
@@ -233,6 +245,17 @@ class HoME(GatedMixture):
             logits = on_streams(self.task_self_gates, read, [1] * t)
             mixtures = mixtures + self.mix_own(_self(logits), own)
         return ops.unstack(mixtures, axis=-2)
+
+    def _read(self, groups: Sequence[Any], shared: Any) -> list[Any]:
+        """Return what the gates of each task read: two streams side by side."""
+        return [
+            ops.concatenate([groups[group], shared], axis=-1)
+            for group in self.group_of_task
+        ]
+
+    def _task_gates(self, read: Sequence[Any], training: bool | None) -> Any:
+        logits = on_streams(self.task_gates, read, [1] * len(read))
+        return self.weigh(logits, training)
 
     def _experts_of(
         self,
