@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,8 @@ def compare_models(options: argparse.Namespace) -> None:
     )
     from recsys_examples.census_income.results import Results
     from recsys_examples.census_income.study import Study
-    from recsys_examples.census_income.workers import start_workers
+    from recsys_examples.census_income.workers import prepare, train
+    from recsys_examples.workers import Workers
 
     plan = _plan(options)
     splits = make_splits(census)
@@ -97,9 +99,13 @@ def compare_models(options: argparse.Namespace) -> None:
         f"{plan.runs} runs: {plan.trials} trials and {plan.seeds} seeds for each model "
         f"and group; {len(results)} earlier runs at hand; results in {results.path}"
     )
-    with start_workers(options.workers, splits) as workers, _progress(console) as bar:
+    with (
+        Workers(options.workers, prepare, splits) as workers,
+        _progress(console) as bar,
+    ):
         announce = _announcer(plan, bar, console)
-        for group, table in Study(plan, splits, results, workers, announce).run():
+        runner = partial(workers.map, train)
+        for group, table in Study(plan, splits, results, runner, announce).run():
             console.print(found_table(group, table, where))
             for line in verdict(group, table):
                 console.print(line)

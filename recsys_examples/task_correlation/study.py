@@ -18,7 +18,7 @@ from recsys_examples.task_correlation.data import make_pair
 from recsys_examples.task_correlation.results import Result, ResultsFile
 from recsys_examples.task_correlation.settings import Settings
 from recsys_examples.task_correlation.training import Trainer
-from recsys_examples.task_correlation.workers import Workers
+from recsys_examples.workers import Workers
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,14 @@
-"""The order of the runs, what is taken up again, and the processes that do them."""
+"""The order of the runs, and what is taken up again."""
 
-import math
-import multiprocessing
-import os
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from recsys_examples.errors import InputError
 from recsys_examples.task_correlation import study
 from recsys_examples.task_correlation.results import Result, ResultsFile
 from recsys_examples.task_correlation.settings import Recipe, Settings
 from recsys_examples.task_correlation.study import Study, train_round
-from recsys_examples.task_correlation.workers import Workers
 
 SETTINGS = Settings(learning_rates=(0.1, 0.2), tuning_runs=2)
 ONE_RATE = replace(SETTINGS, learning_rates=(0.3,))
@@ -205,40 +199,3 @@ class TestRound:
         _, (other, _) = given(correlation=1.0)
         np.testing.assert_array_equal(one[0].train.inputs, other[0].train.inputs)
         assert one[3] == other[3]
-
-
-class TestWorkers:
-    @pytest.mark.parametrize("processes", [1, 2])
-    def test_all_items_are_done(self, processes):
-        with Workers(processes) as workers:
-            assert sorted(workers.map(math.sqrt, [9.0, 1.0, 4.0])) == [1.0, 2.0, 3.0]
-            # The processes serve more than one list, and an empty one.
-            assert list(workers.map(abs, [])) == []
-            assert list(workers.map(abs, [-5])) == [5]
-
-    def test_it_is_other_processes(self):
-        with Workers(2) as workers:
-            (process,) = workers.map(eval, ["__import__('os').getpid()"])
-        assert process != os.getpid()
-
-    @pytest.mark.parametrize("processes", [1, 2])
-    def test_an_error_comes_through(self, processes):
-        with pytest.raises(ValueError, match="math domain"), Workers(processes) as all_:
-            list(all_.map(math.sqrt, [-1.0]))
-
-    def test_a_process_that_dies(self):
-        with pytest.raises(InputError, match="a process died"), Workers(2) as workers:
-            list(workers.map(os._exit, [1]))
-
-    def test_an_interrupt_ends_the_processes(self):
-        def interrupted():
-            with Workers(2) as workers:
-                for _ in workers.map(time.sleep, [0, 300, 300]):
-                    raise KeyboardInterrupt
-
-        deadline = time.monotonic() + 60
-        with pytest.raises(KeyboardInterrupt):
-            interrupted()
-        while multiprocessing.active_children() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert time.monotonic() < deadline

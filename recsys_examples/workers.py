@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -19,18 +21,29 @@ Made = TypeVar("Made")
 class Workers:
     """A number of processes, or this one alone. A context manager.
 
-    Leaving it by an error, an interrupt among them, ends the processes at once.
+    Leaving it by an error, an interrupt among them, ends the processes at once. They
+    also end when this process is killed.
 
     Args:
-        processes: how many. With 1 the work is done in this process.
+        processes: how many. With 1, and nothing to prepare, the work is done in this
+            process.
+        prepare: called in each process before it works, with `arguments`.
+        *arguments: what is sent to each process, once.
     """
 
-    def __init__(self, processes: int) -> None:
-        self._pool: Any = None
-        if processes > 1:
-            # TensorFlow does not survive a fork.
+    def __init__(
+        self,
+        processes: int,
+        prepare: Callable[..., None] | None = None,
+        *arguments: Any,
+    ) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+        if processes > 1 or prepare is not None:
+            # A fork of a process with TensorFlow's threads may hang.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(processes, context, _die_quietly)
+            self._pool = ProcessPoolExecutor(
+                processes, context, _begin, (prepare, arguments)
+            )
 
     def map(
         self, work: Callable[[Item], Made], items: Iterable[Item]
@@ -49,8 +62,8 @@ class Workers:
                 yield future.result()
         except BrokenProcessPool as error:
             raise InputError(
-                "a process died, perhaps for want of memory: --processes 1 needs "
-                "least, and --resume goes on"
+                "a process died, perhaps for want of memory: fewer processes need "
+                "less; finished runs are kept, and --resume goes on from them"
             ) from error
 
     def __enter__(self) -> Workers:
@@ -70,6 +83,17 @@ class Workers:
                 process.terminate()
 
 
-def _die_quietly() -> None:
-    """An interrupt from the keyboard reaches every process; one may speak of it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _begin(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Ctrl-C goes to all processes of a terminal; the parent alone answers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if prepare is not None:
+        prepare(*arguments)
+
+
+def _end_with_parent() -> None:
+    """Else a worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

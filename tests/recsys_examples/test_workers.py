@@ -1,0 +1,65 @@
+"""Processes that work at the same time, and end with the one that started them."""
+
+import math
+import multiprocessing
+import os
+import time
+
+import pytest
+
+from recsys_examples.errors import InputError
+from recsys_examples.workers import Workers
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_all_items_are_done(processes):
+    with Workers(processes) as workers:
+        assert sorted(workers.map(math.sqrt, [9.0, 1.0, 4.0])) == [1.0, 2.0, 3.0]
+        # The processes serve more than one list, and an empty one.
+        assert list(workers.map(abs, [])) == []
+        assert list(workers.map(abs, [-5])) == [5]
+
+
+def test_it_is_other_processes():
+    with Workers(2) as workers:
+        (process,) = workers.map(eval, ["__import__('os').getpid()"])
+    assert process != os.getpid()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_comes_through(processes):
+    with pytest.raises(ValueError, match="math domain"), Workers(processes) as all_:
+        list(all_.map(math.sqrt, [-1.0]))
+
+
+def test_a_process_that_dies():
+    with pytest.raises(InputError, match="a process died"), Workers(2) as workers:
+        list(workers.map(os._exit, [1]))
+
+
+def test_an_interrupt_ends_the_processes():
+    def interrupted():
+        with Workers(2) as workers:
+            for _ in workers.map(time.sleep, [0, 300, 300]):
+                raise KeyboardInterrupt
+
+    deadline = time.monotonic() + 60
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert time.monotonic() < deadline
+
+
+def remember(value):
+    global _remembered
+    _remembered = value
+
+
+def remembered(_):
+    return _remembered
+
+
+def test_each_process_is_prepared():
+    with Workers(1, remember, 7) as workers:
+        assert list(workers.map(remembered, [0, 1])) == [7, 7]
