@@ -128,3 +128,16 @@ def ragged_dot(rows: Any, kernels: Any, sizes: Any) -> Any:
     import jax
 
     return jax.lax.ragged_dot(rows, kernels, sizes)
+
+
+def assert_same_rows(first: Any, second: Any, message: str) -> None:
+    """Fail when it runs if the first axes differ, where only the run knows them.
+
+    Only TensorFlow without XLA has such axes.
+    """
+    if name() != "tensorflow" or under_xla():
+        return
+    import tensorflow as tf
+
+    sizes = tf.shape(first)[0], tf.shape(second)[0]
+    tf.debugging.assert_equal(*sizes, message=message)

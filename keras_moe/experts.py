@@ -520,8 +520,9 @@ class LayerExperts(keras.layers.Layer):
     def compute_output_shape(
         self, input_shape: tuple[int | None, ...]
     ) -> tuple[int | None, ...]:
-        rows = (None, input_shape[-1])
-        units = self.layers[0].compute_output_shape(rows)[-1]
+        # A call, because not every layer can tell its output shape.
+        rows = keras.KerasTensor((None, input_shape[-1]), self.compute_dtype)
+        units = self.layers[0](rows).shape[-1]
         return (*input_shape[:-1], self.num_experts, units)
 
     def get_config(self) -> dict[str, Any]:

@@ -198,7 +198,8 @@ def test_layers_of_keras_rs_are_experts(tmp_path):
         mlp = [keras.layers.Dense(8, "relu"), keras.layers.Dense(6)]
         cross = keras_rs.layers.FeatureCross(projection_dim=3)
         others = [keras.layers.Dense(6) for _ in range(count - 2)]
-        return LayerExperts([keras.Sequential(mlp), cross, *others])
+        # The cross cannot tell its output shape without a call: it comes first.
+        return LayerExperts([cross, keras.Sequential(mlp), *others])
 
     inputs = keras.Input((6,))
     sparse = MoE(4, experts=mixed(4))(inputs)

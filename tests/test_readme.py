@@ -26,6 +26,18 @@ def test_the_first_example_runs_and_is_short():
     }
 
 
+SWAPS = next(c for c in _examples() if "PLE(" in c).splitlines()
+
+
+@pytest.mark.parametrize("line", SWAPS, ids=lambda line: line.split("(")[0])
+def test_a_layer_swaps_for_another_in_a_line(line):
+    code = re.sub("^shared = .*$", line, _examples()[0], flags=re.MULTILINE)
+    code = code.replace("import MMoE, Tower", "import PLE, MMoE, SharedBottom, Tower")
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert type(names["model"].layers[1]).__name__ in line
+
+
 def test_the_example_of_the_sparse_mixture_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = next(c for c in _examples() if "MoE(" in c and "MMoE" not in c)

@@ -115,6 +115,11 @@ class Mixture(keras.layers.Layer):
         own = ops.reshape(expert_outputs, blocks)
         return ops.squeeze(self.mix(ops.expand_dims(gates, -2), own), axis=-2)
 
+    def ensure_built(self, *inputs: Any) -> None:
+        """Build the layer for `inputs`, where it is asked for gates before a call."""
+        if not self.built:
+            self(*inputs)
+
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         return None if mask is None else self.tasks.repeat(mask)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_moe import _checks
+from keras_moe import _backend, _checks
 
 
 def default_name(name: str) -> str:
@@ -84,4 +84,21 @@ def check_leading_axes(
         raise ValueError(
             f"`{argument}` must have the leading axes of `inputs`. Received: inputs of "
             f"shape {tuple(inputs_shape)}, {argument} of shape {tuple(shape)}"
+        )
+
+
+def check_same_rows(argument: str, tensor: Any, inputs: Any) -> None:
+    """Refuse a further input of another shape, or, when run, of another batch.
+
+    A batch of another size would be broadcast or cut silently.
+    """
+    check_leading_axes(argument, tensor.shape, inputs.shape)
+    check_batch(argument, tensor, inputs)
+
+
+def check_batch(argument: str, tensor: Any, inputs: Any) -> None:
+    """Refuse another batch than that of `inputs` where only the run knows it."""
+    if tensor.shape[0] is None or inputs.shape[0] is None:
+        _backend.assert_same_rows(
+            tensor, inputs, f"`{argument}` must have the leading axes of `inputs`."
         )

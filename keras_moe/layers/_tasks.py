@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ class Tasks:
     """The tasks of a layer, and the form in which their outputs are handed out."""
 
     def __init__(self, tasks: int | Sequence[str]) -> None:
-        if isinstance(tasks, int):
+        if isinstance(tasks, numbers.Integral):
             self.count = _checks.positive_int("tasks", tasks)
             self.names: tuple[str, ...] | None = None
         else:
@@ -41,9 +42,9 @@ class Tasks:
 
 
 def _checked_names(tasks: Any) -> tuple[str, ...]:
-    if isinstance(tasks, str) or not isinstance(tasks, Iterable):
+    if isinstance(tasks, str | set | frozenset) or not isinstance(tasks, Iterable):
         raise ValueError(
-            "`tasks` must be a number of tasks or a sequence of task names. "
+            "`tasks` must be a number of tasks or a sequence of task names, in order. "
             f"Received: tasks={tasks!r}"
         )
     names = tuple(tasks)

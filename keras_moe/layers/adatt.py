@@ -150,6 +150,7 @@ class AdaTT(GatedMixture):
         The residual is not among them. Experts of the first task come first, shared
         ones last; where they have a stream above, its gate is the last one.
         """
+        self.ensure_built(inputs)
         streams = [ops.convert_to_tensor(inputs)] * (self.tasks.count + 1)
         found = []
         for level in range(self.num_levels):

@@ -27,7 +27,7 @@ from keras_moe.initializers import PerExpert
 from keras_moe.layers._mixture import Mixture
 from keras_moe.layers._parts import (
     check_expert_outputs,
-    check_leading_axes,
+    check_same_rows,
     checked_top_k,
     default_name,
 )
@@ -93,7 +93,7 @@ class DSelectK(Mixture):
     authors' code, the weights of a gate then sum to less than 1 while it is on its way,
     and a loss `1 / (sum of r(z)) - 1` a selector keeps it from ending at such a
     number. Losses are means over rows here and sums over rows there, so that they do
-    not grow with the batch; the theirs is 1 larger, without effect on the gradient.
+    not grow with the batch; theirs are 1 larger, without effect on the gradient.
 
     The gates are computed in float32 under any dtype policy and cast back once.
 
@@ -208,6 +208,7 @@ class DSelectK(Mixture):
         Each row sums to 1 where the number of experts is a power of two, and to at
         most 1 where it is not.
         """
+        self.ensure_built(inputs, gate_inputs)
         inputs = ops.convert_to_tensor(inputs)
         if gate_inputs is not None:
             gate_inputs = ops.convert_to_tensor(gate_inputs)
@@ -230,8 +231,10 @@ class DSelectK(Mixture):
                 ops.convert_to_tensor(self.selector_logits),
                 ops.convert_to_tensor(self.mixing_logits) if self.top_k > 1 else None,
             )
-        gate_inputs = inputs if gate_inputs is None else gate_inputs
-        check_leading_axes("gate_inputs", gate_inputs.shape, inputs.shape)
+        if gate_inputs is None:
+            gate_inputs = inputs
+        else:
+            check_same_rows("gate_inputs", gate_inputs, inputs)
         leading = ops.shape(gate_inputs)[:-1]
         rows = ops.reshape(gate_inputs, (-1, gate_inputs.shape[-1]))
         bits = (-1, self.tasks.count, self.top_k, self.num_bits)

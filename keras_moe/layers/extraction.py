@@ -97,7 +97,8 @@ class PLE(GatedMixture):
         self.num_task_experts = _checks.count("num_task_experts", num_task_experts)
         if num_shared_experts + num_task_experts == 0:
             raise ValueError(
-                "`num_shared_experts` and `num_task_experts` must not both be 0."
+                "`num_shared_experts` and `num_task_experts` must not both be 0, or "
+                "there is no expert. Received: num_shared_experts=0, num_task_experts=0"
             )
         if num_levels > 1 and num_shared_experts == 0:
             raise ValueError(
@@ -138,6 +139,7 @@ class PLE(GatedMixture):
 
         A gate weighs the experts of its task first, then the shared ones.
         """
+        self.ensure_built(inputs)
         streams = [ops.convert_to_tensor(inputs)] * (self.tasks.count + 1)
         found = []
         for level in range(self.num_levels):

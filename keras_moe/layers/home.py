@@ -53,6 +53,8 @@ class HoME(GatedMixture):
 
     Call arguments:
         inputs: tensor of shape `(..., d)`, usually `(batch, d)`.
+        mask: bool tensor of the leading axes, False for rows without part in the
+            statistics of a batch.
         training: bool, whether dropout is active and batch statistics are used.
 
     Returns:
@@ -185,10 +187,15 @@ class HoME(GatedMixture):
             self.task_self_gates.build((None, 2 * units))
 
     def call(
-        self, inputs: Any, training: bool | None = None
+        self, inputs: Any, mask: Any = None, training: bool | None = None
     ) -> dict[str, Any] | list[Any]:
-        *groups, shared = self._meta_level(inputs, training)
-        return self.tasks.pack(self._task_level(groups, shared, training))
+        if mask is None:
+            # Keras hands it over only where the inputs are the one tensor of a call.
+            mask = getattr(inputs, "_keras_mask", None)
+        if mask is not None:
+            mask = ops.reshape(ops.cast(mask, "bool"), (-1,))
+        *groups, shared = self._meta_level(inputs, training, mask)
+        return self.tasks.pack(self._task_level(groups, shared, training, mask))
 
     def gate_weights(self, inputs: Any) -> list[Any]:
         """Return the gates in inference: `[(..., c, m + s), (..., t, 2m + s)]`.
@@ -197,16 +204,19 @@ class HoME(GatedMixture):
         The second are those of the tasks, over their own experts, their group's and
         the shared ones. Self gates are not among them.
         """
+        self.ensure_built(inputs)
         inputs = ops.convert_to_tensor(inputs)
         *groups, shared = self._meta_level(inputs, training=False)
         meta = self.weigh(self.group_gates(inputs), training=False)
         return [meta, self._task_gates(self._read(groups, shared), training=False)]
 
-    def _meta_level(self, inputs: Any, training: bool | None) -> list[Any]:
+    def _meta_level(
+        self, inputs: Any, training: bool | None, mask: Any = None
+    ) -> list[Any]:
         """Return the streams of the groups, and the shared one as the last."""
         c, m, s = self.num_groups, self.num_task_experts, self.num_shared_experts
         streams = [inputs] * (c + 1)
-        outputs = self._experts_of(0, streams, [m] * c + [s], training)
+        outputs = self._experts_of(0, streams, [m] * c + [s], training, mask)
         own, shared = outputs[..., : c * m, :], outputs[..., c * m :, :]
         gates = self.weigh(self.group_gates(inputs), training)  # (..., c, m + s)
         groups = self.mix_own(gates[..., :m], own) + self.mix(gates[..., m:], shared)
@@ -218,13 +228,17 @@ class HoME(GatedMixture):
         return [*ops.unstack(groups, axis=-2), ops.squeeze(common, axis=-2)]
 
     def _task_level(
-        self, groups: Sequence[Any], shared: Any, training: bool | None
+        self,
+        groups: Sequence[Any],
+        shared: Any,
+        training: bool | None,
+        mask: Any = None,
     ) -> list[Any]:
         t, c = self.tasks.count, self.num_groups
         m, s = self.num_task_experts, self.num_shared_experts
         of_task = [groups[group] for group in self.group_of_task]
         streams = [*of_task, *groups, shared]
-        outputs = self._experts_of(1, streams, [m] * (t + c) + [s], training)
+        outputs = self._experts_of(1, streams, [m] * (t + c) + [s], training, mask)
         own = outputs[..., : t * m, :]
         # The experts of each task's group, task by task.
         grouped = ops.concatenate(
@@ -263,8 +277,12 @@ class HoME(GatedMixture):
         streams: Sequence[Any],
         counts: Sequence[int],
         training: bool | None,
+        mask: Any,
     ) -> Any:
-        """(..., e, u): Swish(BatchNorm(MLP(x * FeatureGate(x)))) of every expert."""
+        """(..., e, u): Swish(BatchNorm(MLP(x * FeatureGate(x)))) of every expert.
+
+        Rows where the mask (n,) is False have no part in the statistics.
+        """
         experts, norm = self.experts[level], self.norms[level]
         if self.feature_gate_rank:
             slots = to_slots(streams, counts)
@@ -277,7 +295,7 @@ class HoME(GatedMixture):
             return outputs
         leading, (e, u) = ops.shape(outputs)[:-2], outputs.shape[-2:]
         flat = ops.reshape(outputs, (-1, e * u))
-        normal = ops.silu(norm(flat, training=training))
+        normal = ops.silu(norm(flat, training=training, mask=mask))
         return ops.reshape(normal, (*restored_axes(leading), e, u))
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> Any:

@@ -22,6 +22,7 @@ from keras_moe.layers._mixture import GatedMixture
 from keras_moe.layers._parts import (
     check_expert_outputs,
     check_leading_axes,
+    check_same_rows,
     checked_top_k,
     default_name,
 )
@@ -140,8 +141,10 @@ class MMoE(GatedMixture):
     def call(
         self, inputs: Any, gate_inputs: Any = None, training: bool | None = None
     ) -> dict[str, Any] | list[Any]:
-        gate_inputs = inputs if gate_inputs is None else gate_inputs
-        check_leading_axes("gate_inputs", gate_inputs.shape, inputs.shape)
+        if gate_inputs is None:
+            gate_inputs = inputs
+        else:
+            check_same_rows("gate_inputs", gate_inputs, inputs)
         gates = self._gate(gate_inputs, training)  # (..., g, e)
         dispatch = self._dispatch_now()
         if dispatch == "dense":
@@ -157,6 +160,7 @@ class MMoE(GatedMixture):
 
     def gate_weights(self, inputs: Any, gate_inputs: Any = None) -> Any:
         """Return the gates in inference, `(..., g, e)`; each row sums to 1."""
+        self.ensure_built(inputs, gate_inputs)
         inputs = ops.convert_to_tensor(inputs if gate_inputs is None else gate_inputs)
         return self._gate(inputs, training=False)
 

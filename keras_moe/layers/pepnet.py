@@ -24,7 +24,7 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe.experts import MLPExperts
 from keras_moe.initializers import independent
-from keras_moe.layers._parts import check_leading_axes, default_name
+from keras_moe.layers._parts import check_leading_axes, check_same_rows, default_name
 from keras_moe.layers._tasks import Tasks
 from keras_moe.layers._towers import run_towers
 
@@ -191,7 +191,7 @@ class EPNet(keras.layers.Layer):
         self.gate.build((*inputs_shape[:-1], domain_features + features))
 
     def call(self, inputs: Any, domain_inputs: Any) -> Any:
-        check_leading_axes("domain_inputs", domain_inputs.shape, inputs.shape)
+        check_same_rows("domain_inputs", domain_inputs, inputs)
         seen = ops.concatenate([domain_inputs, ops.stop_gradient(inputs)], axis=-1)
         return self.gate(seen) * inputs
 
@@ -334,7 +334,7 @@ class PPNet(keras.layers.Layer):
     ) -> dict[str, Any] | list[Any]:
         seen = ops.stop_gradient(inputs)
         if prior_inputs is not None:
-            check_leading_axes("prior_inputs", prior_inputs.shape, inputs.shape)
+            check_same_rows("prior_inputs", prior_inputs, inputs)
             seen = ops.concatenate([prior_inputs, seen], axis=-1)
 
         def scaled(i: int, activations: Any) -> Any:

@@ -21,7 +21,7 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe.layers._mixture import GatedMixture, on_streams
-from keras_moe.layers._parts import default_name
+from keras_moe.layers._parts import check_same_rows, default_name
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -134,6 +134,7 @@ class STEM(GatedMixture):
 
         Experts of the first task come first, shared ones last.
         """
+        self.ensure_built(inputs, task_inputs)
         inputs = ops.convert_to_tensor(inputs)
         if task_inputs is not None:
             task_inputs = ops.convert_to_tensor(task_inputs)
@@ -149,6 +150,7 @@ class STEM(GatedMixture):
         if task_inputs is None:
             return [inputs] * (self.tasks.count + 1)
         self._check_task_inputs(inputs.shape, task_inputs.shape)
+        check_same_rows("task_inputs", task_inputs[..., 0, :], inputs)
         return [*ops.unstack(task_inputs, num=self.tasks.count, axis=-2), inputs]
 
     def _extract(

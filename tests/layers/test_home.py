@@ -431,3 +431,26 @@ def test_bad_arguments_are_named(arguments, message):
     }
     with pytest.raises(ValueError, match=message):
         HoME(**{**good, **arguments})
+
+
+def test_padding_has_no_part_in_the_statistics():
+    x = rows(2, 3, D).astype("float32")
+    mask = np.array([[True, True, True], [True, False, False]])
+    outputs = []
+    for padding in (0.0, 50.0):
+        layer = HoME(
+            1,
+            1,
+            U,
+            2,
+            seed=0,
+            kernel_initializer=keras.initializers.RandomNormal(seed=3),
+            gate_kernel_initializer=keras.initializers.RandomNormal(seed=4),
+            **NO_GATES,
+        )
+        x[~mask] = padding
+        outputs.append(layer(x, mask=mask, training=True))
+        mean = array(layer.norms[0].moving_mean)
+        outputs[-1] = [array(output)[mask] for output in outputs[-1]] + [mean]
+    for a, b in zip(*outputs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

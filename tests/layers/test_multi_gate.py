@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe.experts import LayerExperts, MLPExperts
-from keras_moe.layers import MMoE, MoE, OMoE, SharedBottom, Tower
+from keras_moe.layers import (
+    PLE,
+    STEM,
+    AdaTT,
+    DSelectK,
+    HoME,
+    MMoE,
+    MoE,
+    OMoE,
+    SharedBottom,
+    Tower,
+)
 from tests import backends, family, family_oracles, oracles, ways
 from tests.family import array, arrays, rows
 
@@ -874,3 +885,48 @@ def test_split_under_a_compiler_says_what_to_do():
 def test_ragged_is_refused_where_it_would_compute_every_expert():
     with pytest.raises(ValueError, match=r"ragged"):
         MMoE(6, 2, 2, top_k=1, dispatch="ragged")(rows(3, 3).astype("float32"))
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="an unknown batch is TensorFlow's"
+)
+@pytest.mark.parametrize("dispatch", ["dense", "split"])
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_gate_inputs_of_another_batch_fail_where_only_the_run_knows(dispatch, rows):
+    import tensorflow as tf
+
+    layer = MMoE(4, 4, 2, top_k=1, dispatch=dispatch)
+    x = np.ones((4, 6), "float32")
+    signature = [tf.TensorSpec((None, 6)), tf.TensorSpec((None, 2))]
+    call = tf.function(lambda a, b: layer(a, gate_inputs=b), input_signature=signature)
+    assert call(x, np.ones((4, 2), "float32"))[0].shape == (4, 4)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="`gate_inputs` must have"):
+        call(x, np.ones((rows, 2), "float32"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MMoE(2, 4, 2),
+        lambda: PLE(2, 1, 1, 4, 2),
+        lambda: AdaTT(2, 2, 4, 2),
+        lambda: STEM(1, 1, 4, 2),
+        lambda: HoME(1, 1, 4, 2),
+        lambda: DSelectK(4, 4, 2, static=True),
+    ],
+    ids=["MMoE", "PLE", "AdaTT", "STEM", "HoME", "DSelectK"],
+)
+def test_gates_can_be_seen_before_the_first_call(make):
+    layer = make()
+    x = np.random.default_rng(0).normal(size=(3, 6)).astype("float32")
+    before = keras.tree.flatten(layer.gate_weights(x))
+    layer(x)
+    after = keras.tree.flatten(layer.gate_weights(x))
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
+
+
+def test_tasks_without_an_order_are_refused():
+    with pytest.raises(ValueError, match="sequence of task names, in order"):
+        MMoE(2, 4, {"click", "buy"})
+    assert len(MMoE(2, 4, np.int64(2))(np.ones((1, 3)))) == 2
