@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from recsys_examples.census_income.study import Announce, Plan
     from recsys_examples.census_income.training import Outcome
 
-TRIALS, SEEDS = 8, 5
-STUDY_TRIALS, STUDY_SEEDS = 24, 10
+TRIALS, SEEDS = 5, 3
+STUDY_TRIALS, STUDY_SEEDS = 14, 10
 
 
 def main(arguments: list[str] | None = None) -> int:

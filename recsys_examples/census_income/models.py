@@ -113,14 +113,12 @@ def _hierarchical(num_task_experts: int, num_shared_experts: int) -> int:
     return 3 * num_task_experts + num_shared_experts
 
 
-_POOLS = [{"num_experts": e} for e in (4, 8, 16)]
-_SPARSE_POOLS = [
-    {"num_experts": e, "top_k": k} for e, k in ((8, 1), (8, 2), (16, 2), (16, 4))
-]
+_POOLS = [{"num_experts": e} for e in (2, 4, 8)]
+_SPARSE_POOLS = [{"num_experts": e, "top_k": k} for e, k in ((4, 2), (8, 2), (8, 4))]
 _EXTRACTIONS = [
     {"num_levels": level, "num_shared_experts": s, "num_task_experts": m}
     for level in (1, 2)
-    for s, m in ((1, 1), (2, 1), (2, 2), (4, 2))
+    for s, m in ((1, 1), (2, 1), (2, 2))
 ]
 _FUSIONS = [
     {"num_levels": level, "num_shared_experts": s, "num_task_experts": m}
@@ -129,7 +127,7 @@ _FUSIONS = [
 ]
 _PAIRS = [
     {"num_shared_experts": s, "num_task_experts": m}
-    for s, m in ((1, 1), (2, 1), (2, 2), (4, 2))
+    for s, m in ((1, 1), (2, 1), (2, 2))
 ]
 
 MODELS: dict[str, Kind] = {
