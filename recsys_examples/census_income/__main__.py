@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import signal
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,44 +34,38 @@ from rich.progress import (
 from recsys_examples.census_income.columns import OFFICIAL
 from recsys_examples.census_income.data import DATA_VARIABLE, Census, load_census
 from recsys_examples.census_income.features import GROUPS, NOT_INPUTS, Splits
-from recsys_examples.errors import InputError
+from recsys_examples.census_income.names import CHOICES, SHARED_BOTTOM
+from recsys_examples.command import (
+    end_as_interrupted,
+    make_console,
+    run_command,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from recsys_examples.census_income.results import Job
     from recsys_examples.census_income.study import Announce, Plan
     from recsys_examples.census_income.training import Outcome
 
+RESULTS = "results.jsonl"
 TRIALS, SEEDS = 5, 3
-STUDY_TRIALS, STUDY_SEEDS = 14, 10
+STUDY_TRIALS, STUDY_SEEDS = 10, 10
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        backend = os.environ["KERAS_BACKEND"]
-        if backend != "tensorflow":
-            raise InputError(
-                "the example needs KERAS_BACKEND=tensorflow; the environment has "
-                f"KERAS_BACKEND={backend}"
-            )
-        compare_models(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "interrupted: finished runs are kept, and --resume goes on from them",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    return run_command(
+        lambda: compare_models(options),
+        needs="the example",
+        interrupted="finished runs are kept, and --resume goes on from them",
+    )
 
 
 def compare_models(options: argparse.Namespace) -> None:
     """Search and run all models of the plan; print the tables."""
     started = time.perf_counter()
-    console = _console()
+    console = make_console(170)
     # TensorFlow is imported when it is known that the data can be read.
     census = load_census(options.data_dir)
     from recsys_examples.census_income.features import make_splits
@@ -90,14 +82,15 @@ def compare_models(options: argparse.Namespace) -> None:
     plan = _plan(options)
     splits = make_splits(census)
     where = _where(census)
-    results = Results(options.out, _depends_on(splits), options.resume)
+    path = options.out / RESULTS
+    results = Results(path, _depends_on(splits), options.resume)
     console.print(
         f"Census-Income, {where}; {len(splits.train):,} rows to train, "
         f"{len(splits.validation):,} to choose, {len(splits.test):,} to report"
     )
     console.print(
-        f"{plan.runs} runs: {plan.trials} trials and {plan.seeds} seeds for each model "
-        f"and group; {len(results)} earlier runs at hand; results in {results.path}"
+        f"{plan.runs} runs, for each model and group {plan.trials} of the search and "
+        f"{plan.seeds} by seed; {len(results)} runs at hand; results in {path}"
     )
     with (
         Workers(options.workers, prepare, splits) as workers,
@@ -111,19 +104,14 @@ def compare_models(options: argparse.Namespace) -> None:
                 console.print(line)
             console.print(papers_table(group))
     seconds = time.perf_counter() - started
-    console.print(f"{seconds:.0f} s. Results in {results.path}")
+    console.print(f"{seconds:.0f} s. Results in {path}")
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    from recsys_examples.census_income.models import MODELS, SHARED_BOTTOM
     from recsys_examples.census_income.study import Plan
 
-    models = options.models or (
-        list(MODELS) if options.study else [SHARED_BOTTOM, "MMoE"]
-    )
-    for model in models:
-        if model not in MODELS:
-            raise InputError(f"--models: {model!r} is none of {', '.join(MODELS)}")
+    some = [SHARED_BOTTOM, "MMoE"]
+    models = options.models or (CHOICES if options.study else some)
     everything = options.study
     return Plan(
         groups=options.groups or (list(GROUPS) if everything else ["income"]),
@@ -184,11 +172,6 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _console() -> Console:
-    # Tables keep their width in a file or a pipe, where there is no terminal to fit.
-    return Console(width=None if sys.stdout.isatty() else 170, highlight=False)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m recsys_examples.census_income",
@@ -205,12 +188,13 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         default=Path("runs/census_income"),
-        help="folder for the results (default: %(default)s)",
+        help=f"folder of {RESULTS} (default: %(default)s)",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="take up the finished runs that the folder holds",
+        help="go on with the runs in the folder; there may be more trials, seeds, "
+        "models or groups than there were",
     )
     parser.add_argument(
         "--study",
@@ -220,46 +204,32 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--groups", nargs="+", choices=tuple(GROUPS), help="groups of tasks"
     )
-    parser.add_argument("--models", nargs="+", metavar="MODEL", help="models by name")
+    parser.add_argument("--models", nargs="+", choices=CHOICES, help="models by name")
     parser.add_argument(
         "--trials",
-        type=_whole_number(1, 10_000),
+        type=whole_number(1, 10_000),
         help=f"of the search, a model (default: {TRIALS}; study: {STUDY_TRIALS})",
     )
     parser.add_argument(
         "--seeds",
-        type=_whole_number(1, 10_000),
+        type=whole_number(1, 10_000),
         help=f"runs of the best trial (default: {SEEDS}; study: {STUDY_SEEDS})",
     )
     parser.add_argument(
         "--seed",
-        type=_whole_number(0, 2**31),
+        type=whole_number(0, 2**31),
         default=0,
         help="of the search, and the first of the runs (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
-        type=_whole_number(1, 256),
+        type=whole_number(1, 256),
         default=2,
         help="processes, of one thread each (default: %(default)s)",
     )
     return parser
 
 
-def _whole_number(lowest: int, highest: int) -> Callable[[str], int]:
-    """Make an argument type that takes the whole numbers of a range."""
-
-    def parse(text: str) -> int:
-        if text.isascii() and text.isdigit() and lowest <= int(text) <= highest:
-            return int(text)
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number from {lowest} to {highest}, not {text!r}"
-        )
-
-    return parse
-
-
 if __name__ == "__main__":
-    # A terminated run cleans up as an interrupted one does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_as_interrupted()
     sys.exit(main())

@@ -10,6 +10,9 @@ from scipy import stats
 
 GAIN = 0.001  # the AUC that a layer should add
 LEVEL = 0.05  # of the t-test
+FEWEST_FOR_RANKS = (
+    6  # pairs: with fewer, Wilcoxon's p is above `LEVEL` whatever they are
+)
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,13 @@ from keras_moe.layers import (
     Tower,
 )
 from keras_moe.multitask import MultiTaskModel
+from recsys_examples.census_income.names import (
+    EQUAL_BOTTOM,
+    SHARED_BOTTOM,
+    SINGLE_TASK,
+)
 
 MAX_EXPERT_UNITS = 2048  # of all experts side by side, as in the MMoE paper
-SINGLE_TASK = "single-task"
-SHARED_BOTTOM = "shared bottom"
-EQUAL_BOTTOM = "shared bottom, equal size"  # to the layer that it is compared with
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,6 @@ MODELS: dict[str, Kind] = {
     "STEM": Kind(STEM, _grouped, _PAIRS, own_embeddings=True),
     "HoME": Kind(HoME, _hierarchical, _PAIRS),
 }
-BASELINES = (SINGLE_TASK, SHARED_BOTTOM, EQUAL_BOTTOM)
 
 
 def kind_of(model: str) -> Kind:
@@ -165,7 +166,7 @@ def build_models(
     """Build one model for all tasks, or one a task if the tasks are kept apart.
 
     Args:
-        model: one of `MODELS`, or `EQUAL_BOTTOM`.
+        model: one of `names.CHOICES`, or `names.EQUAL_BOTTOM`.
         settings: its sizes.
         tasks: their names.
         table_rows: categories of all columns together.

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 import numpy as np
 from rich.table import Table
 
-from recsys_examples.census_income.comparison import GAIN, LEVEL, compare
-from recsys_examples.census_income.features import GROUPS
-from recsys_examples.census_income.models import (
-    BASELINES,
-    EQUAL_BOTTOM,
-    SINGLE_TASK,
-    expert_units,
+from recsys_examples.census_income.comparison import (
+    FEWEST_FOR_RANKS,
+    GAIN,
+    LEVEL,
+    compare,
 )
+from recsys_examples.census_income.features import GROUPS
+from recsys_examples.census_income.models import expert_units
+from recsys_examples.census_income.names import BASELINES, EQUAL_BOTTOM, SINGLE_TASK
 from recsys_examples.census_income.papers import REPORTED, SOURCE
 from recsys_examples.census_income.study import Found, best_layer
 from recsys_examples.tables import summary
@@ -43,9 +44,9 @@ def found_table(group: str, table: Mapping[str, Found], where: str) -> Table:
     made.add_column("")
     for heading in (
         f"{TITLES[main]} (main)",
-        "best",
+        f"{TITLES[main]}, best run",
         TITLES[auxiliary],
-        "best",
+        f"{TITLES[auxiliary]}, best run",
         "validation (main)",
         "runs",
         "units",
@@ -116,10 +117,13 @@ def verdict(group: str, table: Mapping[str, Found]) -> list[str]:
     for model in baselines:
         result = compare(table[best].test(main), table[model].test(main))
         held[model] = result.holds
+        seeds = len(table[best].outcomes)
+        tests = f"paired t-test p = {result.t_test:.2g}"
+        if seeds >= FEWEST_FOR_RANKS:
+            tests += f", Wilcoxon p = {result.wilcoxon:.2g}"
         lines.append(
             f"{best} less {model}: {result.mean:+.5f} ± {result.deviation:.5f}, ahead "
-            f"in {result.better:.0%} of the seeds; paired t-test p = "
-            f"{result.t_test:.2g}, Wilcoxon p = {result.wilcoxon:.2g}"
+            f"in {result.better:.0%} of {seeds} seeds; {tests}"
         )
     if {SINGLE_TASK, EQUAL_BOTTOM} <= held.keys():
         reached = held[SINGLE_TASK] and held[EQUAL_BOTTOM]

@@ -29,7 +29,7 @@ def draw(model: str, trial: int, seed: int = 0) -> Settings:
     """Return the settings of one trial, always the same for the same arguments.
 
     Args:
-        model: one of `models.MODELS`, or `models.EQUAL_BOTTOM`.
+        model: one of `names.CHOICES`, or `names.EQUAL_BOTTOM`.
         trial: its number, from 0.
         seed: of the whole search.
     """

@@ -15,13 +15,12 @@ import numpy as np
 
 from recsys_examples.census_income.features import GROUPS, Splits
 from recsys_examples.census_income.models import (
-    BASELINES,
-    EQUAL_BOTTOM,
     Settings,
     build_models,
     of_equal_size,
     parameters,
 )
+from recsys_examples.census_income.names import BASELINES, EQUAL_BOTTOM
 from recsys_examples.census_income.results import Job, Results, best_trial
 from recsys_examples.census_income.search import draw
 from recsys_examples.census_income.training import Outcome
@@ -41,7 +40,7 @@ class Plan:
 
     Attributes:
         groups: some of `features.GROUPS`.
-        models: some of `models.MODELS`.
+        models: some of `names.CHOICES`.
         trials: of the search, for each model and group.
         seeds: runs of each model with the settings that were found.
         equal_bottom: whether to add a shared bottom of the best layer's size.

@@ -56,7 +56,7 @@ def run(
     rule each, for its own task.
 
     Args:
-        model: one of `models.MODELS`, or `models.EQUAL_BOTTOM`.
+        model: one of `names.CHOICES`, or `names.EQUAL_BOTTOM`.
         settings: sizes and rates.
         tasks: the tasks to learn, the main one first.
         splits: the rows.

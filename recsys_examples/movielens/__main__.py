@@ -7,13 +7,10 @@ python -m recsys_examples.movielens recommend     ask an exported model
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
-import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +23,12 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 from rich.console import Console
 from rich.table import Table
 
+from recsys_examples.command import (
+    end_as_interrupted,
+    make_console,
+    run_command,
+    whole_number,
+)
 from recsys_examples.errors import InputError
 from recsys_examples.movielens.data import MovieLens, first_users, load_movielens
 
@@ -52,23 +55,11 @@ QUICK_USERS = 150
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(arguments)
-    # TensorFlow warns that models differ from each other, which here they should.
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    try:
-        backend = os.environ["KERAS_BACKEND"]
-        if backend != "tensorflow":
-            raise InputError(
-                "the pipeline needs KERAS_BACKEND=tensorflow (string features, "
-                f"SavedModel); the environment has KERAS_BACKEND={backend}"
-            )
-        options.run(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: unfinished results were not kept", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(
+        lambda: options.run(options),
+        needs="the pipeline (string features, SavedModel)",
+        interrupted="unfinished results were not kept",
+    )
 
 
 def train(options: argparse.Namespace) -> None:
@@ -76,7 +67,7 @@ def train(options: argparse.Namespace) -> None:
     from recsys_examples.runs import run_folder
 
     started = time.perf_counter()
-    console = _console()
+    console = make_console()
     with run_folder(options.out) as (folder, final):
         # TensorFlow is imported when it is known that the data can be read and the
         # result be kept: an error in either then comes at once.
@@ -143,7 +134,7 @@ def study(options: argparse.Namespace) -> None:
     from recsys_examples.runs import make_folder
     from recsys_examples.tables import results_table
 
-    console = _console()
+    console = make_console()
     windows, settings = _prepare(data, options, console)
     folder = options.out / "study"
     make_folder(folder)
@@ -193,7 +184,7 @@ def recommend(options: argparse.Namespace) -> None:
                 f"{like:.2f}",
                 f"{stars:.1f}",
             )
-    _console().print(table)
+    make_console().print(table)
 
 
 def _read(options: argparse.Namespace) -> MovieLens:
@@ -254,11 +245,6 @@ def _record(
     }
 
 
-def _console() -> Console:
-    # Tables keep their width in a file or a pipe, where there is no terminal to fit.
-    return Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m recsys_examples.movielens",
@@ -279,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seed",
-        type=_whole_number(0, 2**32 - 1),
+        type=whole_number(0, 2**32 - 1),
         default=0,
         help="of weights, dropout and order (default: %(default)s)",
     )
@@ -306,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seeds",
-        type=_whole_number(1, 1000),
+        type=whole_number(1, 1000),
         default=5,
         help="seeds of the study (default: %(default)s)",
     )
@@ -314,14 +300,14 @@ def _parser() -> argparse.ArgumentParser:
     ask = commands.add_parser("recommend", help="print movies for a user")
     ask.set_defaults(run=recommend)
     ask.add_argument(
-        "--user", type=_whole_number(0, 2**63 - 1), required=True, help="a user id"
+        "--user", type=whole_number(0, 2**63 - 1), required=True, help="a user id"
     )
     ask.add_argument(
         "--model", type=Path, required=True, help="a run's folder: runs/movielens/..."
     )
     ask.add_argument(
         "--k",
-        type=_whole_number(1, 2**31 - 1),
+        type=whole_number(1, 2**31 - 1),
         default=10,
         help="movies (default: %(default)s)",
     )
@@ -336,20 +322,6 @@ def _train_or_study(options: argparse.Namespace) -> None:
     (study if options.study else train)(options)
 
 
-def _whole_number(lowest: int, highest: int) -> Callable[[str], int]:
-    """Make an argument type that takes the whole numbers of a range."""
-
-    def parse(text: str) -> int:
-        if text.isascii() and text.isdigit() and lowest <= int(text) <= highest:
-            return int(text)
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number from {lowest} to {highest}, not {text!r}"
-        )
-
-    return parse
-
-
 if __name__ == "__main__":
-    # A terminated run cleans up as an interrupted one does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_as_interrupted()
     sys.exit(main())

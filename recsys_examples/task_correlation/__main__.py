@@ -11,12 +11,9 @@ https://doi.org/10.1145/3219819.3220007, sections 3 and 5).
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +25,13 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from recsys_examples.errors import InputError
+from recsys_examples.command import (
+    end_as_interrupted,
+    make_console,
+    number,
+    run_command,
+    whole_number,
+)
 from recsys_examples.task_correlation.settings import MODELS, Recipe, Settings
 
 if TYPE_CHECKING:
@@ -50,23 +53,11 @@ QUICK_ROWS = 16_384
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parsed(arguments)
-    # TensorFlow warns of loops that compile anew, which here each model does once.
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    try:
-        backend = os.environ["KERAS_BACKEND"]
-        if backend != "tensorflow":
-            raise InputError(
-                "the study needs KERAS_BACKEND=tensorflow (its training loop); the "
-                f"environment has KERAS_BACKEND={backend}"
-            )
-        study(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: --resume goes on with what is done", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(
+        lambda: study(options),
+        needs="the study's training loop",
+        interrupted="--resume goes on with what is done",
+    )
 
 
 def study(options: argparse.Namespace) -> None:
@@ -86,7 +77,7 @@ def study(options: argparse.Namespace) -> None:
     from recsys_examples.task_correlation.pictures import draw
     from recsys_examples.task_correlation.study import Study
 
-    console = _console()
+    console = make_console()
     if options.quick:
         console.print("A quick run: it shows that all works, and its figures nothing.")
     every_width = equal_widths(settings.recipe.dimension)
@@ -184,8 +175,8 @@ def _shown(correlation: float) -> str:
 def _print_claims(claims: list[Claim], console: Console) -> None:
     console.print("The paper's claims; [..]: 95% interval of a paired bootstrap")
     verdicts = {True: "true", False: "false", None: "not checked"}
-    for number, claim in enumerate(claims, start=1):
-        console.print(f"{number}. {claim.text}: {verdicts[claim.holds]}")
+    for place, claim in enumerate(claims, start=1):
+        console.print(f"{place}. {claim.text}: {verdicts[claim.holds]}")
         for line in (f"rule: {claim.rule}", *claim.evidence):
             console.print(f"   {line}", markup=False)
 
@@ -214,11 +205,6 @@ def _settings(options: argparse.Namespace) -> Settings:
     )
 
 
-def _console() -> Console:
-    # Tables keep their width in a file or a pipe, where there is no terminal to fit.
-    return Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-
-
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -238,13 +224,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--runs",
-        type=_whole_number(2, 100_000),
+        type=whole_number(2, 100_000),
         default=30,
         help="runs of each model at each correlation (default: %(default)s)",
     )
     parser.add_argument(
         "--correlations",
-        type=_number(-1, 1),
+        type=number(-1, 1),
         nargs="+",
         default=[0.0, 0.5, 1.0],
         metavar="P",
@@ -259,19 +245,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--steps",
-        type=_whole_number(1, 10**9),
+        type=whole_number(1, 10**9),
         default=settings.steps,
         help="batches of a run (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size",
-        type=_whole_number(1, QUICK_ROWS),
+        type=whole_number(1, QUICK_ROWS),
         default=settings.batch_size,
         help="rows of a batch (default: %(default)s)",
     )
     parser.add_argument(
         "--learning-rates",
-        type=_number(1e-9, 10),
+        type=number(1e-9, 10),
         nargs="+",
         default=list(settings.learning_rates),
         metavar="RATE",
@@ -280,31 +266,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--scale",
-        type=_number(0, 1000),
+        type=number(0, 1000),
         default=recipe.scale,
         help="length c of the tasks' weight vectors (default: %(default)s)",
     )
     parser.add_argument(
         "--sines",
-        type=_whole_number(0, 1000),
+        type=whole_number(0, 1000),
         default=recipe.sines,
         help="number m of sines in a label (default: %(default)s)",
     )
     parser.add_argument(
         "--noise",
-        type=_number(0, 1000),
+        type=number(0, 1000),
         default=recipe.noise,
         help="standard deviation of a label's noise (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
-        type=_whole_number(0, 2**32 - 1),
+        type=whole_number(0, 2**32 - 1),
         default=settings.seed,
         help="of the data and the weights of all runs (default: %(default)s)",
     )
     parser.add_argument(
         "--processes",
-        type=_whole_number(1, 256),
+        type=whole_number(1, 256),
         default=min(os.cpu_count() or 1, 4),
         help="runs at the same time, 1.4 GiB of memory each; the results are the same "
         "(default: the number of cores, here %(default)s)",
@@ -329,37 +315,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _whole_number(lowest: int, highest: int) -> Callable[[str], int]:
-    """Make an argument type that takes the whole numbers of a range."""
-
-    def parse(text: str) -> int:
-        if text.isascii() and text.isdigit() and lowest <= int(text) <= highest:
-            return int(text)
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number from {lowest} to {highest}, not {text!r}"
-        )
-
-    return parse
-
-
-def _number(lowest: float, highest: float) -> Callable[[str], float]:
-    """Make an argument type that takes the numbers of a range."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if lowest <= value <= highest:
-            return value
-        raise argparse.ArgumentTypeError(
-            f"must be a number from {lowest:g} to {highest:g}, not {text!r}"
-        )
-
-    return parse
-
-
 if __name__ == "__main__":
-    # A terminated study ends its processes as an interrupted one does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_as_interrupted()
     sys.exit(main())

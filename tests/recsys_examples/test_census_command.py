@@ -36,11 +36,10 @@ def call(out, *arguments, **environment):
 
 
 def records(out):
-    """The lines of every results file, the earlier files first."""
-    return [
-        [json.loads(line) for line in path.read_text().splitlines()]
-        for path in sorted(out.glob("*.jsonl"))
-    ]
+    """The first line of the results, and the runs."""
+    lines = (out / "results.jsonl").read_text().splitlines()
+    first, *runs = map(json.loads, lines)
+    return first, runs
 
 
 @pytest.fixture(scope="module")
@@ -58,25 +57,27 @@ def out(data_dir, tmp_path_factory):
 
 class TestRun:
     def test_what_is_kept(self, out):
-        first, second = records(out)
-        assert len(first) == 2 * (1 + 1)
-        assert len(second) == 2  # the second seed of both models
-        assert {line["job"]["seed"] for line in second} == {1}
-        assert {line["job"]["model"] for line in first} == {"shared bottom", "MMoE"}
-        for line in [*first, *second]:
-            assert line["job"]["group"] == "income"
-            assert set(line["outcome"]["test"]) == {"income", "never_married"}
-            assert line["versions"]["keras"]
+        depends_on, runs = records(out)
+        assert depends_on["data"]
+        assert depends_on["versions"]["keras"]
+        assert len(runs) == 2 * (1 + 2)
+        first, second = runs[:4], runs[4:]
+        assert {run["job"]["model"] for run in first} == {"shared bottom", "MMoE"}
+        # The second command added the second seed of both models.
+        assert {run["job"]["seed"] for run in second} == {1}
+        for run in runs:
+            assert run["job"]["group"] == "income"
+            assert set(run["outcome"]["test"]) == {"income", "never_married"}
 
     def test_what_is_said(self, out):
         first = (out.parent / "first.txt").read_text()
         assert "34 of the 42 columns, 30 of them inputs" in first
         assert "600 rows to train, 200 to choose, 200 to report" in first
-        assert "4 runs: 1 trials and 1 seeds" in first
+        assert "4 runs, for each model and group 1 of the search and 1 by" in first
         assert "income, MMoE, trial 0: validation 0." in first
         assert "One seed allows no paired test" in first
         second = (out.parent / "second.txt").read_text()
-        assert "4 earlier runs at hand" in second
+        assert "; 4 runs at hand; " in second
         assert second.count(": validation 0.") == 2
         assert "income, shared bottom, seed 1: validation 0." in second
         assert "Group 1, test AUC, mean ± standard deviation" in second
@@ -116,14 +117,13 @@ def test_an_interrupted_run_keeps_what_is_finished(data_dir, out, tmp_path):
         assert "finished runs are kept, and --resume goes on" in errors
         assert "Traceback" not in errors
         assert_no_process_left(process.pid)
-    (kept,) = records(tmp_path)
-    assert kept
+    _, kept = records(tmp_path)
 
     # Two workers did here what one did there: the first trial comes first.
-    def by_job(lines):
-        return {json.dumps(line["job"]): line["outcome"]["test"] for line in lines}
+    def by_job(runs):
+        return {json.dumps(run["job"]): run["outcome"]["test"] for run in runs}
 
-    again, before = by_job(kept), by_job(records(out)[0])
+    again, before = by_job(kept), by_job(records(out)[1])
     common = again.keys() & before.keys()
     assert common
     assert all(again[job] == before[job] for job in common)
@@ -173,19 +173,19 @@ class TestRefused:
         )
         assert not (tmp_path / "out").exists()
 
-    def test_unknown_model(self, command, data_dir, tmp_path):
-        status, _, error = command(
-            "--data-dir", data_dir, "--out", tmp_path / "out", "--models", "MMoe"
-        )
+    def test_results_of_an_earlier_study(self, command, data_dir, out):
+        before = (out / "results.jsonl").read_bytes()
+        status, _, error = command("--data-dir", data_dir, "--out", out)
         assert status == 2
-        assert error.startswith("error: --models: 'MMoe' is none of single-task, ")
-        assert not (tmp_path / "out").exists()
+        assert error.startswith(f"error: {out / 'results.jsonl'} holds the results of")
+        assert error.count("\n") == 1
+        assert (out / "results.jsonl").read_bytes() == before
 
     def test_another_backend(self, command, monkeypatch, data_dir):
         monkeypatch.setenv("KERAS_BACKEND", "jax")
         status, _, error = command("--data-dir", data_dir)
         assert status == 2
-        assert "needs KERAS_BACKEND=tensorflow" in error
+        assert error.startswith("error: the example needs KERAS_BACKEND=tensorflow")
 
     def test_output_is_a_file(self, command, data_dir, tmp_path):
         (tmp_path / "file").write_text("")
@@ -201,6 +201,7 @@ class TestRefused:
             ["--workers", "0"],
             ["--seed", "x"],
             ["--groups", "marital"],
+            ["--models", "MMoe"],
             ["--quick"],
         ],
     )

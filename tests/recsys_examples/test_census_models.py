@@ -8,16 +8,19 @@ import pytest
 from keras_moe.layers import STEM
 from recsys_examples.census_income import search
 from recsys_examples.census_income.models import (
-    EQUAL_BOTTOM,
     MAX_EXPERT_UNITS,
     MODELS,
-    SHARED_BOTTOM,
-    SINGLE_TASK,
     Settings,
     build_models,
     expert_units,
     of_equal_size,
     parameters,
+)
+from recsys_examples.census_income.names import (
+    CHOICES,
+    EQUAL_BOTTOM,
+    SHARED_BOTTOM,
+    SINGLE_TASK,
 )
 
 TASKS = ("income", "never_married")
@@ -39,6 +42,10 @@ def inputs(rows=5):
         rng.integers(0, 50, (rows, 6)).astype("int32"),
         rng.normal(size=(rows, 4)).astype("float32"),
     ]
+
+
+def test_the_choices_are_the_models():
+    assert tuple(MODELS) == CHOICES
 
 
 class TestModels:

@@ -366,7 +366,10 @@ def test_other_backends_are_refused_in_one_line(command, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     status, _, err = command("--quick")
     assert status == 2
-    assert err.startswith("error: the pipeline needs KERAS_BACKEND=tensorflow")
+    assert err.startswith(
+        "error: the pipeline (string features, SavedModel) needs "
+        "KERAS_BACKEND=tensorflow"
+    )
     assert len(err.splitlines()) == 1
 
 

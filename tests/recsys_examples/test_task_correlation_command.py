@@ -218,7 +218,9 @@ class TestRefused:
         monkeypatch.setenv("KERAS_BACKEND", "jax")
         status, _, err = command("--quick")
         assert status == 2
-        assert err.startswith("error: the study needs KERAS_BACKEND=tensorflow")
+        assert err.startswith(
+            "error: the study's training loop needs KERAS_BACKEND=tensorflow"
+        )
         assert len(err.splitlines()) == 1
 
     @pytest.mark.parametrize(
