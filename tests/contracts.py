@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 from keras import ops
@@ -47,11 +48,11 @@ def flat(outputs) -> list[np.ndarray]:
     ]
 
 
-def assert_same(actual, expected, atol=1e-5) -> None:
+def assert_same(actual, expected, atol=1e-5, rtol=1e-4) -> None:
     actual, expected = flat(actual), flat(expected)
     assert len(actual) == len(expected) > 0
     for a, b in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=atol, rtol=1e-4)
+        np.testing.assert_allclose(a, b, atol=atol, rtol=rtol)
 
 
 def config_round_trip(case: Case) -> None:
@@ -97,7 +98,9 @@ def dtype_policy(case: Case, policy: str) -> None:
         assert keras.backend.standardize_dtype(output.dtype) == dtype
     for variable in layer.trainable_variables:
         assert variable.dtype == "float32"
-    assert_same(outputs, expected, atol=0.05)
+    # Processors round half precision in their own order: a few units in the last place.
+    epsilon = ml_dtypes.finfo(layer.compute_dtype).eps
+    assert_same(outputs, expected, atol=0.05, rtol=4 * float(epsilon))
 
 
 def compiled_equals_eager(case: Case) -> None:

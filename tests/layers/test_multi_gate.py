@@ -273,8 +273,8 @@ def test_gate_dropout_renormalises_and_never_drops_all():
     x = _built(layer, rows=2000)
     weights = ops.convert_to_numpy(layer._gate(x, training=True))
     np.testing.assert_allclose(weights.sum(-1), 1.0)
-    both = (weights == 0.5).all(-1).mean()
-    one = (weights == 1.0).any(-1).mean()
+    both = np.isclose(weights, 0.5).all(-1).mean()
+    one = np.isclose(weights, 1.0).any(-1).mean()
     # 0.1 * 0.1 keep both and 0.9 * 0.9 lose both; 2 * 0.1 * 0.9 keep one.
     assert abs(both - 0.82) < 0.03
     assert abs(one - 0.18) < 0.03
@@ -764,14 +764,17 @@ def test_layers_of_any_kind_give_what_the_dense_one_gives(name):
 
 @only_tensorflow
 def test_xla_compiles_once_whatever_the_routing():
-    """As shipped, with the dispatch and the blocks that it chooses itself."""
+    """As shipped, with the dispatch and the blocks that it chooses itself.
+
+    In float64: in float32 XLA may round a row's two best gates into another order.
+    """
     import tensorflow as tf
 
-    layer = MMoE(16, 2, 2, top_k=1)
+    layer = MMoE(16, 2, 2, top_k=1, dtype="float64")
     layer.build((None, E))
     call, dense = _compiled(layer, True, None), _compiled(layer, False, None)
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(100, E)).astype("float32")
+    x = rng.normal(size=(100, E))
     assert layer._dispatch_now() == "split"
     for batch in (x, x + 5.0, np.ones_like(x), 0.0 * x, np.full_like(x, np.nan)):
         found = call(tf.constant(batch))
@@ -781,7 +784,7 @@ def test_xla_compiles_once_whatever_the_routing():
             wanted = dense(tf.constant(batch))
             layer.dispatch = "auto"
             for a, b in zip(found, wanted, strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.skipif(ways.BACKEND == "jax", reason="split is not for XLA")
