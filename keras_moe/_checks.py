@@ -49,8 +49,20 @@ def positive_number(name: str, value: Any) -> float:
     return float(value)
 
 
-def last_dimension(layer: str, shape: tuple[int | None, ...]) -> int:
+def flag(name: str, value: Any) -> bool:
+    """Return `value` if it is True or False, else raise ValueError."""
+    if value is not True and value is not False:
+        raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
+    return value
+
+
+def last_dimension(layer: str, shape: Any) -> int:
     """Return the size of the last axis, which a layer's weights are built from."""
+    if isinstance(shape, dict):
+        raise ValueError(
+            f"{layer} expects one tensor as its inputs, of one task say. "
+            f"Received a dict of {sorted(shape)}"
+        )
     if len(shape) < 2:
         raise ValueError(
             f"{layer} expects inputs of rank >= 2, (..., features). "

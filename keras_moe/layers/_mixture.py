@@ -68,9 +68,10 @@ class Mixture(keras.layers.Layer):
     ) -> keras.layers.Layer:
         """Return the experts of a level: those given, or MLPs."""
         given = self._experts_given
+        argument = "experts"
         if isinstance(given, list | tuple) and not any_layer:
-            given = given[level]
-        check_experts(given, num_experts, self.expert_units, any_layer)
+            given, argument = given[level], f"experts[{level}]"
+        check_experts(given, num_experts, self.expert_units, any_layer, argument)
         if given is not None:
             return given
         return MLPExperts(
@@ -181,7 +182,7 @@ class GatedMixture(Mixture):
             "gate_temperature", gate_temperature
         )
         self.gate_dropout = _checks.rate("gate_dropout", gate_dropout)
-        self.gate_use_bias = gate_use_bias
+        self.gate_use_bias = _checks.flag("gate_use_bias", gate_use_bias)
         self.gate_kernel_initializer = keras.initializers.get(gate_kernel_initializer)
         if self.gate_dropout > 0.0:
             # Not the stream of the experts' dropout, which has the same seed.

@@ -16,11 +16,16 @@ def default_name(name: str) -> str:
 
 
 def check_experts(
-    experts: Any, num_experts: int, expert_units: Any, any_layer: bool = False
+    experts: Any,
+    num_experts: int,
+    expert_units: Any,
+    any_layer: bool = False,
+    argument: str = "experts",
 ) -> None:
     """Refuse what a dispatch could not call, or what contradicts `experts`.
 
-    `any_layer` allows every layer that maps (..., d) to (..., e, u).
+    `any_layer` allows every layer that maps (..., d) to (..., e, u). `argument` is what
+    the user calls `experts`: those of one level are a part of it.
     """
     if experts is None:
         if expert_units is None:
@@ -30,21 +35,27 @@ def check_experts(
             )
         return
     if any_layer and not isinstance(experts, keras.layers.Layer):
-        raise ValueError(f"`experts` must be a Keras layer. Received: {experts!r}")
+        raise ValueError(f"`{argument}` must be a Keras layer. Received: {experts!r}")
     if not any_layer and not hasattr(experts, "on_slots"):
         raise ValueError(
-            "`experts` must be a layer of keras_moe.experts; LayerExperts holds Keras "
-            f"layers of any kind. Received: experts={experts!r}"
+            f"`{argument}` must be a layer of keras_moe.experts; LayerExperts holds "
+            f"Keras layers of any kind. Received: {argument}={experts!r}"
         )
     if expert_units is not None:
         raise ValueError(
             "`expert_units` must be None where `experts` is given, which has its own. "
             f"Received: expert_units={expert_units!r}"
         )
-    if getattr(experts, "num_experts", num_experts) != num_experts:
+    found = getattr(experts, "num_experts", num_experts)
+    if found != num_experts and argument == "experts":
         raise ValueError(
             "`num_experts` must be the number of experts in `experts`. Received: "
-            f"num_experts={num_experts}, experts.num_experts={experts.num_experts}"
+            f"num_experts={num_experts}, experts.num_experts={found}"
+        )
+    if found != num_experts:
+        raise ValueError(
+            f"`{argument}` must hold {num_experts} experts, those of all tasks and the "
+            f"shared ones. Received: {argument}.num_experts={found}"
         )
 
 

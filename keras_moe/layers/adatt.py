@@ -94,7 +94,7 @@ class AdaTT(GatedMixture):
         self.num_shared_experts = _checks.count(
             "num_shared_experts", num_shared_experts
         )
-        self.residual = residual
+        self.residual = _checks.flag("residual", residual)
         self.check_levels(self.num_levels)
         t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
         levels = range(self.num_levels)

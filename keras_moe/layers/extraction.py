@@ -200,7 +200,8 @@ class CGC(PLE):
             if `experts` is given.
         tasks: a sequence of task names (the outputs are a dict by name) or a number
             of tasks (the outputs are a list).
-        **kwargs: further arguments of `PLE`.
+        **kwargs: further arguments of `PLE`; `experts` is one layer, or a sequence of
+            one, with the `t * m + s` experts of the level.
 
     Call arguments:
         inputs: tensor of shape `(..., d)`, usually `(batch, d)`.

@@ -115,9 +115,11 @@ class HoME(GatedMixture):
         self.group_of_task = _checked_groups(groups, self.tasks.config)
         self.groups = None if groups is None else [list(group) for group in groups]
         self.num_groups = max(self.group_of_task) + 1
-        self.expert_normalization = expert_normalization
+        self.expert_normalization = _checks.flag(
+            "expert_normalization", expert_normalization
+        )
         self.feature_gate_rank = _checks.count("feature_gate_rank", feature_gate_rank)
-        self.self_gate = self_gate
+        self.self_gate = _checks.flag("self_gate", self_gate)
 
         t, c = self.tasks.count, self.num_groups
         m, s = self.num_task_experts, self.num_shared_experts
@@ -328,7 +330,10 @@ def _checked_groups(groups: Any, tasks: int | list[str]) -> list[int]:
     if groups is None:
         return [0] * len(known)
     try:
-        listed = [task for group in groups for task in group]
+        # A string is a sequence, too, but of letters.
+        listed = [
+            task for group in groups for task in group if not isinstance(group, str)
+        ]
     except TypeError:
         listed = []
     complete = len(listed) == len(known) and all(task in listed for task in known)

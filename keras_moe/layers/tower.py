@@ -100,6 +100,7 @@ class Tower(keras.layers.Layer):
         )
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
+        _checks.last_dimension(type(self).__name__, input_shape)
         for layer, dropout in zip(self.hidden, self.dropouts, strict=True):
             layer.build(input_shape)
             input_shape = layer.compute_output_shape(input_shape)

@@ -182,7 +182,10 @@ def _header(path: Path) -> list[str]:
     if _is_official(path):
         return list(OFFICIAL)
     with _open(path) as lines:
-        names = [name.strip() for name in lines.readline().split(",")]
+        header = lines.readline()
+    if not header.strip():
+        raise InputError(f"{path}, line 1: empty; a header must name the columns")
+    names = [name.strip() for name in header.split(",")]
     for name in names:
         if name not in OFFICIAL:
             raise InputError(

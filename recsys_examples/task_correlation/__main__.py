@@ -173,7 +173,10 @@ def _shown(correlation: float) -> str:
 
 
 def _print_claims(claims: list[Claim], console: Console) -> None:
-    console.print("The paper's claims; [..]: 95% interval of a paired bootstrap")
+    console.print(
+        "The paper's claims, which PLE, of a later one, does not decide; "
+        "[..]: 95% interval of a paired bootstrap"
+    )
     verdicts = {True: "true", False: "false", None: "not checked"}
     for place, claim in enumerate(claims, start=1):
         console.print(f"{place}. {claim.text}: {verdicts[claim.holds]}")

@@ -305,6 +305,8 @@ def test_a_row_of_nan_stays_in_its_row():
         ({"expert_units": None}, "`expert_units` must be given.*or `experts`"),
         ({"tasks": ["a", "a"]}, "must differ. Received 'a' more than once"),
         ({"tasks": ["a:0"]}, "Received: 'a:0'"),
+        ({"residual": "no"}, "`residual` must be True or False.*'no'"),
+        ({"gate_use_bias": 1}, "`gate_use_bias` must be True or False.*=1"),
         (
             {"experts": [MLPExperts(2, 4)], "expert_units": None},
             "`experts` must be one layer.*level.*num_levels=2",
@@ -315,14 +317,14 @@ def test_a_row_of_nan_stays_in_its_row():
         ),
         (
             {"experts": [MLPExperts(2, 4), MLPExperts(3, 4)], "expert_units": None},
-            "num_experts=2, experts.num_experts=3",
+            r"`experts\[1\]` must hold 2 experts.*num_experts=3",
         ),
         (
             {
                 "experts": [keras.layers.Dense(4), keras.layers.Dense(4)],
                 "expert_units": None,
             },
-            "`experts` must be a layer of keras_moe.experts.*Dense",
+            r"`experts\[0\]` must be a layer of keras_moe.experts.*Dense",
         ),
     ],
 )

@@ -405,9 +405,9 @@ class _NoSlots(keras.layers.Layer):
         ([MLPExperts(3, 4)], "`experts` must be one layer.*each level.*num_levels=2"),
         ([MLPExperts(3, 4) for _ in range(3)], "`experts` must be one layer.*level"),
         ([_SAME, _SAME], "`experts` must be one layer of its own for each level"),
-        ([MLPExperts(3, 4), MLPExperts(2, 4)], "num_experts=3, experts.num_experts=2"),
-        ([_NoSlots(), _NoSlots()], "`experts` must be a layer of keras_moe.experts"),
-        ([keras.layers.Dense(4), "mlp"], "`experts` must be a layer of keras_moe"),
+        ([MLPExperts(3, 4), MLPExperts(2, 4)], r"`experts\[1\]` must hold 3.*=2"),
+        ([_NoSlots(), _NoSlots()], r"`experts\[0\]` must be a layer of keras_moe"),
+        ([keras.layers.Dense(4), "mlp"], r"`experts\[0\]` must be a layer of"),
     ],
 )
 def test_bad_experts_are_named(experts, message):

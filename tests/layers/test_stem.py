@@ -315,11 +315,11 @@ def test_a_row_of_nan_stays_in_its_row():
         ),
         (
             {"experts": MLPExperts(2, 4), "expert_units": None},
-            "num_experts=3, experts.num_experts=2",
+            r"`experts\[0\]` must hold 3 experts.*num_experts=2",
         ),
         (
             {"experts": keras.layers.Dense(4), "expert_units": None},
-            "`experts` must be a layer of keras_moe.experts.*Dense",
+            r"`experts\[0\]` must be a layer of keras_moe.experts.*Dense",
         ),
     ],
 )

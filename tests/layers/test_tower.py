@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_moe.layers import Tower
+from keras_moe.layers import MMoE, Tower
 from tests import backends, oracles
 
 
@@ -48,3 +48,9 @@ def test_dropout_is_only_for_training():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         Tower(**arguments)
+
+
+def test_the_outputs_of_all_tasks_are_refused():
+    shared = MMoE(2, 4, ["click", "buy"])(keras.Input((3,)))
+    with pytest.raises(ValueError, match=r"Tower expects one tensor.*'buy', 'click'"):
+        Tower((4,))(shared)

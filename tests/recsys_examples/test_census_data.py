@@ -278,6 +278,14 @@ class TestFaultsInAFile:
             f"train.csv, line 1, column {OPTIONAL[0]!r}: missing, while test.csv has it"
         )
 
+    @pytest.mark.parametrize("text", ["", "\n", "  \n1,2\n"])
+    def test_no_header(self, tmp_path, text):
+        census_files.write_cut(tmp_path, TRAIN, TEST)
+        (tmp_path / "train.csv").write_text(text)
+        assert fault(tmp_path) == (
+            "train.csv, line 1: empty; a header must name the columns"
+        )
+
     def test_an_unknown_column(self, tmp_path):
         census_files.write_cut(tmp_path, TRAIN, TEST)
         text = census_files.cut_text(TRAIN).replace("age,", "years,", 1)
