@@ -37,7 +37,7 @@ def _needs(backend):
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_core_of_the_suite(backend):
+def test_core_of_the_suite(backend, tmp_path):
     _needs(backend)
     tests = [str(ROOT / "tests" / name) for name in CORE]
     done = processes.run(
@@ -45,6 +45,10 @@ def test_core_of_the_suite(backend):
         cwd=ROOT,
         timeout=2400,
         KERAS_BACKEND=backend,
+        # Layers made alike in many tests are compiled once.
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert " passed" in done.stdout

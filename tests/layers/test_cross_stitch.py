@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_moe.layers import CrossStitch, SharedBottom
 from tests import backends, oracles, oracles_sharing
+from tests.family import not_on_jax
 
 ORACLE = backends.tolerance(1e-6, 1e-8)
 GRADIENTS = backends.tolerance(1e-5, 1e-7)
@@ -57,6 +58,7 @@ def test_outputs_and_all_gradients_equal_the_oracle(units, per_unit, tasks):
     _assert_equal([*by_weight, *by_input], expected, GRADIENTS)
 
 
+@not_on_jax
 @settings(max_examples=15, deadline=None)
 @given(
     n=st.integers(1, 5),

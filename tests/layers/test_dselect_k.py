@@ -13,6 +13,7 @@ from keras_moe.experts import MLPExperts
 from keras_moe.layers import DSelectK
 from keras_moe.layers.dselect_k import smooth_step
 from tests import backends, oracles, oracles_sharing
+from tests.family import not_on_jax
 
 ORACLE = backends.tolerance(1e-6, 1e-8)
 GRADIENTS = backends.tolerance(1e-5, 1e-7)
@@ -160,6 +161,7 @@ def _reach_an_expert(layer, x, weights):
     raise AssertionError("no selector reaches an expert")
 
 
+@not_on_jax
 @settings(max_examples=15, deadline=None)
 @given(
     n=st.integers(1, 5),

@@ -95,6 +95,7 @@ def test_outputs_and_all_gradients_equal_the_oracle(units, options):
         np.testing.assert_allclose(found, wanted, **GRADIENTS)
 
 
+@family.not_on_jax
 @settings(max_examples=15, deadline=None)
 @given(
     n=st.integers(1, 5),

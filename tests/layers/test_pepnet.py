@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_moe.layers import EPNet, GateNU, PEPNet, PPNet
 from tests import backends, oracles, oracles_sharing
+from tests.family import not_on_jax
 
 ORACLE = backends.tolerance(1e-6, 1e-8)
 GRADIENTS = backends.tolerance(1e-5, 1e-7)
@@ -161,6 +162,7 @@ def test_pepnet_equals_the_oracle(prior):
     _check(layer, inputs, oracle, values)
 
 
+@not_on_jax
 @settings(max_examples=15, deadline=None)
 @given(
     n=st.integers(1, 5),

@@ -16,6 +16,7 @@ from keras import ops
 from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
 from keras_moe.layers.soft_moe import SoftMoE
 from tests import backends, oracles
+from tests.family import not_on_jax
 
 ORACLE = backends.tolerance(1e-6, 1e-8)
 GRADIENTS = backends.tolerance(1e-5, 1e-7)
@@ -143,6 +144,7 @@ def test_outputs_and_all_gradients_equal_the_oracle(options, mask):
         np.testing.assert_allclose(found, gradient, **GRADIENTS)
 
 
+@not_on_jax
 @settings(max_examples=15, deadline=None)
 @given(
     b=st.integers(1, 3),
@@ -338,7 +340,7 @@ def test_the_mask_of_an_embedding_is_used_and_passed_on():
     assert layer.compute_mask(vectors, None) is None
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [pytest.param(False, marks=not_on_jax), True])
 def test_it_trains(jit):
     if jit and keras.backend.backend() == "torch":
         pytest.skip("this backend is not compiled here")

@@ -8,6 +8,7 @@ from keras import ops
 from keras_moe.layers import MMoE, Tower
 from keras_moe.multitask import MultiTaskModel, UncertaintyWeighting
 from tests import backends
+from tests.family import not_on_jax
 
 MEAN = "mean_with_sample_weight"
 
@@ -88,7 +89,7 @@ def test_a_batch_without_a_defined_row_is_finite():
     assert np.isfinite(history.history["loss"]).all()
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [pytest.param(False, marks=not_on_jax), True])
 def test_learns_by_fit_evaluate_and_predict(model, jit_compile):
     if keras.backend.backend() == "torch" and jit_compile:
         pytest.skip("Keras has no compiler for torch")
