@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -57,7 +58,8 @@ class Workers:
             yield from map(work, items)
             return
         try:
-            futures = [self._pool.submit(work, item) for item in items]
+            with _deaf_to_ctrl_c():  # The first of them starts the processes.
+                futures = [self._pool.submit(work, item) for item in items]
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool as error:
@@ -83,9 +85,25 @@ class Workers:
                 process.terminate()
 
 
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Let processes that start here ignore Ctrl-C from their first moment.
+
+    Ctrl-C goes to all processes of a terminal; the parent alone answers, afterwards.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Ctrl-C goes to all processes of a terminal; the parent alone answers.
+    # Also where `_deaf_to_ctrl_c` can do nothing.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if prepare is not None:
         prepare(*arguments)

@@ -41,7 +41,7 @@ def test_core_of_the_suite(backend, tmp_path):
     _needs(backend)
     tests = [str(ROOT / "tests" / name) for name in CORE]
     done = processes.run(
-        ["-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *tests],
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         cwd=ROOT,
         timeout=2400,
         KERAS_BACKEND=backend,

@@ -51,6 +51,20 @@ def run_towers(
     ]
 
 
+def towers_config(towers: MLPExperts) -> dict[str, Any]:
+    """Return the arguments of a layer that it has handed on to its towers."""
+    config = towers.get_config()
+    handed_on = (
+        "units",
+        "activation",
+        "dropout",
+        "kernel_initializer",
+        "kernel_regularizer",
+        "seed",
+    )
+    return {name: config[name] for name in handed_on}
+
+
 def _shared_matmul(rows: Any, kernel: Any) -> Any:
     """(n, d), (t, d, h) -> (t, n, h): the tasks share the rows, so one matmul."""
     t, d, h = kernel.shape

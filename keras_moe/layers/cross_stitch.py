@@ -18,7 +18,7 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe.experts import MLPExperts
 from keras_moe.layers._tasks import Tasks
-from keras_moe.layers._towers import run_towers
+from keras_moe.layers._towers import run_towers, towers_config
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -154,21 +154,12 @@ class CrossStitch(keras.layers.Layer):
         return self.tasks.repeat((*input_shape[:-1], self.towers.units[-1]))
 
     def get_config(self) -> dict[str, Any]:
-        towers = self.towers.get_config()
-        kept = (
-            "units",
-            "activation",
-            "dropout",
-            "kernel_initializer",
-            "kernel_regularizer",
-            "seed",
-        )
         return {
             **super().get_config(),
             "tasks": self.tasks.config,
             "self_weight": self.self_weight,
             "per_unit": self.per_unit,
-            **{name: towers[name] for name in kept},
+            **towers_config(self.towers),
         }
 
 

@@ -27,6 +27,7 @@ from keras_moe.layers._parts import (
     default_name,
 )
 from keras_moe.layers._tasks import Tasks
+from keras_moe.layers._towers import towers_config
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -373,17 +374,8 @@ class SharedBottom(keras.layers.Layer):
         return self.tasks.repeat((*input_shape[:-1], self.bottom.units[-1]))
 
     def get_config(self) -> dict[str, Any]:
-        bottom = self.bottom.get_config()
-        kept = (
-            "units",
-            "activation",
-            "dropout",
-            "kernel_initializer",
-            "kernel_regularizer",
-            "seed",
-        )
         return {
             **super().get_config(),
             "tasks": self.tasks.config,
-            **{name: bottom[name] for name in kept},
+            **towers_config(self.bottom),
         }

@@ -26,7 +26,7 @@ from keras_moe.experts import MLPExperts
 from keras_moe.initializers import independent
 from keras_moe.layers._parts import check_leading_axes, check_same_rows, default_name
 from keras_moe.layers._tasks import Tasks
-from keras_moe.layers._towers import run_towers
+from keras_moe.layers._towers import run_towers, towers_config
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -359,15 +359,6 @@ class PPNet(keras.layers.Layer):
         return self.tasks.repeat((*inputs_shape[:-1], self.towers.units[-1]))
 
     def get_config(self) -> dict[str, Any]:
-        towers = self.towers.get_config()
-        kept = (
-            "units",
-            "activation",
-            "dropout",
-            "kernel_initializer",
-            "kernel_regularizer",
-            "seed",
-        )
         return {
             **super().get_config(),
             "tasks": self.tasks.config,
@@ -376,7 +367,7 @@ class PPNet(keras.layers.Layer):
             "gate_kernel_initializer": keras.initializers.serialize(
                 self.gate_kernel_initializer
             ),
-            **{name: towers[name] for name in kept},
+            **towers_config(self.towers),
         }
 
 

@@ -3,12 +3,17 @@
 import math
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from recsys_examples.errors import InputError
 from recsys_examples.workers import Workers
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -49,6 +54,31 @@ def test_an_interrupt_ends_the_processes():
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert time.monotonic() < deadline
+
+
+INTERRUPTED_AT_ONCE = """
+import math, os, signal, threading
+from recsys_examples.workers import Workers
+
+interrupts = []
+signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
+with Workers(2) as workers:
+    threading.Timer(0.02, os.killpg, (0, signal.SIGINT)).start()
+    print(sorted(workers.map(math.sqrt, [9.0, 4.0])), len(interrupts))
+"""
+
+
+def test_an_interrupt_reaches_no_process_that_still_starts():
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_AT_ONCE],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("[2.0, 3.0] 1\n", "")
 
 
 def remember(value):
