@@ -22,6 +22,7 @@ LEVELS = {
     "layers": 4,
     "multitask": 5,
     "plots": 6,
+    "tfrs": 6,
     "upcycling": 6,
 }
 FILES = sorted(
