@@ -19,6 +19,18 @@ def _seed():
     keras.utils.set_random_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled():
+    """JAX keeps all that it compiles, which came to 6 GiB in a process."""
+    yield
+    import keras
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.clear_caches()
+
+
 def pytest_collection_modifyitems(items):
     """One test runs the suite on another backend: it starts first, it takes longest."""
     items.sort(key=lambda item: "test_core_of_the_suite" not in item.name)

@@ -105,6 +105,8 @@ def test_an_interrupted_run_keeps_what_is_finished(data_dir, out, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell's job in the background ignores Ctrl-C, and all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             next(line for line in process.stdout if ": validation 0." in line)
