@@ -83,6 +83,18 @@ class Calibration(NamedTuple):
     offset: float
 
 
+class Towers(NamedTuple):
+    """The two sides of a task's score, which meet in one dot product.
+
+    Attributes:
+        users: the features of users -> (b, d) vectors.
+        movies: scores them against the catalogue; `all_movies` is the other side.
+    """
+
+    users: keras.Model
+    movies: CatalogueScores
+
+
 @dataclass(frozen=True)
 class Ranker:
     """Models over the same layers.
@@ -96,6 +108,7 @@ class Ranker:
         lookups: the inputs of `training` -> a list of tensors, with ids looked up,
             from which the rest of `training` follows. See `behind_lookups`.
         user: the features of users -> what the body sees, for a look at its gates.
+        towers: per task, what its scores are the dot product of.
         body: the layer that the tasks share.
         calibration: what makes a probability of a watch score.
     """
@@ -105,6 +118,7 @@ class Ranker:
     pairs: keras.Model
     lookups: keras.Model
     user: keras.Model
+    towers: dict[str, Towers]
     body: keras.layers.Layer
     calibration: Calibration
 
@@ -157,9 +171,8 @@ def build_ranker(
         shared = dict.fromkeys(tasks, shared)
     users = {task: _user_vector(task, shared[task], pools, settings) for task in tasks}
     levels = {task: Tower((), name=f"level_{task}")(shared[task]) for task in tasks}
-    scores = {
-        task: movies.scores_of_all(task)(users[task]) + levels[task] for task in tasks
-    }
+    scorers = {task: movies.scores_of_all(task) for task in tasks}
+    scores = {task: scorers[task](users[task]) + levels[task] for task in tasks}
 
     next_movies = keras.Input((None,), dtype="int32", name="next_movies")
     training_outputs = {
@@ -190,6 +203,10 @@ def build_ranker(
         # A list, because in a dict Keras wants inputs under the names of tensors.
         lookups=keras.Model(training_inputs, [*looked_up.values(), next_movies]),
         user=keras.Model(user_inputs, features),
+        towers={
+            task: Towers(keras.Model(user_inputs, users[task]), scorers[task])
+            for task in tasks
+        },
         body=body,
         calibration=calibration,
     )
@@ -356,9 +373,9 @@ class _MovieSide:
         vector = self._vectors(row) + self._project(content)
         return ops.sum(user * vector, -1) + ops.squeeze(self._biases[task](row), -1)
 
-    def scores_of_all(self, task: str) -> keras.layers.Layer:
+    def scores_of_all(self, task: str) -> CatalogueScores:
         """Return a layer, (b, d) user vectors -> (b, i) scores."""
-        return _CatalogueScores(
+        return CatalogueScores(
             self._vectors,
             self._project,
             self._biases[task],
@@ -367,7 +384,7 @@ class _MovieSide:
         )
 
 
-class _CatalogueScores(layers.Layer):
+class CatalogueScores(layers.Layer):
     """User vectors against all movies: one matmul."""
 
     def __init__(
@@ -379,9 +396,13 @@ class _CatalogueScores(layers.Layer):
         self.rows = np.arange(len(content)) + _FIRST_MOVIE
 
     def call(self, users: Any) -> Any:
-        vectors = self.vectors(self.rows) + self.project(self.content)  # (i, d)
-        biases = ops.squeeze(self.biases(self.rows), -1)
+        vectors, biases = self.all_movies()
         return ops.matmul(users, ops.transpose(vectors)) + biases
+
+    def all_movies(self) -> tuple[Any, Any]:
+        """Return the vectors (i, d) and the biases (i,) of the catalogue."""
+        vectors = self.vectors(self.rows) + self.project(self.content)
+        return vectors, ops.squeeze(self.biases(self.rows), -1)
 
 
 def _recency_weights(recency: tuple[float, ...]) -> np.ndarray:

@@ -24,25 +24,29 @@ from recsys_examples.movielens.training import fuse
 from recsys_examples.runs import find_saved_model
 
 
-class Recommender(keras.layers.Layer):
-    """Ranks the catalogue for known users by what was known of them at export.
+class KnownUsers(keras.layers.Layer):
+    """What is known of users at export.
 
     Args:
-        ranker: the trained models.
         sequences: every user's ratings at export, which make the histories and are
-            left out of the lists.
+            left out of lists.
         catalogue: all movies.
+
+    Call arguments:
+        user_id: (b,) ids.
+
+    Returns:
+        The features of the users, all zeros for whoever is unknown: no id, no history;
+        (n, 2) the user of the batch and the catalogue row of every movie that was
+        seen; and (b,) whether the user is known.
     """
 
-    def __init__(
-        self, ranker: Ranker, sequences: Sequences, catalogue: Catalogue
-    ) -> None:
+    def __init__(self, sequences: Sequences, catalogue: Catalogue) -> None:
         super().__init__()
-        self._model, self._calibration = ranker.catalogue, ranker.calibration
         self._user_lookup = keras.layers.IntegerLookup(vocabulary=sequences.user_ids)
         self._num_users = len(sequences.user_ids)
         known = sequences.histories(catalogue, np.arange(self._num_users))
-        # One more row, all zeros, for whoever is unknown: no id, no history.
+        # One more row, all zeros, for whoever is unknown.
         self._features = {
             name: tf.constant(np.concatenate([values, np.zeros_like(values[:1])]))
             for name, values in known.items()
@@ -51,6 +55,36 @@ class Recommender(keras.layers.Layer):
             np.append(sequences.starts, sequences.starts[-1])
         )
         self._seen = tf.constant(sequences.movies)
+
+    def call(self, user_id: Any) -> tuple[dict[str, Any], Any, Any]:
+        # The lookup gives 0 to the unknown and then counts from 1.
+        found = self._user_lookup(user_id)
+        unknown = tf.cast(self._num_users, found.dtype)
+        row = tf.where(found == 0, unknown, found - 1)
+        features = {name: tf.gather(v, row) for name, v in self._features.items()}
+        seen = tf.RaggedTensor.from_row_splits(
+            self._seen, self._seen_starts, validate=False
+        )
+        seen = tf.gather(seen, row)
+        at = tf.stack([seen.value_rowids(), seen.values], axis=1)
+        return features, at, found != 0
+
+
+class Recommender(keras.layers.Layer):
+    """Ranks the catalogue for known users by what was known of them at export.
+
+    Args:
+        ranker: the trained models.
+        sequences: every user's ratings at export.
+        catalogue: all movies.
+    """
+
+    def __init__(
+        self, ranker: Ranker, sequences: Sequences, catalogue: Catalogue
+    ) -> None:
+        super().__init__()
+        self._model, self._calibration = ranker.catalogue, ranker.calibration
+        self._users = KnownUsers(sequences, catalogue)
         self._movie_ids = tf.constant(catalogue.movie_ids)
         self._titles = tf.constant(catalogue.titles)
 
@@ -64,13 +98,11 @@ class Recommender(keras.layers.Layer):
         ]
         with tf.control_dependencies(checks):
             k = tf.identity(k)  # or top_k may fail first, in words of its own
-        # The lookup gives 0 to the unknown and then counts from 1.
-        found = self._user_lookup(user_id)
-        unknown = tf.cast(self._num_users, found.dtype)
-        row = tf.where(found == 0, unknown, found - 1)
-        features = {name: tf.gather(v, row) for name, v in self._features.items()}
+        features, seen, known = self._users(user_id)
         scores = self._model(features, training=False)
-        ranking = self._without_seen(fuse(scores), row)
+        ranking = fuse(scores)
+        lowest = tf.fill(tf.shape(seen)[:1], ranking.dtype.min)
+        ranking = tf.tensor_scatter_nd_update(ranking, seen, lowest)
         best, movies = tf.math.top_k(ranking, k)
         # Whoever has seen nearly all gets fewer than k movies, then blanks.
         unseen = best > best.dtype.min
@@ -86,19 +118,9 @@ class Recommender(keras.layers.Layer):
             ),
             "title": tf.where(unseen, tf.gather(self._titles, movies), ""),
             "score": best,
-            "known_user": found != 0,
+            "known_user": known,
             **{task: tf.where(unseen, p, 0.0) for task, p in predictions.items()},
         }
-
-    def _without_seen(self, ranking: Any, row: Any) -> Any:
-        """Put the movies that each user has seen behind all others."""
-        seen = tf.RaggedTensor.from_row_splits(
-            self._seen, self._seen_starts, validate=False
-        )
-        seen = tf.gather(seen, row)
-        at = tf.stack([seen.value_rowids(), seen.values], axis=1)
-        lowest = tf.fill(tf.shape(at)[:1], ranking.dtype.min)
-        return tf.tensor_scatter_nd_update(ranking, at, lowest)
 
 
 def export_saved_model(

@@ -306,7 +306,7 @@ def fit_ranker(
     examples = Examples(
         sequences, catalogue, settings, tasks, seed, equal_batches=jit_compile
     )
-    _compile(model, settings, tasks, steps=len(examples), jit_compile=jit_compile)
+    compile_ranker(model, settings, tasks, steps=len(examples), jit_compile=jit_compile)
     watched: dict[str, Any] = {}
     if validation is not None:
         watched["validation_data"] = taken(
@@ -357,13 +357,22 @@ def _best_epoch(curves: dict[str, list[float]]) -> int:
     return len(curves["loss"])
 
 
-def _compile(
+def compile_ranker(
     model: keras.Model,
     settings: Settings,
     tasks: tuple[str, ...],
     steps: int,
     jit_compile: bool = False,
 ) -> None:
+    """Give a model of these tasks its losses, metrics and optimizer.
+
+    Args:
+        model: gives watch (b, i), and like and rating (b, c, 1) with logits of like.
+        settings: rates, and weights of the losses.
+        tasks: the tasks that the model has.
+        steps: batches of an epoch.
+        jit_compile: whether XLA compiles the training.
+    """
     mean = "mean_with_sample_weight"  # a row of weight 0 then adds exactly nothing
     losses = {
         "watch": WatchLoss(settings),

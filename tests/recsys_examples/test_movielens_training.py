@@ -20,7 +20,7 @@ from recsys_examples.movielens.training import (
     LookedUp,
     Validation,
     WatchLoss,
-    _compile,
+    compile_ranker,
     fit_ranker,
     fuse,
     fused_scorer,
@@ -303,7 +303,7 @@ class TestUndefinedRows:
         ranker = build_ranker(
             windows.catalogue, windows.train.user_ids, popularity, settings
         )
-        _compile(ranker.training, settings, TASKS, steps=1)
+        compile_ranker(ranker.training, settings, TASKS, steps=1)
         # Scores that are not all alike.
         rng = np.random.default_rng(1)
         for variable in ranker.training.trainable_variables:
@@ -466,7 +466,7 @@ class TestFit:
         ranker = build_ranker(
             catalogue, train.user_ids, popularity, settings, tasks
         ).training
-        _compile(ranker, settings, tasks, steps=1)
+        compile_ranker(ranker, settings, tasks, steps=1)
         small = replace(settings, batch_size=2)
         examples = Examples(train, catalogue, small, tasks, seed=1)
         epochs = _Epochs(examples)
@@ -492,7 +492,7 @@ def test_one_step_with_and_without_xla(windows, settings):
         if jit_compile:
             model = ranker.behind_lookups()
             examples = LookedUp(examples, ranker.lookups)
-        _compile(model, plain, TASKS, steps=1, jit_compile=jit_compile)
+        compile_ranker(model, plain, TASKS, steps=1, jit_compile=jit_compile)
         assert model.jit_compile is jit_compile
         features, labels, sample_weight = examples[0]
         logs.append(

