@@ -443,14 +443,17 @@ def blocked_in_turn(
 def block_sizes(num_rows: int | None, num_experts: int) -> tuple[int, ...]:
     """Return the sizes that the last block of an expert may have, up to a whole one.
 
-    A whole block is as large as an even load or up to twice as large, but no more than
-    256 rows, with which a matmul runs at full speed. So most experts need one block,
-    and the next size that holds it is at most an eighth of a whole block larger.
+    A whole block is as large as an even load or up to twice as large, so that most
+    experts need one block, but no more than 256 rows; or, where that is more, half an
+    even load, up to 1024 rows: fewer and longer turns of the loop. The next size that
+    holds the rest is at most an eighth of a whole block larger.
     """
     whole = 16
     if num_rows is None:
-        whole = 128
-    while num_rows is not None and whole < 256 and whole * num_experts <= num_rows:
+        return tuple(range(16, 129, 16))
+    while whole < 256 and whole * num_experts <= num_rows:
+        whole *= 2
+    while whole < 1024 and 4 * whole * num_experts <= num_rows:
         whole *= 2
     return tuple(range(whole // 8, whole + 1, whole // 8))
 
