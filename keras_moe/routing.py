@@ -224,8 +224,13 @@ def expert_capacity(
     if isinstance(num_tokens, int):
         slots = -(-share.numerator * num_tokens // share.denominator)
         return max(1, min(slots, num_tokens))
-    n = ops.cast(num_tokens, "int64")
-    slots = -(-share.numerator * n // share.denominator)
+    # LiteRT divides int32 alone, which is enough unless the share is a long fraction;
+    # and only what is positive rounds alike in all formats of export.
+    short = share.numerator * share.denominator < 2**31
+    n = ops.cast(num_tokens, "int32" if short else "int64")
+    whole, rest = n // share.denominator, n % share.denominator
+    part = (share.numerator * rest + share.denominator - 1) // share.denominator
+    slots = share.numerator * whole + part
     return ops.cast(ops.maximum(ops.minimum(slots, n), 1), "int32")
 
 
@@ -245,10 +250,11 @@ def sort_choices(routing: Routing, num_experts: int, queue: Any = None) -> Runs:
     if queue is not None:
         choices = ops.take(choices, queue)
     order = ops.cast(ops.argsort(choices), "int32")
-    ends = ops.searchsorted(
-        ops.take(choices, order), ops.arange(num_experts, dtype="int32"), side="right"
+    # Counted, not searched for: other runtimes know no `searchsorted`.
+    counts = ops.segment_sum(
+        ops.ones_like(choices), choices, num_segments=num_experts + 1
     )
-    ends = ops.cast(ends, "int32")
+    ends = ops.cast(ops.cumsum(counts[:-1]), "int32")
     if queue is not None:
         order = ops.take(queue, order)
     m = ops.shape(order)[0]

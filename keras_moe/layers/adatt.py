@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_moe import _checks
@@ -186,8 +187,8 @@ class AdaTT(GatedMixture):
         own = ops.ones((t, m), gates.dtype)
         if m > 1:
             own = ops.convert_to_tensor(self.own_weights[level])
-        # (t, m) -> (t, t * m), block-diagonal.
-        blocks = ops.expand_dims(ops.eye(t, dtype=own.dtype), -1)
+        # (t, m) -> (t, t * m), block-diagonal. OpenVINO knows no `ops.eye`.
+        blocks = ops.cast(np.eye(t)[:, :, None], own.dtype)
         rows = ops.reshape(blocks * ops.expand_dims(own, 0), (t, t * m))
         if s:
             rows = ops.pad(rows, ((0, 0), (0, s)))

@@ -431,8 +431,9 @@ class MoE(keras.layers.Layer):
         outputs = dispatch_lib.capacity(
             tokens, routing, self.experts, training, slots=slots
         )
-        nan = ops.full_like(outputs, float("nan"))
-        return ops.where(ops.expand_dims(finite, -1), outputs, nan), slots.kept
+        # A scalar: a tensor of NaN is multiplied by 0, and stays NaN, in ONNX.
+        outputs = ops.where(ops.expand_dims(finite, -1), outputs, float("nan"))
+        return outputs, slots.kept
 
     def _dispatch_now(self) -> str:
         """The dispatch of the graph that is being traced; the rule is in the docs."""
