@@ -15,6 +15,54 @@ def default_name(name: str) -> str:
     return name if count == 1 else f"{name}_{count - 1}"
 
 
+class Adaptable(keras.layers.Layer):
+    """A layer whose file remembers `quantize` and `enable_lora` of the layers inside.
+
+    Keras keeps them in the config of the layer itself, which is in no file where an
+    outer layer makes its own parts. Here they are in the outer layer's build config.
+    """
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        config = super().get_build_config()
+        layers = enumerate(self._flatten_layers(include_self=False))
+        done = {str(i): self._done_to(layer) for i, layer in layers}
+        done = {i: entry for i, entry in done.items() if entry}
+        return {**config, "adapted": done} if config and done else config
+
+    def _done_to(self, layer: keras.layers.Layer) -> dict[str, Any]:
+        done: dict[str, Any] = {}
+        mode = layer.quantization_mode
+        if mode in ("gptq", "awq"):
+            raise ValueError(
+                f"{type(self).__name__} {self.name!r} cannot be saved with layers that "
+                f'are quantized by "{mode}"; "int8", "int4" and "float8" can. '
+                f"Received: {layer.path!r}"
+            )
+        if mode is not None:
+            config = getattr(layer, "quantization_config", None)
+            config = keras.saving.serialize_keras_object(config)
+            done["quantize"] = {"mode": mode, "config": config}
+        if getattr(layer, "lora_enabled", False):
+            done["lora"] = {"rank": layer.lora_rank, "lora_alpha": layer.lora_alpha}
+        return done
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        config = dict(config)
+        adapted = config.pop("adapted", {})
+        super().build_from_config(config)
+        layers = self._flatten_layers(include_self=False)
+        for i, done in adapted.items():
+            layer = layers[int(i)]
+            # Layers that were given have it in a config of their own.
+            if "quantize" in done and layer.quantization_mode is None:
+                found = keras.saving.deserialize_keras_object(
+                    done["quantize"]["config"]
+                )
+                layer.quantize(done["quantize"]["mode"], config=found)
+            if "lora" in done and not layer.lora_enabled:
+                layer.enable_lora(**done["lora"])
+
+
 def check_experts(
     experts: Any,
     num_experts: int,

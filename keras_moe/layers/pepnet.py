@@ -24,13 +24,18 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe.experts import MLPExperts
 from keras_moe.initializers import independent
-from keras_moe.layers._parts import check_leading_axes, check_same_rows, default_name
+from keras_moe.layers._parts import (
+    Adaptable,
+    check_leading_axes,
+    check_same_rows,
+    default_name,
+)
 from keras_moe.layers._tasks import Tasks
 from keras_moe.layers._towers import run_towers, towers_config
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class GateNU(keras.layers.Layer):
+class GateNU(Adaptable):
     """Gate unit: two layers that end in gates between 0 and `scale`.
 
     `scale * sigmoid(relu(x W + b) W' + b')`. With a scale of 2, gates start around 1,
@@ -116,7 +121,7 @@ class GateNU(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class EPNet(keras.layers.Layer):
+class EPNet(Adaptable):
     """An embedding that every domain scales its own way.
 
     What is known of the domain (scenario, page, market) makes a gate for every unit of
@@ -214,7 +219,7 @@ class EPNet(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class PPNet(keras.layers.Layer):
+class PPNet(Adaptable):
     """One MLP a task, whose hidden units are scaled for each row.
 
     What is known beforehand of user, item and author makes a gate for every unit of
@@ -372,7 +377,7 @@ class PPNet(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class PEPNet(keras.layers.Layer):
+class PEPNet(Adaptable):
     """`EPNet`, then `PPNet`: domains scale the embedding, priors the task towers.
 
     Its outputs have the form of those of `MMoE`, so that one swaps for the other where

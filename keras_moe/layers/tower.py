@@ -9,10 +9,11 @@ import keras
 
 from keras_moe import _checks
 from keras_moe.initializers import independent
+from keras_moe.layers._parts import Adaptable
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class Tower(keras.layers.Layer):
+class Tower(Adaptable):
     """A task head: an MLP that ends in one unit.
 
     Args:
@@ -69,7 +70,13 @@ class Tower(keras.layers.Layer):
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.seed = seed
         self.hidden = [
-            self._dense(i, size, self.hidden_activation, dtype=self.dtype_policy)
+            self._dense(
+                i,
+                size,
+                self.hidden_activation,
+                dtype=self.dtype_policy,
+                name=f"hidden_{i}",
+            )
             for i, size in enumerate(self.units)
         ]
         self.dropouts = [
@@ -77,6 +84,7 @@ class Tower(keras.layers.Layer):
                 self.dropout,
                 seed=None if seed is None else seed + i,
                 dtype=self.dtype_policy,
+                name=f"dropout_{i}",
             )
             for i in range(len(self.units))
         ]
@@ -86,6 +94,7 @@ class Tower(keras.layers.Layer):
             self.activation,
             bias_initializer=self.bias_initializer,
             dtype="float64" if self.compute_dtype == "float64" else "float32",
+            name="output_unit",
         )
 
     def _dense(

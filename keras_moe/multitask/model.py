@@ -22,6 +22,9 @@ class MultiTaskModel(keras.Model):
     nothing, give the loss `reduction="mean_with_sample_weight"`, which divides by the
     sum of the weights, and list the task's metrics under `weighted_metrics`.
 
+    `keras.models.clone_model` makes a plain functional model of it, without
+    `loss_weighting`; `MultiTaskModel.from_config(model.get_config())` keeps both.
+
     Args:
         inputs: the input tensors, in any structure that `keras.Model` takes.
         outputs: dict of output tensors by task name.
