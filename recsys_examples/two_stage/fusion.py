@@ -7,7 +7,7 @@ The second line is Carbonell and Goldstein 1998 (https://doi.org/10.1145/290941.
 with the weight on one side only, so that `diversity` is in units of the score: 0 sorts
 by `fused`. Likeness is the cosine of two movies' genres.
 
-Axis letters: b batch, c candidates, k places of the list, g genres.
+Axis letters: b batch, c candidates, k places of the list, i movies, g genres.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ def fuse(scores: dict[str, Any], fusion: Fusion) -> Any:
     )
 
 
-def diverse_top(fused: Any, vectors: Any, k: int, diversity: float) -> Any:
+def diverse_top(fused: Any, rows: Any, vectors: Any, k: int, diversity: float) -> Any:
     """Choose a list by maximal marginal relevance.
 
     Args:
         fused: (b, c) scores.
-        vectors: (b, c, g) of length 1 or 0, whose product is the likeness.
+        rows: (b, c) the candidates' rows of `vectors`.
+        vectors: (i, g) of length 1 or 0, whose product is the likeness.
         k: length of the list, at most c.
         diversity: see `Fusion`.
 
@@ -59,8 +60,8 @@ def diverse_top(fused: Any, vectors: Any, k: int, diversity: float) -> Any:
         return tf.math.top_k(fused, k).indices
     size = min(fused.shape[1] or _SHORTLIST, max(k, _SHORTLIST))
     value, shortlist = tf.math.top_k(fused, size)
-    vectors = tf.gather(vectors, shortlist, batch_dims=1)
-    likeness = diversity * tf.matmul(vectors, vectors, transpose_b=True)
+    genres = tf.gather(vectors, tf.gather(rows, shortlist, batch_dims=1))
+    likeness = diversity * tf.matmul(genres, genres, transpose_b=True)
     penalty = tf.zeros_like(value)
     chosen = []
     for _ in range(k):

@@ -261,10 +261,10 @@ class Ranked:
     def lists(self, scores: dict[str, np.ndarray], fusion: Fusion) -> np.ndarray:
         """Return (b, k) catalogue rows, -1 where no movie is left."""
         fused = np.where(self.rows < 0, HIDDEN, np.asarray(fuse(scores, fusion)))
-        vectors = self._genres[self.rows]
         top = diverse_top(
             keras.ops.convert_to_tensor(fused),
-            keras.ops.convert_to_tensor(vectors),
+            keras.ops.convert_to_tensor(np.maximum(self.rows, 0)),
+            keras.ops.convert_to_tensor(self._genres),
             LIST_LENGTH,
             fusion.diversity,
         )

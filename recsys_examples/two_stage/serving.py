@@ -68,7 +68,8 @@ class Recommender(keras.layers.Layer):
         fused = tf.where(unseen, fuse(scores, self._fusion), HIDDEN)
         top = diverse_top(
             fused,
-            tf.gather(self._pairs.genres, rows),
+            rows,
+            self._pairs.genres,
             LIST_LENGTH,
             self._fusion.diversity,
         )

@@ -50,9 +50,9 @@ class Settings:
     dropout: float = 0.1
     batch_size: int = 32
     learning_rate: float = 5e-3
-    ranker_epochs: int = 12
+    ranker_epochs: int = 10
     task_weights: tuple[float, float] = (0.3, 0.1)
     like_weights: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 1.5)
     rating_weights: tuple[float, ...] = (0.0, 0.2, 0.5)
     diversities: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2)
-    tolerance: float = 0.01
+    tolerance: float = 0.005

@@ -276,7 +276,9 @@ class TestFusion:
         fused = rng.normal(size=(6, size)).astype(np.float32)
         vectors = np.abs(rng.normal(size=(6, size, 3))).astype(np.float32)
         vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-        found = diverse_top(tf.constant(fused), tf.constant(vectors), 10, diversity)
+        rows = np.arange(6 * size).reshape(6, size)
+        table = tf.constant(vectors.reshape(-1, 3))
+        found = diverse_top(tf.constant(fused), tf.constant(rows), table, 10, diversity)
         for user in range(6):
             # Maximal marginal relevance in loops, over the 50 best.
             left = list(np.argsort(-fused[user])[:50])
