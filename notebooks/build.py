@@ -82,7 +82,7 @@ def execute(notebook: NotebookNode, quick: bool = False) -> NotebookNode:
     )
     client.execute(env={**os.environ, **_ENVIRONMENT, QUICK: "1" if quick else "0"})
     for cell in notebook.cells:
-        _check_outputs(cell)
+        check_outputs(cell)
     notebook.metadata.language_info = NotebookNode(name="python")
     return notebook
 
@@ -104,7 +104,13 @@ def take_outputs(notebook: NotebookNode, path: Path) -> NotebookNode:
     return notebook
 
 
-def _check_outputs(cell: NotebookNode) -> None:
+def check_outputs(cell: NotebookNode) -> None:
+    """Refuse outputs that are not for a reader.
+
+    Raises:
+        ValueError: if the cell wrote to stderr or logged a warning, or if a path of
+            this machine is in an output.
+    """
     places = {str(FOLDER.parent), str(Path.home()), tempfile.gettempdir()} - {"/"}
     for output in cell.get("outputs", ()):
         if output.get("name") == "stderr":

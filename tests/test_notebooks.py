@@ -1,0 +1,105 @@
+"""Notebooks have the cells of their scripts, run, and end with figures they show."""
+
+import re
+
+import nbformat
+import pytest
+
+from notebooks import build
+
+SCRIPTS = [pytest.param(path, id=path.stem) for path in build.scripts()]
+# A figure is a number with a point or a comma, a percentage, or one of two digits on.
+FIGURE = re.compile(r"\d[\d,]*\.\d+|\d[\d,]*\d|\d+(?=%)")
+
+
+def _kept(script):
+    return nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+
+
+def _outputs(notebook):
+    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+
+def _printed(notebook):
+    return "".join(output.get("text", "") for output in _outputs(notebook))
+
+
+def test_there_are_four():
+    assert [path.name[:2] for path in build.scripts()] == ["01", "02", "03", "04"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_notebook_has_the_cells_of_its_script(script):
+    kept, made = _kept(script), build.read(script)
+    assert [(c.cell_type, c.source) for c in kept.cells] == [
+        (c.cell_type, c.source) for c in made.cells
+    ]
+    assert kept.metadata == made.metadata
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_notebook_keeps_clean_outputs_of_all_cells_in_order(script):
+    kept = _kept(script)
+    nbformat.validate(kept)
+    code = [cell for cell in kept.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    kinds = {output.output_type for output in _outputs(kept)}
+    assert kinds == {"stream", "display_data"}
+    assert {o.name for o in _outputs(kept) if o.output_type == "stream"} == {"stdout"}
+    assert sum("image/png" in o.get("data", {}) for o in _outputs(kept)) >= 2
+    assert "\r" not in _printed(kept)
+    assert not re.search(r"(?:^|\s|['\"])/\w+/", _printed(kept)), "a path"
+    assert script.with_suffix(".ipynb").stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_figures_of_the_last_cell_stand_in_the_outputs(script):
+    kept = _kept(script)
+    last = kept.cells[-1]
+    assert last.source.startswith("## What was seen")
+    said = FIGURE.findall(last.source)
+    assert len(said) >= 5
+    shown = set(FIGURE.findall(_printed(kept)))
+    assert [figure for figure in said if figure not in shown] == []
+
+
+@pytest.fixture(scope="module")
+def small_runs():
+    """Run all with small settings, in one kernel, which imports TensorFlow once."""
+    made = {script: build.read(script) for script in build.scripts()}
+    cells = []
+    for notebook in made.values():
+        cells += [nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]
+    build.execute(nbformat.v4.new_notebook(cells=cells), quick=True)
+    return made
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_notebook_runs_with_small_settings(script, small_runs):
+    made, kept = small_runs[script], _kept(script)
+    assert [[o.output_type for o in c.get("outputs", ())] for c in made.cells] == [
+        [o.output_type for o in c.get("outputs", ())] for c in kept.cells
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stream", "text", "rule"),
+    [
+        ("stderr", "UserWarning: careful", "nothing to stderr"),
+        ("stdout", "WARNING:tensorflow:careful", "no warning"),
+        ("stdout", f"written to {build.FOLDER / 'model'}", "not hold the path"),
+    ],
+)
+def test_outputs_that_are_not_for_a_reader_are_refused(stream, text, rule):
+    output = nbformat.v4.new_output("stream", name=stream, text=text)
+    with pytest.raises(ValueError, match=rule):
+        build.check_outputs(nbformat.v4.new_code_cell(outputs=[output]))
+
+
+def test_outputs_are_kept_for_the_code_that_made_them_alone():
+    script = build.scripts()[0]
+    made, path = build.read(script), script.with_suffix(".ipynb")
+    assert _outputs(build.take_outputs(made, path)) == _outputs(_kept(script))
+    made.cells[1].source += "\n"
+    with pytest.raises(ValueError, match="has changed"):
+        build.take_outputs(made, path)
