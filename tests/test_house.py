@@ -11,6 +11,7 @@ ROOT = Path(keras_moe.__file__).parent
 LEVELS = {
     "_backend": 0,
     "_checks": 0,
+    "_requests": 0,
     "_version": 0,
     "initializers": 1,
     "routing": 1,
@@ -21,6 +22,7 @@ LEVELS = {
     "metrics": 3,
     "layers": 4,
     "multitask": 5,
+    "export": 6,
     "plots": 6,
     "tfrs": 6,
     "upcycling": 6,

@@ -1,0 +1,117 @@
+"""Requests to a served model: what fits its features, and TensorFlow Serving's records.
+
+A request is a dict of one array a feature, with the batch as the first axis.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_NAN = "must hold no NaN"
+
+
+def without_nan(features: dict[str, Any]) -> dict[str, Any]:
+    """Return `features` of a graph that fails by name where one holds a NaN."""
+    import tensorflow as tf
+
+    checks = [
+        tf.debugging.Assert(
+            tf.logical_not(tf.reduce_any(tf.math.is_nan(value))),
+            [f"feature `{name}` {_NAN}"],
+        )
+        for name, value in features.items()
+        if value.dtype.is_floating
+    ]
+    with tf.control_dependencies(checks):
+        return {name: tf.identity(value) for name, value in features.items()}
+
+
+def nan_found(error: Exception) -> str | None:
+    """Return what `without_nan` says in an error of TensorFlow."""
+    found = re.search(rf"feature `\w+` {_NAN}", str(error))
+    return found and found.group()
+
+
+def checked(specs: Mapping[str, Any], request: Any) -> dict[str, np.ndarray]:
+    """Return `request` as arrays that fit `specs`, or name the wrong feature."""
+    if not isinstance(request, Mapping):
+        raise ValueError(
+            f"a request must be a dict of the features {sorted(specs)}. "
+            f"Received: {type(request).__name__}"
+        )
+    for name in specs:
+        if name not in request:
+            raise ValueError(
+                f"feature `{name}` is missing. Received: {sorted(map(str, request))}"
+            )
+    for name in request:
+        if name not in specs:
+            raise ValueError(
+                f"feature `{name}` is unknown. The features are {sorted(specs)}"
+            )
+    arrays = {name: _as_array(name, specs[name], request[name]) for name in specs}
+    sizes = {name: len(arrays[name]) for name in sorted(arrays)}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"all features must have one batch size. Received: {sizes}")
+    return arrays
+
+
+# Kinds of dtypes in NumPy: what a list may hold for a feature of each.
+_OF_LISTS = {"f": "fiu", "i": "iu", "u": "iu", "b": "b", "O": "OSU"}
+
+
+def _as_array(name: str, spec: Any, value: Any) -> np.ndarray:
+    """Return `value` as an array of the dtype and shape of the feature."""
+    dtype = np.dtype(spec.dtype.as_numpy_dtype)
+    try:
+        array = np.asarray(value)
+        is_list = not hasattr(value, "dtype")
+        kinds = _OF_LISTS[dtype.kind] if is_list or dtype.kind == "O" else ""
+        if array.dtype != dtype and array.dtype.kind not in kinds:
+            raise TypeError(array.dtype)
+        # From the list itself: NumPy then refuses an integer that is too large.
+        array = np.asarray(value if is_list else array, dtype)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"feature `{name}` must be of dtype {spec.dtype.name}. Received: {error}"
+        ) from error
+    if not spec.shape.is_compatible_with(array.shape):
+        raise ValueError(
+            f"feature `{name}` must be of shape {tuple(spec.shape)}, the batch first. "
+            f"Received: {array.shape}"
+        )
+    return array
+
+
+def write_warmup(folder: Path, requests: Sequence[dict[str, np.ndarray]]) -> None:
+    """Write `PredictionLog`s of tensorflow/serving, in the wire format of protobuf."""
+    import tensorflow as tf
+
+    def field(number: int, value: bytes) -> bytes:
+        return bytes([number << 3 | 2]) + _varint(len(value)) + value
+
+    extra = folder / "assets.extra"
+    extra.mkdir()
+    with tf.io.TFRecordWriter(str(extra / "tf_serving_warmup_requests")) as records:
+        for request in requests:
+            # PredictRequest: model_spec = 1 (signature_name = 3), inputs = 2 (a map).
+            predict = field(1, field(3, b"serving_default"))
+            for name, array in request.items():
+                tensor = tf.make_tensor_proto(array).SerializeToString()
+                predict += field(2, field(1, name.encode()) + field(2, tensor))
+            # PredictionLog: predict_log = 6, whose request = 1.
+            records.write(field(6, field(1, predict)))
+
+
+def _varint(number: int) -> bytes:
+    """Return `number` in groups of seven bits, the lowest first."""
+    groups = []
+    while number > 127:
+        groups.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*groups, number])
