@@ -19,9 +19,7 @@ from recsys_examples.task_correlation.settings import BOTTOM, MMOE, OMOE, PLE
 Losses = Mapping[str, Mapping[float, np.ndarray]]
 
 MIXTURES = (OMOE, MMOE)  # of the paper; PLE is of 2020 and decides no claim
-# Means closer than this share of OMoE's are about equal. With the spread there is, 30
-# runs cannot tell a difference of half of it from none.
-MARGIN = 0.2
+MARGIN = 0.1  # Two mean losses closer than this share of OMoE's are about equal.
 FEWEST_RUNS = 5  # below, an interval of the bootstrap says nothing
 _RESAMPLES = 10_000
 

@@ -47,14 +47,16 @@ def check(layer, *leading):
             (1, 0, 1, 2, {}),
             (2, 1, 1, 2, {"units": (3, U)}),
             (2, 1, 0, 2, {}),
+            (2, 3, 0, 2, {}),  # MMoE in several levels
+            (3, 2, 0, 3, {"gate_units": (3,)}),
             (2, 2, 1, 1, {}),
             (2, 1, 2, 3, {"gate_temperature": 0.5}),
             (2, 1, 1, 2, {"gate_units": (3,), "gate_use_bias": True}),
             (3, 2, 2, 2, {}),
             (3, 1, 1, 3, {"units": (3, 3, U)}),
         ],
-        5,
-        8,
+        6,
+        10,
     ),
 )
 def test_outputs_and_all_gradients_equal_the_oracle(
