@@ -15,7 +15,6 @@ BY_THE_COMPILER = {
     "config_round_trip",  # compiles nothing
     "gradients_reach_every_weight",
     "no_rows",
-    "output_shape",
 }
 
 
