@@ -295,7 +295,8 @@ def expert_choice(
     if routing.invalid is None:
         return sums
     invalid = ops.expand_dims(routing.invalid, -1)
-    return ops.where(invalid, ops.full_like(sums, float("nan")), sums)
+    # A scalar: a tensor of NaN is multiplied by 0, and stays NaN, in ONNX.
+    return ops.where(invalid, float("nan"), sums)
 
 
 def _in_slots(

@@ -31,9 +31,8 @@ FORMATS = {
 }
 # "blocked" writes into its rows in a loop, for which these two have no operation.
 _INSTEAD = {"onnx": {"blocked": "split"}, "openvino": {"blocked": "split"}}
-# What a converter turns into other numbers: tf2onnx multiplies where it should select,
-# and keeps a NaN that nobody chose; 123456789 % 7 is 8 in OpenVINO, so hashes differ.
-_OTHERWISE = {"onnx": routers.ExpertChoiceRouter, "openvino": routers.HashRouter}
+# What a converter turns into other numbers: OpenVINO's integers do not wrap around.
+_OTHERWISE = {"openvino": routers.HashRouter}
 # What a request can hold in JSON and in NumPy.
 _DTYPES = (
     *("bool", "string", "float16", "float32", "float64"),
