@@ -24,7 +24,7 @@ from tests import family
 pytestmark = family.not_on_jax
 D, U = 6, 4
 
-# Made with `units` of its own experts, or with `experts`; and the experts of each level.
+# Made with `units` of its own experts, or with `experts`; and the number a level.
 MIXTURES = {
     "OMoE": (lambda units, t, **given: OMoE(3, units, t, **given), [3]),
     "MMoE": (lambda units, t, **given: MMoE(3, units, t, **given), [3]),
