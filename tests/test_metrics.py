@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_moe.layers import MoE
 from keras_moe.metrics import RoutingMetrics
 from keras_moe.routers import TopKRouter
 from keras_moe.routing import DenseRouting, ExpertChoiceRouting, Routing
 from tests import backends
+from tests.family import not_on_jax
 
 ALL = RoutingMetrics.KNOWN
 PROBS = np.array(
@@ -260,6 +262,33 @@ def test_fit_and_evaluate_show_the_figures_of_all_batches(jit):
     assert len(model.metrics) == 2
     # Sums are no weights and go into no file.
     assert [w.name for w in layer.weights] == ["kernel"]
+
+
+@pytest.mark.parametrize("jit", [pytest.param(False, marks=not_on_jax), *COMPILERS[1:]])
+def test_fit_shows_the_figures_of_a_moe(jit, capsys):
+    layer = MoE(4, (3, 2), 1, capacity_factor=0.5, routing_metrics=ALL, name="moe")
+    model = keras.Sequential([keras.Input(batch_shape=(8, 3)), layer])
+    layer.router.kernel.assign(np.zeros((3, 4)))
+    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=jit)
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    history = model.fit(x, x[:, :2], batch_size=8, epochs=1, verbose=2).history
+    # All 8 tokens of a batch want expert 0, which has 0.5 * 1 * 8 / 4 = 1 slot.
+    # Loads 8, 0, 0, 0: mean 2, variance (36 + 4 + 4 + 4) / 4 = 12, CV sqrt(12) / 2.
+    figures = {
+        "moe_expert_load_0": 1.0,
+        "moe_expert_load_1": 0.0,
+        "moe_expert_load_2": 0.0,
+        "moe_expert_load_3": 0.0,
+        "moe_load_cv": math.sqrt(3.0),
+        "moe_dropped_fraction": 7 / 8,
+        "moe_router_entropy": 2 * LOG2,
+        "moe_router_confidence": 0.25,
+    }
+    shown = capsys.readouterr().out
+    assert sorted(history) == sorted([*figures, "loss"])
+    for name, value in figures.items():
+        assert history[name] == [pytest.approx(value, abs=1e-6)]
+        assert f"{name}: {value:.4f}" in shown
 
 
 def test_sums_are_exact_under_a_mixed_policy():
