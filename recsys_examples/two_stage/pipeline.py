@@ -35,13 +35,9 @@ from recsys_examples.two_stage.fusion import (
 )
 from recsys_examples.two_stage.pairs import PairFeatures, genre_vectors
 from recsys_examples.two_stage.ranker import Examples, Moments, fit_ranker
-from recsys_examples.two_stage.retrieval import (
-    HIDDEN,
-    Retrieval,
-    fit_retrieval,
-    make_index,
-)
+from recsys_examples.two_stage.retrieval import fit_retrieval, make_index
 from recsys_examples.two_stage.settings import LIST_LENGTH, TASKS, Settings
+from recsys_examples.two_stage.towers import HIDDEN, Retrieval
 
 _AT_ONCE = 256
 FUNNEL = (10, 20, 50, 100, 200, 500, 1000)

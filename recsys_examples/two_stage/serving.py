@@ -24,8 +24,8 @@ from recsys_examples.movielens.features import HISTORY_LENGTH, NO_MOVIE
 from recsys_examples.movielens.serving import KnownUsers
 from recsys_examples.two_stage.fusion import Fusion, diverse_top, fuse
 from recsys_examples.two_stage.pipeline import FirstStage
-from recsys_examples.two_stage.retrieval import HIDDEN
 from recsys_examples.two_stage.settings import LIST_LENGTH, TASKS
+from recsys_examples.two_stage.towers import HIDDEN
 
 _HIGHEST_RATING = 5.0
 

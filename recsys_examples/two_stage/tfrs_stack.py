@@ -26,14 +26,14 @@ import tensorflow_recommenders as tfrs
 from recsys_examples.movielens.features import Catalogue, Sequences
 from recsys_examples.movielens.model import Towers, build_ranker
 from recsys_examples.movielens.training import Examples, Validation
-from recsys_examples.two_stage.retrieval import (
+from recsys_examples.two_stage.settings import Settings
+from recsys_examples.two_stage.towers import (
     Retrieval,
     candidate_vectors,
     query_tower,
     tower_settings,
     without,
 )
-from recsys_examples.two_stage.settings import Settings
 
 _KS = (10, 100)
 _CHOSEN_BY = "val_factorized_top_k/top_100_categorical_accuracy"

@@ -25,8 +25,9 @@ from recsys_examples.two_stage.pairs import (
 )
 from recsys_examples.two_stage.pipeline import check_candidates, cut_late
 from recsys_examples.two_stage.ranker import Examples, Moments
-from recsys_examples.two_stage.retrieval import HIDDEN, UnseenRetrieval, make_index
+from recsys_examples.two_stage.retrieval import UnseenRetrieval, make_index
 from recsys_examples.two_stage.settings import Settings
+from recsys_examples.two_stage.towers import HIDDEN
 
 
 @pytest.fixture
