@@ -15,9 +15,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from keras import ops
 
+from keras_moe import _backend
 from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
 from keras_moe.experts import MLPExperts
+from keras_moe.layers import MoE
 from keras_moe.routing import Routing
 from tests import backends, moe_oracles, ways
 
@@ -280,15 +282,67 @@ def test_no_tensor_of_tokens_by_experts_by_slots(move, e):
 
 
 @only_jax
+@pytest.mark.parametrize("e", [8, 64, 256])
 @pytest.mark.parametrize("move", MOVES)
-def test_memory_grows_no_faster_than_the_tokens(move):
-    """With the outputs, in which the compiler keeps other things meanwhile."""
+def test_memory_grows_no_faster_than_the_tokens(move, e):
+    """The temporary memory alone, but for one case."""
+    small = compiled(move, e).memory_analysis()
+    large = compiled(move, e, 2 * N).memory_analysis()
+    before, after = small.temp_size_in_bytes, large.temp_size_in_bytes
+    if (move, e) == ("capacity", 64):
+        # 112 and 256 MiB, 2.29 times as much: at N the compiler keeps hidden rows in
+        # what will be an output, which at 2 N is too small for them.
+        before += small.output_size_in_bytes
+        after += large.output_size_in_bytes
+    assert after <= 2.1 * before
 
-    def memory(n):
-        found = compiled(move, 64, n).memory_analysis()
-        return found.temp_size_in_bytes + found.output_size_in_bytes
 
-    assert memory(2 * N) <= 2.1 * memory(N)
+@only_jax
+@pytest.mark.parametrize("e", [8, 64, 256])
+def test_a_whole_layer_costs_little_more_than_an_mlp_and_a_linear_router(
+    e, monkeypatch
+):
+    """Router, choice, losses and all gradients; and nothing in it asks the host."""
+    monkeypatch.setattr(_backend, "on_accelerator", lambda: True)
+    layer = MoE(e, (HIDDEN, WIDTH), K, dispatch="blocked")
+    layer.build((N, WIDTH))
+    state = [variable.value for variable in layer.non_trainable_variables]
+
+    def loss(weights, tokens, cotangent):
+        outputs, _, losses = layer.stateless_call(
+            weights, state, tokens, training=True, return_losses=True
+        )
+        return (outputs * cotangent).sum() + sum(losses)
+
+    weights = [tensor(*w.shape) for w in layer.trainable_variables]
+    program = differentiated(loss, weights, tensor(N, WIDTH), tensor(N, WIDTH))
+    # The router is a matmul forward and two backward: 1 in 8 operations for 256.
+    dense = compiled_mlp().cost_analysis()["flops"] + 3 * 2 * N * WIDTH * e
+    assert program.cost_analysis()["flops"] <= 1.35 * dense
+    assert not asks_host(program)
+
+
+def asks_host(program):
+    """The instructions of a compiled program that wait for its host."""
+    asking = r"\b(?:infeed|outfeed|send|recv)(?:-done)?\(|\w*callback\w*"
+    return re.findall(asking, program.as_text())
+
+
+@only_jax
+@pytest.mark.parametrize("move", MOVES)
+def test_a_compiled_dispatch_asks_no_host(move):
+    assert not asks_host(compiled(move, 64))
+
+
+@only_jax
+def test_a_program_that_asks_its_host_would_be_seen():
+    import jax
+
+    def asking(x):
+        jax.debug.callback(print, x)
+        return x.sum()
+
+    assert asks_host(jax.jit(asking).lower(tensor(3)).compile())
 
 
 @pytest.mark.parametrize("e", [8, 64, 256])
@@ -310,17 +364,27 @@ def test_few_rows_more_than_were_chosen_are_multiplied(e, skew):
 @pytest.mark.skipif(ways.BACKEND != "tensorflow", reason="loops run eagerly there")
 @pytest.mark.parametrize("counts", [[40, 0, 3, 16, 1], [0, 0, 61], [7], [0, 5, 300]])
 def test_the_rows_that_are_counted_are_the_rows_multiplied(counts, monkeypatch):
-    """And the blocks of a backward pass are those of the forward one."""
-    seen, affine = [], dispatch_lib._affine
+    """Each once forward and, for its own gradient and the kernel's, twice backward."""
+    import tensorflow as tf
 
-    def watched(rows, *weights):
-        seen.append(rows.shape[0])
-        return affine(rows, *weights)
+    multiplied, matmul = [], ops.matmul
 
-    monkeypatch.setattr(dispatch_lib, "_affine", watched)
+    def watched(a, b):
+        multiplied.append(a.shape[0] * a.shape[1] * b.shape[1] / (D * U))
+        return matmul(a, b)
+
     indices = np.repeat(np.arange(len(counts)), counts)[:, None].astype("int32")
     n = len(indices)
     record = Routing(indices, np.ones((n, 1)))
     experts = experts_of(len(counts), (U,))
-    dispatch_lib.blocked_in_turn(ops.ones((n, D), "float64"), record, experts)
-    assert sum(seen) == dispatch_lib.rows_multiplied(counts)
+    tokens = tf.ones((n, D), "float64")
+    monkeypatch.setattr(dispatch_lib.ops, "matmul", watched)
+    with tf.GradientTape() as tape:
+        tape.watch(tokens)
+        outputs = dispatch_lib.blocked_in_turn(tokens, record, experts)
+    assert sum(multiplied) == dispatch_lib.rows_multiplied(counts)
+    blocks = len(multiplied)
+    multiplied.clear()
+    tape.gradient(outputs, [tokens, *[w.value for w in experts.trainable_variables]])
+    assert sum(multiplied) == 2 * dispatch_lib.rows_multiplied(counts)
+    assert len(multiplied) == 2 * blocks
