@@ -35,8 +35,8 @@ class MoE(keras.layers.Layer):
         num_experts: int, number of experts e.
         expert_units: int or sequence of ints, the widths of an expert's layers. None
             if `experts` is given.
-        top_k: int, number of experts that compute a token, k. Without effect beside a
-            router that is an object, which has its own.
+        top_k: int, number of experts that compute a token, k. None: that of `router`
+            where it is an object, else 2.
         activation: activation of the hidden layers of an expert; its last layer is
             linear.
         router: a name out of `keras_moe.routers.KNOWN`, or a router of this layer's
@@ -53,7 +53,8 @@ class MoE(keras.layers.Layer):
               `LayerExperts`), "ragged" on a TPU under JAX, and "split" everywhere
               else. The layer decides anew for
               every graph, so one model trains compiled or not, and exports.
-            - "split": exactly the rows chosen. Not for XLA.
+            - "split": exactly the rows chosen. Not for XLA; on a GPU it reads on the
+              host how many rows each expert has.
             - "blocked": the same in blocks of static size, for XLA.
             - "ragged": the same by `jax.lax.ragged_dot`. Only for JAX.
             - "capacity": every expert takes `ceil(capacity_factor * k * n / e)`
@@ -62,7 +63,7 @@ class MoE(keras.layers.Layer):
             - "dense": every expert on every token. What dense gates need.
         capacity_factor: float > 0, see "capacity".
         priority: "position" or "probability", who comes first when an expert is full
-            (see `keras_moe.routing.capacity_slots`).
+            (see `keras_moe.routing.capacity_slots`). Only where one can be.
         num_shared_experts: int, experts of the same shape that every token passes; the
             outputs are added.
         load_balancing_loss_weight: float, weight of `keras_moe.losses`'
@@ -107,6 +108,10 @@ class MoE(keras.layers.Layer):
 
     The router computes in float32 under any dtype policy; the weights are cast once.
 
+    NaN and infinity stay in the row of their token. Where tokens compete for places (a
+    capacity, an expert choice, Sinkhorn in training) it counts as padding, and others
+    may have the place that it would take.
+
     References:
         - [Shazeer et al., 2017: Outrageously Large Neural Networks](
           https://arxiv.org/abs/1701.06538)
@@ -118,7 +123,7 @@ class MoE(keras.layers.Layer):
         self,
         num_experts: int,
         expert_units: int | Sequence[int] | None = None,
-        top_k: int = 2,
+        top_k: int | None = None,
         *,
         activation: Any = "relu",
         router: Any = None,
@@ -157,6 +162,8 @@ class MoE(keras.layers.Layer):
         self._router_given = router
         self._experts_given = experts
         self._top_k_given = top_k
+        if top_k is not None:
+            _check_top_k(top_k, self.num_experts)
         self.router = self._make_router(router, top_k, capacity_factor)
         self.top_k = self.router.top_k
         self.experts = self._make_experts()
@@ -179,7 +186,7 @@ class MoE(keras.layers.Layer):
     # The parts, and which of them go together.
 
     def _make_router(
-        self, router: Any, top_k: int, capacity_factor: float | None
+        self, router: Any, top_k: int | None, capacity_factor: float | None
     ) -> keras.layers.Layer:
         router = "top_k" if router is None else router
         if isinstance(router, keras.layers.Layer):
@@ -195,9 +202,15 @@ class MoE(keras.layers.Layer):
                     f"num_experts={self.num_experts}, router={router!r} with "
                     f"num_experts={getattr(router, 'num_experts', None)}"
                 )
+            # A router of all experts has no k for `top_k` to contradict.
+            if router.choice != "all" and top_k not in (None, router.top_k):
+                raise ValueError(
+                    "`top_k` must be that of `router`, or None. "
+                    f"Received: top_k={top_k}, router.top_k={router.top_k}"
+                )
             return router
         kind = routers.KNOWN[_checks.one_of("router", router, routers.KNOWN)]
-        arguments: dict[str, Any] = {"top_k": top_k}
+        arguments: dict[str, Any] = {"top_k": 2 if top_k is None else top_k}
         if self.seed is not None:
             # Not the stream of the experts' dropout, which has the seed itself.
             arguments["seed"] = self.seed + 1
@@ -250,6 +263,21 @@ class MoE(keras.layers.Layer):
         return type(self.experts).from_config({**config, **shared})
 
     @property
+    def capacity_factor(self) -> float | None:
+        """How many slots the experts have, in even loads.
+
+        May be changed as `dispatch` may, which says whether there are slots at all. An
+        expert choice keeps the factor with which it was made.
+        """
+        return self._capacity_factor
+
+    @capacity_factor.setter
+    def capacity_factor(self, factor: float | None) -> None:
+        if factor is not None:
+            _checks.positive_number("capacity_factor", factor)
+        self._capacity_factor = factor
+
+    @property
     def dispatch(self) -> str:
         """How tokens come to their experts.
 
@@ -269,12 +297,25 @@ class MoE(keras.layers.Layer):
             )
         dispatch_lib.check_serves(name, self.experts)
         self._check_capacity_factor(name)
+        self._check_priority(name)
         self._dispatch = name
+
+    def _check_priority(self, dispatch: str) -> None:
+        full = dispatch == "capacity" or (
+            dispatch == "auto" and self.capacity_factor is not None
+        )
+        if self.priority != "position" and not (full and self.router.choice == "token"):
+            raise ValueError(
+                "`priority` needs experts that can be full, by a `capacity_factor` or "
+                'dispatch="capacity", and tokens that choose. Received: '
+                f"priority={self.priority!r}, dispatch={dispatch!r}, "
+                f"capacity_factor={self.capacity_factor}, "
+                f"router={type(self.router).__name__}"
+            )
 
     def _check_capacity_factor(self, dispatch: str) -> None:
         if self.capacity_factor is None:
             return
-        _checks.positive_number("capacity_factor", self.capacity_factor)
         full = self.router.choice == "expert" or dispatch in ("auto", "capacity")
         if not full or self.router.choice == "all":
             raise ValueError(
@@ -517,6 +558,15 @@ class MoE(keras.layers.Layer):
             if isinstance(config.get(part), dict):
                 config[part] = keras.saving.deserialize_keras_object(config[part])
         return cls(**config)
+
+
+def _check_top_k(top_k: int, num_experts: int) -> None:
+    """Refuse what a router would refuse, whatever the router."""
+    if _checks.positive_int("top_k", top_k) > num_experts:
+        raise ValueError(
+            "`top_k` must not exceed `num_experts`. "
+            f"Received: top_k={top_k}, num_experts={num_experts}"
+        )
 
 
 def _check_leading_axes(

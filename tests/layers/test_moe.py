@@ -6,12 +6,15 @@ from fractions import Fraction
 import keras
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe import routers
 from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
-from keras_moe.layers import MoE
+from keras_moe.layers import HierarchicalMoE, MoE
 from tests import backends, moe_oracles, oracles, processes, routing_oracles, ways
+from tests.family import not_on_jax
 
 D, E, U = 3, 4, 2
 OUTPUTS = backends.tolerance(1e-6, 1e-8)
@@ -109,9 +112,11 @@ def check(layer, names, inputs, expected, values, few=True, **given):
         # Each way takes it over a second to compile. This one it alone has.
         names = [name for name in names if name == "ragged"] or names
     cotangent = rng.normal(size=expected(None).shape)
+    priority = layer.priority
     for way in names:
         factor = {"capacity": float(E), "dropping": 0.7}.get(way)
         drops = factor if way == "dropping" else None
+        layer.priority = "position" if factor is None else priority
         if drops not in known:
             numeric = oracles.numeric_gradients(
                 lambda drops=drops: (expected(drops) * cotangent).sum(), arrays
@@ -154,11 +159,11 @@ o = routing_oracles
 EVERYBODY = np.ones(9, bool)
 
 
-def noise(seed):
+def noise(seed, n=9):
     """The first draw of another generator with the router's seed is the router's."""
     return array(
         keras.random.normal(
-            (9, E), dtype="float64", seed=keras.random.SeedGenerator(seed)
+            (n, E), dtype="float64", seed=keras.random.SeedGenerator(seed)
         )
     )
 
@@ -224,12 +229,15 @@ WAYS = {"token": WITH_DROPS, "expert": ways.EXPERT_CHOICE, "all": ["dense"]}
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_every_router_by_every_way(name):
-    make, record, training = ROUTERS[name]
-    router = make()
-    layer, x = (
-        moe(router, priority="probability" if training else "position"),
-        tokens(9),
-    )
+    check_router(*ROUTERS[name], few=name != "top-2")
+
+
+def check_router(make, record, training, n=9, few=True, expert_bias=EXPERT_BIAS):
+    router, x = make(), tokens(n)
+    options = {}
+    if training and router.choice == "token":
+        options = {"priority": "probability", "dispatch": "capacity"}
+    layer = moe(router, **options)
     layer.build(x.shape)
     values = randomised(layer)
     weights = [values[id(w)] for w in router.trainable_variables]
@@ -238,11 +246,11 @@ def test_every_router_by_every_way(name):
         return oracle(layer, x, record(x, *weights), values, factor)
 
     def prepare():
-        if name == "noisy":
+        if isinstance(router, routers.NoisyTopKRouter):
             fresh = keras.random.SeedGenerator(3)
             router.seed_generator.state.assign(fresh.state)
-        if name == "bias_balanced":
-            router.expert_bias.assign(EXPERT_BIAS)
+        if isinstance(router, routers.BiasBalancedRouter):
+            router.expert_bias.assign(expert_bias)
 
     check(
         layer,
@@ -250,10 +258,90 @@ def test_every_router_by_every_way(name):
         x,
         expected,
         values,
-        few=name != "top-2",
+        few=few,
         prepare=prepare,
         training=training,
     )
+
+
+ALL_EXPERTS = {
+    "noisy": (
+        lambda: routers.NoisyTopKRouter(E, E, seed=3, dtype="float64"),
+        lambda x, *kernels: o.noisy_top_k(x, *kernels, noise(3, len(x)), E),
+        True,
+    ),
+    "bias_balanced": (
+        lambda: routers.BiasBalancedRouter(E, E, dtype="float64"),
+        lambda x, kernel: o.bias_balanced(x, kernel, EXPERT_BIAS, E),
+        False,
+    ),
+    "sinkhorn": (
+        lambda: routers.SinkhornRouter(E, E, iterations=5, dtype="float64"),
+        lambda x, kernel: o.sinkhorn(x, kernel, E, 5, 1.0, True, np.ones(len(x), bool)),
+        True,
+    ),
+    "hierarchical": (
+        lambda: routers.HierarchicalRouter(2, 2, 2, 2, dtype="float64"),
+        lambda x, kernel, kernels: o.hierarchical(x, kernel, kernels, None, None, 2, 2),
+        False,
+    ),
+    "expert_choice": (
+        lambda: routers.ExpertChoiceRouter(E, E, capacity_factor=1.0, dtype="float64"),
+        lambda x, kernel: o.expert_choice(x, kernel, E, 1.0, np.ones(len(x), bool)),
+        False,
+    ),
+}
+
+
+@not_on_jax
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("name", ALL_EXPERTS)
+def test_all_experts_and_one_token_by_every_router(name, n):
+    check_router(*ALL_EXPERTS[name], n=n)
+
+
+@not_on_jax
+@pytest.mark.parametrize("n", [1, 6])
+def test_a_bias_that_sends_all_to_the_same_two_experts(n):
+    bias = np.array([0.0, 9.0, 0.0, 9.0])
+
+    def record(x, kernel):
+        record = o.bias_balanced(x, kernel, bias, 2)
+        assert set(record["expert_indices"].ravel()) == {1, 3}
+        return record
+
+    def make():
+        return routers.BiasBalancedRouter(E, 2, dtype="float64")
+
+    check_router(make, record, False, n=n, expert_bias=bias)
+
+
+@not_on_jax
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 10),
+    e=st.integers(1, 5),
+    share=st.floats(0, 1),
+    factor=st.sampled_from([0.5, 1.0, 2.0]),
+    seed=st.integers(0, 1000),
+)
+def test_an_expert_choice_of_any_size(n, e, share, factor, seed):
+    """The outputs are the oracle's; both ways have the same gradients."""
+    k, x = 1 + int(share * (e - 1)), tokens(n, seed=seed)
+    router = routers.ExpertChoiceRouter(e, k, capacity_factor=factor, dtype="float64")
+    layer = moe(router, num_experts=e, units=U)
+    layer.build(x.shape)
+    values = randomised(layer, seed)
+    kernel = values[id(router.kernel)]
+    record = o.expert_choice(x, kernel, k, factor, np.ones(n, bool))
+    wanted, results = oracle(layer, x, record, values, None), []
+    for dispatch in ways.EXPERT_CHOICE:
+        layer.dispatch = dispatch
+        found = backends.outputs_and_gradients(Call(layer), [x], [tokens(n)[:, :U]])
+        np.testing.assert_allclose(found[0][0], wanted, **OUTPUTS, err_msg=dispatch)
+        results.append([*found[1], *found[2]])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, **GRADIENTS)
 
 
 def test_a_hash_by_every_way():
@@ -333,18 +421,24 @@ def test_few_tokens_many_experts_and_all_experts(options, n):
     check_top_k(moe(**options), tokens(n))
 
 
-def test_one_expert_is_a_plain_mlp():
-    layer, x = moe(num_experts=1, top_k=1), tokens(6)
+@pytest.mark.parametrize(
+    "router",
+    ["top_k", *[pytest.param(name, marks=not_on_jax)
+                for name in ("sinkhorn", "expert_choice", "dense")]],
+)  # fmt: skip
+def test_one_expert_is_a_plain_mlp(router):
+    layer, x = moe(router, num_experts=1, top_k=1), tokens(6)
     layer.build(x.shape)
     values = randomised(layer)
-    (kernels, biases), experts = (values, values), layer.experts
+    experts = layer.experts
     kernels = [values[id(w)][0] for w in experts.kernels]
     biases = [values[id(w)][0] for w in experts.biases]
 
     def expected(factor):
         return oracles.mlp(x, kernels, biases, oracles.relu, oracles.linear)
 
-    check(layer, ways.TOKEN_CHOICE, x, expected, values)
+    names = [way for way in WAYS[layer.router.choice] if way != "dropping"]
+    check(layer, names, x, expected, values)
 
 
 @pytest.mark.parametrize("n", [1, 11])
@@ -443,22 +537,69 @@ def test_eager_graph_and_xla_give_the_same_output_and_gradients(way):
 
 
 @only_tensorflow
-@pytest.mark.parametrize("dispatch", ["auto", "capacity"])
-def test_one_trace_and_the_blocks_as_shipped_whatever_the_routing(dispatch):
-    """XLA compiles once for a shape: also for all tokens on one expert, or NaN."""
+def test_the_blocks_as_shipped_whatever_the_routing():
+    """One compiled program serves them: also all tokens on one expert, or NaN."""
     import tensorflow as tf
 
-    layer = MoE(8, (4, U), dispatch=dispatch)
+    layer = MoE(8, (4, U))
     layer.build((None, D))
     call = tensorflow_call(layer, True)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, D)).astype("float32")
     for batch in (x, x + 5.0, np.ones_like(x), 0.0 * x, np.full_like(x, np.nan)):
         found = call(tf.constant(batch))
-        assert call.experimental_get_tracing_count() == 1
-        if dispatch == "auto" and np.isfinite(batch).all():
+        if np.isfinite(batch).all():
             for a, b in zip(found, tensorflow_call(layer, False)(batch), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+COMPILING = """
+import json, sys
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from keras_moe.layers import MMoE, MoE
+
+
+def compiled():
+    names = Path(sys.argv[1]).glob("module_*before_optimizations.txt")
+    return len({name.name.split(".")[0] for name in names})
+
+
+x = np.random.default_rng(0).normal(size=(40, 3)).astype("float32")
+batches = [x, x + 5.0, np.ones_like(x), 0.0 * x, np.full_like(x, np.nan), x[1:]]
+found = []
+for layer in (MoE(4, 2), MoE(4, 2, dispatch="capacity"), MMoE(4, 2, 2, top_k=1)):
+    layer.build((None, 3))
+
+    @tf.function(jit_compile=True)
+    def gradients(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = sum(tf.reduce_sum(y) for y in tf.nest.flatten(layer(x)))
+        return tape.gradient(loss, [x, *[w.value for w in layer.trainable_variables]])
+
+    found.append([])
+    for batch in batches:
+        before = compiled()
+        gradients(tf.constant(batch))
+        found[-1].append(compiled() - before)
+print(json.dumps(found))
+"""
+
+
+@only_tensorflow
+def test_xla_compiles_once_for_a_batch_shape_whatever_the_routing(tmp_path):
+    """XLA writes down each program that it compiles: MoE, with a capacity, and MMoE.
+
+    The last batch is one row shorter, and shows that what is counted can grow.
+    """
+    dump = tmp_path / "dump"
+    environment = {"XLA_FLAGS": f"--xla_dump_to={dump}"}
+    done = processes.run_without([], COMPILING, tmp_path, str(dump), **environment)
+    assert json.loads(done.splitlines()[-1]) == [[1, 0, 0, 0, 0, 1]] * 3
 
 
 @only_tensorflow
@@ -534,6 +675,25 @@ def test_fit_compiled_or_not_gives_the_same_model_and_serves_it(router, tmp_path
         np.testing.assert_allclose(rows, array(layer(x[:n])), rtol=1e-3, atol=1e-4)
 
 
+@only_tensorflow
+def test_layers_of_any_kind_train_under_xla_and_are_served(tmp_path):
+    import tensorflow as tf
+
+    kinds = [keras.layers.Dense(U), keras.Sequential([keras.layers.Dense(U, "tanh")])]
+    inputs = keras.Input((D,))
+    layer = MoE(2, top_k=1, experts=LayerExperts(kinds))
+    model = keras.Model(inputs, layer(inputs))
+    x = tokens(40).astype("float32")
+    model.compile(keras.optimizers.Adam(0.05), "mse", jit_compile=True)
+    losses = model.fit(x, x[:, :U], 40, epochs=5, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    model.export(tmp_path / "model", verbose=False)
+    served = tf.saved_model.load(tmp_path / "model")
+    layer.dispatch = "dense"
+    for n in (1, 40):
+        np.testing.assert_allclose(served.serve(x[:n]), array(layer(x[:n])), rtol=1e-4)
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_the_router_of_a_mixed_layer_is_float32(policy):
     layer = MoE(E, (4, U), dtype=policy)
@@ -586,30 +746,85 @@ def test_half_precision_is_near_float32(way):
 # NaN and infinity
 
 
+BROKEN = [3, 8]
+OTHERS = np.delete(np.arange(12), BROKEN)
+
+
+def with_broken_rows(x):
+    broken = x.copy()
+    broken[3], broken[8, 0] = np.nan, np.inf
+    return broken
+
+
+def check_broken_rows(layer, names, **given):
+    x = tokens(12)
+    for way in names:
+        layer.capacity_factor = float(E) if way == "capacity" else None
+        if layer.router.choice == "expert":
+            # Room for all, or one row less makes room for another.
+            layer.capacity_factor = None
+            layer.router.capacity_factor = 2.0
+        layer.dispatch = ways.dispatch_of(way)
+        with ways.chosen(way):
+            wanted = array(layer(x, **given))
+            found = array(layer(with_broken_rows(x), **given))
+        np.testing.assert_allclose(
+            found[OTHERS], wanted[OTHERS], **OUTPUTS, err_msg=way
+        )
+        assert not np.isfinite(found[3]).any()
+        assert np.isfinite(wanted).all()
+
+
 @pytest.mark.parametrize("router", ["top_k", "noisy_top_k", "bias_balanced", "sinkhorn",
                                     "expert_choice", "hash", "dense"])  # fmt: skip
 def test_a_row_that_is_not_finite_changes_no_other_row(router):
     ids = {"router_inputs": np.arange(12)} if router == "hash" else {}
     layer = moe(router, top_k=2)
     layer.build((12, D), *[(12,)] * len(ids))
-    x, others = tokens(12), np.delete(np.arange(12), [3, 8])
-    broken = x.copy()
-    broken[3], broken[8, 0] = np.nan, np.inf
     names = WAYS[layer.router.choice]
-    for way in [name for name in names if name != "dropping"]:
-        layer.capacity_factor = float(E) if way == "capacity" else None
-        if router == "expert_choice":
-            # Room for all, or one row less makes room for another.
-            layer.capacity_factor = None
-            layer.router.capacity_factor = 2.0
-        layer.dispatch = ways.dispatch_of(way)
-        with ways.chosen(way):
-            wanted, found = array(layer(x, **ids)), array(layer(broken, **ids))
-        np.testing.assert_allclose(
-            found[others], wanted[others], **OUTPUTS, err_msg=way
-        )
-        assert not np.isfinite(found[3]).any()
-        assert np.isfinite(wanted).all()
+    check_broken_rows(layer, [name for name in names if name != "dropping"], **ids)
+
+
+WITH_PARTS = {
+    "two levels": lambda: HierarchicalMoE(2, 2, (4, U), dtype="float64"),
+    "GLU": lambda: moe(experts=EXPERTS["GLU"]()),
+    "layers": lambda: moe(experts=layer_experts()),
+    "shared experts": lambda: moe(num_shared_experts=2),
+}
+
+
+@not_on_jax
+@pytest.mark.parametrize("name", WITH_PARTS)
+def test_a_row_that_is_not_finite_changes_no_other_row_in_any_experts(name):
+    layer = WITH_PARTS[name]()
+    layer.build((12, D))
+    names = ways.UNSTACKED if name == "layers" else ways.TOKEN_CHOICE
+    check_broken_rows(layer, names)
+
+
+COMPETING = {
+    "position": ({"capacity_factor": 0.6, "priority": "position"}, False),
+    "probability": ({"capacity_factor": 0.6, "priority": "probability"}, False),
+    "expert_choice": ({"router": "expert_choice", "capacity_factor": 0.7}, False),
+    "sinkhorn": ({"router": "sinkhorn"}, True),
+}
+
+
+@not_on_jax
+@pytest.mark.parametrize("name", COMPETING)
+def test_a_row_that_is_not_finite_is_padding_to_those_it_competes_with(name):
+    options, training = COMPETING[name]
+    layer, x = moe(**options), tokens(12)
+    layer.build(x.shape)
+    mask = np.ones(12, bool)
+    mask[BROKEN] = False
+    found = array(layer(with_broken_rows(x), training=training))
+    wanted = array(layer(x, mask=mask, training=training))
+    np.testing.assert_allclose(found[OTHERS], wanted[OTHERS], **OUTPUTS)
+    assert not np.isfinite(found[BROKEN]).any()
+    # They do compete: with all rows whole, some other has something else.
+    whole = array(layer(x, training=training))
+    assert not np.allclose(whole[OTHERS], wanted[OTHERS])
 
 
 @pytest.mark.parametrize("way", ways.TOKEN_CHOICE)
@@ -837,8 +1052,8 @@ def test_ids_have_the_leading_axes(shape):
     ids = np.arange(6).reshape(shape)
     layer = moe("hash")
     flat = array(layer(x.reshape(6, D), router_inputs=np.arange(6)))
-    for given in (ids, ids[..., None]):
-        found = array(layer(x, router_inputs=given))
+    for shaped in (ids, ids[..., None]):
+        found = array(layer(x, router_inputs=shaped))
         np.testing.assert_allclose(found.reshape(6, U), flat, **OUTPUTS)
 
 
@@ -888,7 +1103,15 @@ def layers_of(e):
 
 BAD = [
     refused("`num_experts`.*0", 0, U),
-    refused("`top_k` must not exceed.*top_k=5, num_experts=4", E, U, 5),
+    *[
+        refused("`top_k` must not exceed.*top_k=5, num_experts=4", E, U, 5,
+                router=router)
+        for router in (None, "dense", "hash", routers.TopKRouter(E, 2),
+                       routers.DenseRouter(E))
+    ],
+    refused("`top_k`.*0", E, U, 0, router="dense"),
+    refused("`top_k` must be that of `router`.*top_k=3, router.top_k=2", E, U, 3,
+            router=routers.TopKRouter(E, 2)),
     refused("`expert_units` must be given.*or `experts`", E),
     refused(r"`expert_units\[1\]`", E, (4, 0)),
     refused("`router` must be one of.*'top_k'.*'hash'.*'top-k'", E, U, router="top-k"),
@@ -914,7 +1137,8 @@ BAD = [
     *[
         refused(f"`capacity_factor` needs.*=1.5, dispatch='{name}'", E, U,
                 capacity_factor=1.5, dispatch=name)
-        for name in ("dense", "split", "blocked")
+        for name in ("dense", "split", "blocked", "ragged")
+        if name != "ragged" or ways.BACKEND == "jax"  # Elsewhere that comes first.
     ],
     refused("`capacity_factor` needs.*DenseRouter", E, U, router="dense",
             capacity_factor=1.5),
@@ -922,6 +1146,13 @@ BAD = [
             router=routers.ExpertChoiceRouter(E, 2)),
     refused("`capacity_factor`.*0", E, U, capacity_factor=0),
     refused("`priority` must be one of.*'first'", E, U, priority="first"),
+    *[
+        refused(f"`priority` needs.*='probability', dispatch='{name}'", E, U,
+                priority="probability", dispatch=name)
+        for name in ("auto", "dense", "split", "blocked")
+    ],
+    refused("`priority` needs.*ExpertChoiceRouter", E, U, priority="probability",
+            router="expert_choice", dispatch="capacity"),
     refused("`experts` must be a layer of keras_moe.experts.*Dense", E,
             experts=keras.layers.Dense(U)),
     refused("`num_experts` must be the number.*=4, experts.num_experts=3", E,
@@ -972,8 +1203,18 @@ def test_a_dispatch_that_does_not_fit_is_refused_later_too():
     with pytest.raises(ValueError, match=r"`capacity_factor`.*dispatch='dense'"):
         layer.dispatch = "dense"
     assert layer.dispatch == "auto"
+    with pytest.raises(ValueError, match=r"`capacity_factor`.*-3"):
+        layer.capacity_factor = -3
+    assert layer.capacity_factor == 1.5
     layer.capacity_factor = None
     layer.dispatch = "dense"
+
+
+def test_top_k_is_that_of_a_router_that_was_given():
+    router = routers.TopKRouter(E, 3)
+    assert MoE(E, U, router=router).top_k == 3
+    assert MoE(E, U, 3, router=routers.TopKRouter(E, 3)).top_k == 3
+    assert MoE(E, U).top_k == 2
 
 
 @pytest.mark.skipif(ways.BACKEND == "jax", reason="there it is allowed")
