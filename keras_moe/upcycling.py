@@ -26,7 +26,7 @@ def upcycle(
     model: keras.Model,
     layers: Sequence[str | keras.layers.Layer],
     num_experts: int,
-    top_k: int = 2,
+    top_k: int | None = None,
     **kwargs: Any,
 ) -> keras.Model:
     """Return a copy of `model` in which a mixture takes the place of an MLP.
@@ -40,7 +40,7 @@ def upcycle(
             the next one and nothing else.
         num_experts: int, number of experts e.
         top_k: int >= 2, number of experts that compute a token. With one expert the
-            weight is the router's probability, which is not 1.
+            weight is the router's probability, which is not 1. None: as in `MoE`.
         **kwargs: further arguments of `keras_moe.layers.MoE`.
 
     Returns:
@@ -87,7 +87,7 @@ def upcycle(
 def moe_from_dense(
     layers: Sequence[keras.layers.Dense],
     num_experts: int,
-    top_k: int = 2,
+    top_k: int | None = None,
     **kwargs: Any,
 ) -> MoE:
     """Return a built `MoE` whose experts all are the MLP that `layers` are.
@@ -95,7 +95,7 @@ def moe_from_dense(
     Args:
         layers: built Dense layers, first to last. All but the last have one activation.
         num_experts: int, number of experts e.
-        top_k: int >= 2, number of experts that compute a token.
+        top_k: int >= 2, number of experts that compute a token; None as in `MoE`.
         **kwargs: further arguments of `keras_moe.layers.MoE`.
 
     Returns:
@@ -106,7 +106,7 @@ def moe_from_dense(
     """
     layers = list(layers)
     _check_layers(layers)
-    if _checks.positive_int("top_k", top_k) == 1:
+    if top_k is not None and _checks.positive_int("top_k", top_k) == 1:
         raise ValueError(
             "`top_k` must be >= 2: the weight of a single expert is the router's "
             "probability, so that the mixture would not give the outputs of the MLP. "
