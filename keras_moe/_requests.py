@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-_NAN = "must hold no NaN"
+_NAN = "must hold no NaN and no infinity"
 
 
 def without_nan(features: dict[str, Any]) -> dict[str, Any]:
-    """Return `features` of a graph that fails by name where one holds a NaN."""
+    """Return `features` of a graph that fails by name where one is not finite."""
     import tensorflow as tf
 
     checks = [
         tf.debugging.Assert(
-            tf.logical_not(tf.reduce_any(tf.math.is_nan(value))),
+            tf.reduce_all(tf.math.is_finite(value)),
             [f"feature `{name}` {_NAN}"],
         )
         for name, value in features.items()
@@ -71,9 +71,13 @@ def _as_array(name: str, spec: Any, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
         is_list = not hasattr(value, "dtype")
-        kinds = _OF_LISTS[dtype.kind] if is_list or dtype.kind == "O" else ""
+        kinds = _OF_LISTS.get(dtype.kind, "") if is_list or dtype.kind == "O" else ""
         if array.dtype != dtype and array.dtype.kind not in kinds:
             raise TypeError(array.dtype)
+        if dtype.kind == "O":
+            wrong = [x for x in array.ravel() if not isinstance(x, str | bytes)]
+            if wrong:
+                raise TypeError(f"{wrong[0]!r}")
         # From the list itself: NumPy then refuses an integer that is too large.
         array = np.asarray(value if is_list else array, dtype)
     except (ValueError, TypeError, OverflowError) as error:

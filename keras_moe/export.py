@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,13 @@ def export_model(model: keras.Model, path: str | Path, format: str) -> None:
         export_saved_model(model, path)
         return
     _check_backend()
-    features, _ = _checked_ports(model)
+    features, tasks = _checked_ports(model)
+    both = sorted(set(features) & set(tasks))
+    if both:
+        raise ValueError(
+            f"an input and an output of `model` must not have one name for format="
+            f"{format!r}. Received: {both[0]!r}"
+        )
     path = Path(path)
     if path.suffix != FORMATS[format]:
         raise ValueError(
@@ -105,7 +111,7 @@ def export_model(model: keras.Model, path: str | Path, format: str) -> None:
                 **_options(format),
             )
             _check_file(unfinished, format)
-        except ImportError:
+        except (ImportError, MemoryError, OSError):
             raise
         except Exception as error:
             raise _refusal(model, format, error) from error
@@ -133,8 +139,8 @@ def export_saved_model(
             inputs. Its tables go into the file.
         warmup: requests, dicts of one array a feature, which TensorFlow Serving runs
             before it takes others (`assets.extra/tf_serving_warmup_requests`).
-        refuse_nan: bool, whether the graph refuses NaN with an error that names the
-            feature. XLA drops such checks.
+        refuse_nan: bool, whether the graph refuses NaN and infinity with an error that
+            names the feature. XLA drops such checks.
 
     Raises:
         ValueError: as in `export_model`, or if a request does not fit the signature.
@@ -161,6 +167,7 @@ def export_saved_model(
     _checks.flag("refuse_nan", refuse_nan)
     model = _behind(preprocessing, model)
     features, tasks = _checked_ports(model)
+    _check_free(Path(path))
     specs = _tensor_specs(features)
     requests = [_requests.checked(specs, request) for request in warmup]
 
@@ -169,6 +176,8 @@ def export_saved_model(
             features = _requests.without_nan(features)
         return model(_as_inputs(model, features), training=False)
 
+    for request in requests:  # One that fails would keep a server from starting.
+        _answer(serve, request)
     archive = keras.export.ExportArchive()
     archive.track(model)
     archive.add_endpoint("serving_default", serve, [specs])
@@ -226,18 +235,24 @@ class Served:
 
     def __call__(self, features: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Return the outputs of the signature for one batch."""
-        import tensorflow as tf
-
         request = _requests.checked(self.features, features)
-        inputs = {name: tf.constant(value) for name, value in request.items()}
-        try:
-            outputs = self._function(**inputs)
-        except tf.errors.InvalidArgumentError as error:
-            message = _requests.nan_found(error)
-            if message is None:
-                raise
-            raise ValueError(message) from error
+        outputs = _answer(lambda inputs: self._function(**inputs), request)
         return {name: value.numpy() for name, value in outputs.items()}
+
+
+def _answer(
+    function: Callable[[dict[str, Any]], dict[str, Any]], request: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Return what `function` answers; name the feature with a NaN if it refuses one."""
+    import tensorflow as tf
+
+    try:
+        return function({name: tf.constant(value) for name, value in request.items()})
+    except tf.errors.InvalidArgumentError as error:
+        message = _requests.nan_found(error)
+        if message is None:
+            raise
+        raise ValueError(message) from error
 
 
 # What a server may see.
@@ -350,12 +365,16 @@ def _as_inputs(model: keras.Model, features: Mapping[str, Any]) -> Any:
 # Files.
 
 
+def _check_free(*paths: Path) -> None:
+    for taken in paths:
+        if taken.exists():
+            raise FileExistsError(f"`path` must not exist. Received: {taken}")
+
+
 @contextmanager
 def _whole(path: Path, *companions: Path) -> Iterator[Path]:
     """Give a path to write to, which takes its place at the end, or never."""
-    for taken in (path, *companions):
-        if taken.exists():
-            raise FileExistsError(f"`path` must not exist. Received: {taken}")
+    _check_free(path, *companions)
     near = next(parent for parent in path.absolute().parents if parent.exists())
     hidden = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=near))
     try:
@@ -435,13 +454,18 @@ def _refusal(model: keras.Model, format: str, error: Exception) -> ValueError:
     layers = {layer.name: layer for layer in model._flatten_layers(include_self=False)}
     found = {}
     for node in nodes:
-        if node.op in said:
+        if node.op in said and node.op != "NoOp":
             scopes = node.name.split("/")[::-1]
             # A scope that is there a second time gets a number.
             names = [n for s in scopes for n in (s, re.sub(r"_\d+$", "", s))]
             found[node.op] = next((layers[n] for n in names if n in layers), None)
     reasons = [f"{op}{_described(found[op])}" for op in sorted(found)]
-    reason = ", ".join(reasons) or repr(error)
+    if not found:
+        return ValueError(
+            f"`model` could not be converted to format={format!r}: {error!r}. Use "
+            'format="tf_saved_model".'
+        )
+    reason = ", ".join(reasons)
     return ValueError(
         f"`format` must be one that can hold the whole model, and {format!r} has no "
         f"operation for: {reason}. Change these layers, or use "

@@ -32,7 +32,7 @@ def _import_keras_2() -> Any:
     except ImportError as error:
         raise ImportError(
             "keras_moe.tfrs needs tf_keras and tensorflow-recommenders: "
-            "pip install 'keras-moe[tfrs]'"
+            "pip install tensorflow-recommenders tf_keras"
         ) from error
     version = tf.keras.version() if hasattr(tf.keras, "version") else "2"
     if not version.startswith("2"):

@@ -122,6 +122,14 @@ def test_hashed_ids_are_refused_for_openvino(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_name_for_an_input_and_an_output_is_refused(tmp_path):
+    inputs = keras.Input((8,), name="features")
+    model = keras.Model(inputs, {"features": keras.layers.Dense(1)(inputs)})
+    with pytest.raises(ValueError, match=r"must not have one name.*'features'"):
+        export.export_model(model, tmp_path / "f.onnx", "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_dispatch_is_changed_for_the_file_alone(tmp_path):
     model = _model("MoE, blocked")
     export.export_model(model, tmp_path / "file.onnx", "onnx")

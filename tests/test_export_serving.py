@@ -131,6 +131,15 @@ WRONG = {
     "feature `age` must be of shape (None, 1)": {"age": RAW["age"][:, 0]},
     "one batch size. Received: {'age': 2, 'city': 4": {"age": RAW["age"][:2]},
     "feature `age` must hold no NaN": {"age": np.full((4, 1), np.nan, "float32")},
+    "feature `age` must hold no NaN and no infinity": {
+        "age": np.full((4, 1), np.inf, "float32")
+    },
+    "feature `city` must be of dtype string. Received: None": {
+        "city": [["Rome"], [None], ["Oslo"], ["Rome"]]
+    },
+    "feature `city` must be of dtype string. Received: 3": {
+        "city": np.array([["Rome"], [3], ["Oslo"], ["Rome"]], object)
+    },
 }
 
 
@@ -150,6 +159,9 @@ def test_a_wrong_warm_up_is_refused_before_anything_is_written(model, tmp_path):
         export.export_saved_model(model, tmp_path / "1", warmup=[{"x": [[1.0]]}])
     with pytest.raises(ValueError, match="must be a dict of the features"):
         export.export_saved_model(model, tmp_path / "1", warmup=[[1.0]])
+    nan = np.full((1, model.inputs[0].shape[-1]), np.nan, "float32")
+    with pytest.raises(ValueError, match="feature `encoded` must hold no NaN"):
+        export.export_saved_model(model, tmp_path / "1", warmup=[{"encoded": nan}])
     assert list(tmp_path.iterdir()) == []
 
 

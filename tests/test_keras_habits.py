@@ -185,8 +185,10 @@ def test_early_stopping_restores_the_best_weights(policy):
 @contextlib.contextmanager
 def policies(name):
     keras.config.set_dtype_policy(name)
-    yield
-    keras.config.set_dtype_policy("float32")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy("float32")
 
 
 def test_averaged_weights_are_what_is_validated_and_kept():

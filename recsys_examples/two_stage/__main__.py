@@ -69,10 +69,11 @@ LATENCY = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(arguments)
+    goes_on = "; --study --resume goes on" if getattr(options, "study", False) else ""
     return run_command(
         lambda: options.run(options),
         needs="the pipeline (string features, SavedModel)",
-        interrupted="unfinished results were not kept; --study --resume goes on",
+        interrupted=f"unfinished results were not kept{goes_on}",
     )
 
 
@@ -160,7 +161,8 @@ def study(options: argparse.Namespace) -> None:
     depends_on = {
         "data": name,
         "ratings": len(windows.before_test.movies) + len(windows.test.movies),
-        "settings": asdict(settings),
+        # A study runs both rankers, whatever `--ranker` says.
+        "settings": {k: v for k, v in asdict(settings).items() if k != "ranker"},
         "full": asdict(full),
         "versions": _record(options, name, settings)["versions"],
     }
@@ -205,7 +207,7 @@ def latency(options: argparse.Namespace) -> None:
     for threads in options.threads:
         found[threads] = measure_latency(folders, users, threads, options.calls)
         table = {name: [figures] for name, figures in found[threads].items()}
-        console.print(results_table(f"{threads} threads", table, LATENCY))
+        console.print(results_table(f"{threads} thread(s)", table, LATENCY))
         for name, figures in found[threads].items():
             share = found[threads]["two stages"]["batch_ms"] / figures["batch_ms"]
             if name != "two stages":
@@ -223,6 +225,11 @@ def recommend(options: argparse.Namespace) -> None:
     from recsys_examples.movielens.serving import load_recommender
 
     ask = load_recommender(options.model)
+    if set(ask.structured_input_signature[1]) != {"user_id"}:
+        raise InputError(
+            f"{options.model} is a model of another example: its lists take "
+            f"{sorted(ask.structured_input_signature[1])}"
+        )
     answer = ask(user_id=tf.constant([options.user], tf.int64))
     who = f"user {options.user}"
     if not answer["known_user"][0]:
@@ -250,7 +257,7 @@ def _users_of(model: Path) -> list[int]:
     path = model / "metrics.json"
     try:
         return json.loads(path.read_text())["users"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the record of a run: {error!r}") from error
 
 

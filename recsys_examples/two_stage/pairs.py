@@ -135,6 +135,10 @@ class PairFeatures(keras.layers.Layer):
         users = tf.cast(known[:, 0], rows.dtype)
         return tf.stack([users, tf.gather_nd(rows, known)], axis=1)
 
+    def knows(self, movie_ids: Any) -> Any:
+        """Return where movie ids are of the catalogue."""
+        return self._rows_of(movie_ids) < self.num_movies
+
     def _rows_of(self, movie_ids: Any) -> Any:
         """Return catalogue rows, one too many for padding and what is unknown."""
         known = self._lookup(movie_ids) - _FIRST_MOVIE

@@ -56,6 +56,12 @@ class Recommender(keras.layers.Layer):
         """Return the lists for raw features, without the movies of the history."""
         with tf.control_dependencies(_checks(features["history_ratings"])):
             features = {name: tf.identity(v) for name, v in features.items()}
+        # A movie that is unknown is padding, for both stages alike.
+        known = self._pairs.knows(features["history"])
+        features["history"] = tf.where(
+            known, features["history"], tf.cast(NO_MOVIE, tf.int64)
+        )
+        features["history_ratings"] = tf.where(known, features["history_ratings"], 0.0)
         return self(features, self._pairs.rows_seen(features["history"]))
 
     def call(self, features: dict[str, Any], seen: Any) -> dict[str, Any]:
@@ -87,13 +93,17 @@ class Recommender(keras.layers.Layer):
             "score": listed(fused),
             "watch": tf.where(unseen, tf.sigmoid(listed(scores["watch"])), 0.0),
             "like": tf.where(unseen, tf.sigmoid(listed(scores["like"])), 0.0),
-            "rating": tf.where(unseen, listed(scores["rating"]), 0.0),
+            "rating": tf.where(unseen, _stars(listed(scores["rating"])), 0.0),
         }
+
+
+def _stars(ratings: Any) -> Any:
+    return tf.clip_by_value(ratings, 0.5, _HIGHEST_RATING)
 
 
 def _checks(stars: Any) -> list[Any]:
     """Return what fails where stars are none; the words are keras_moe.export's."""
-    nan = "feature `history_ratings` must hold no NaN"
+    nan = "feature `history_ratings` must hold no NaN and no infinity"
     limits = f"history_ratings must be stars from 0 to {_HIGHEST_RATING:g}"
     fine = tf.math.is_nan(stars) | ((stars >= 0) & (stars <= _HIGHEST_RATING))
     return [
