@@ -172,7 +172,7 @@ print(results[["ndcg@10", "recall@10", "coverage@10"]].to_string(float_format="%
 """
 The same model as a predictor of single pairs: AUC of `watch` against unseen movies, AUC
 of `like` among watched ones (0.5 is chance), and the error of the stars, beside that of
-a constant, the mean of the training window.
+a constant, the mean of all ratings before the test window.
 """
 
 # %%
@@ -275,5 +275,5 @@ print({name: round(float(value[0]), 2) for name, value in sorted(answer.items())
 
 This is one seed on one small data set. That the model is above ALS holds over seeds,
 while a shared bottom of the same size ranks as well as MMoE here: the table with five
-seeds, and its protocol, are in the README.
+seeds, and its protocol, are on the page of `recsys_examples/movielens`.
 """
