@@ -75,7 +75,7 @@ def test_importing_it_is_enough():
         (
             f"import sys; sys.modules['tf_keras'] = None; {IMPORT}",
             {},
-            r"pip install 'keras-moe[tfrs]'",
+            r"pip install tensorflow-recommenders tf_keras",
         ),
     ],
 )
