@@ -18,8 +18,7 @@ MODULES = sorted(
     module.name
     for package in (keras_moe, recsys_examples)
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-    if not module.name.endswith("__main__")
-    and module.name not in APART
+    if not module.name.endswith("__main__") and module.name not in APART
 )
 
 
