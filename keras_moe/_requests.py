@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-_NAN = "must hold no NaN and no infinity"
-
 
 def without_nan(features: dict[str, Any]) -> dict[str, Any]:
     """Return `features` of a graph that fails by name where one is not finite."""
@@ -22,7 +20,7 @@ def without_nan(features: dict[str, Any]) -> dict[str, Any]:
     checks = [
         tf.debugging.Assert(
             tf.reduce_all(tf.math.is_finite(value)),
-            [f"feature `{name}` {_NAN}"],
+            [f"feature `{name}` must hold no NaN and no infinity"],
         )
         for name, value in features.items()
         if value.dtype.is_floating
@@ -31,10 +29,10 @@ def without_nan(features: dict[str, Any]) -> dict[str, Any]:
         return {name: tf.identity(value) for name, value in features.items()}
 
 
-def nan_found(error: Exception) -> str | None:
-    """Return what `without_nan` says in an error of TensorFlow."""
-    found = re.search(rf"feature `\w+` {_NAN}", str(error))
-    return found and found.group()
+def refused(error: Exception) -> str | None:
+    """Return what a graph says of a feature, as `without_nan` does, in an error."""
+    found = re.search(r"feature `\w+` must [^\[\]]*", str(error))
+    return found and found.group().strip()
 
 
 def checked(specs: Mapping[str, Any], request: Any) -> dict[str, np.ndarray]:

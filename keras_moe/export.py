@@ -243,13 +243,13 @@ class Served:
 def _answer(
     function: Callable[[dict[str, Any]], dict[str, Any]], request: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Return what `function` answers; name the feature with a NaN if it refuses one."""
+    """Return what `function` answers, or say which feature its graph refuses."""
     import tensorflow as tf
 
     try:
         return function({name: tf.constant(value) for name, value in request.items()})
     except tf.errors.InvalidArgumentError as error:
-        message = _requests.nan_found(error)
+        message = _requests.refused(error)
         if message is None:
             raise
         raise ValueError(message) from error

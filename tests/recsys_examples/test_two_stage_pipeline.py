@@ -335,8 +335,8 @@ class TestServing:
         [
             ("missing", "history"),
             ("extra", "colour"),
-            ("nan", "feature `history_ratings` must hold no NaN"),
-            ("high", "history_ratings must be stars from 0 to 5"),
+            ("nan", "feature `history_ratings` must be stars from 0 to 5"),
+            ("high", "feature `history_ratings` must be stars from 0 to 5"),
         ],
     )
     def test_the_model_names_what_is_wrong(self, served, error, feature):
