@@ -10,6 +10,7 @@ experts part as soon as they see different tokens.
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +65,15 @@ def upcycle(
     References:
         - [Komatsuzaki et al., 2023: Sparse Upcycling](https://arxiv.org/abs/2212.05055)
     """
+    if isinstance(layers, str):
+        raise ValueError(
+            f"`layers` must be a sequence of layers or names. Received: {layers!r}"
+        )
+    if "name" in kwargs:
+        raise ValueError(
+            "`name` follows from the first of `layers`. "
+            f"Received: name={kwargs['name']!r}"
+        )
     chain = [_layer_of(model, layer) for layer in layers]
     _check_layers(chain)
     _check_chain(chain, model)
@@ -79,8 +89,10 @@ def upcycle(
 
     copy = keras.models.clone_model(model, clone_function=clone)
     for layer in model.layers:
-        if layer.weights and layer.name not in replaced:
-            copy.get_layer(layer.name).set_weights(layer.get_weights())
+        # A clone names its inputs anew; they hold nothing.
+        inputs = isinstance(layer, keras.layers.InputLayer)
+        if layer.name not in replaced and not inputs:
+            _copy_state(layer, copy.get_layer(layer.name))
     return copy
 
 
@@ -137,6 +149,21 @@ def moe_from_dense(
             experts.biases[i].assign(_copies(layer.bias, num_experts))
     _check_equal(moe, layers, kwargs)
     return moe
+
+
+def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
+    """Copy weights and what else a file would hold, vocabularies and statistics."""
+    for old, new in zip(
+        source._flatten_layers(), target._flatten_layers(), strict=True
+    ):
+        store: dict[str, Any] = {}
+        old.save_own_variables(store)
+        if store:
+            new.load_own_variables(store)
+        if hasattr(old, "save_assets"):
+            with tempfile.TemporaryDirectory() as folder:
+                old.save_assets(folder)
+                new.load_assets(folder)
 
 
 # What the experts of an upcycled layer take from the Dense layers.
@@ -231,5 +258,5 @@ def _check_chain(chain: Sequence[keras.layers.Layer], model: keras.Model) -> Non
             raise ValueError(
                 "each of `layers` must feed the next one and nothing else. Received: "
                 f"{layer.name!r}, which feeds {[other.name for other in fed]}, before "
-                f"{following.name!r}"
+                f"{following.name!r}. With a layer in between, upcycle each alone"
             )

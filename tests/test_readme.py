@@ -32,7 +32,8 @@ SWAPS = next(c for c in _examples() if "PLE(" in c).splitlines()
 @pytest.mark.parametrize("line", SWAPS, ids=lambda line: line.split("(")[0])
 def test_a_layer_swaps_for_another_in_a_line(line):
     code = re.sub("^shared = .*$", line, _examples()[0], flags=re.MULTILINE)
-    code = code.replace("import MMoE, Tower", "import PLE, MMoE, SharedBottom, Tower")
+    names = "CGC, PLE, AdaTT, CrossStitch, DSelectK, HoME, MMoE, SharedBottom, Tower"
+    code = code.replace("import MMoE, Tower", f"import {names}")
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     assert type(names["model"].layers[1]).__name__ in line

@@ -77,6 +77,8 @@ def test_one_layer_without_bias():
         ({"layers": ["stem", "up"]}, "nothing else.*'stem', which feeds"),
         ({"layers": ["down", "up"]}, "feed the next one"),
         ({"layers": []}, "`layers` must be one Dense"),
+        ({"layers": "up"}, "`layers` must be a sequence.*'up'"),
+        ({"layers": ["up", "down"], "name": "moe"}, "`name` follows.*'moe'"),
         ({"layers": ["up", "down"], "top_k": 1}, "`top_k` must be >= 2"),
         ({"layers": ["up", "down"], "expert_units": 8}, "`expert_units` follows"),
     ],
@@ -84,6 +86,28 @@ def test_one_layer_without_bias():
 def test_what_cannot_be_upcycled_is_named(dense, arguments, message):
     with pytest.raises(ValueError, match=message):
         upcycle(dense, **{"num_experts": 4, **arguments})
+
+
+def test_what_layers_adapted_to_is_kept():
+    """Statistics and vocabularies are no weights, or are remembered beside them."""
+    tf = pytest.importorskip("tensorflow")
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("strings are TensorFlow's")
+    names = np.array([["a"], ["b"], ["a"], ["c"]])
+    numbers = np.random.default_rng(0).normal(30.0, 7.0, size=(4, 2)).astype("float32")
+    lookup = keras.layers.StringLookup(output_mode="one_hot")
+    lookup.adapt(names)
+    scale = keras.layers.Normalization()
+    scale.adapt(numbers)
+    word, value = keras.Input((1,), dtype="string"), keras.Input((2,))
+    # One of them inside a model of its own.
+    scaled = keras.Model(value, scale(value), name="scaled")
+    features = keras.layers.Concatenate()([lookup(word), scaled(value)])
+    outputs = keras.layers.Dense(3, name="down")(features)
+    model = keras.Model([word, value], outputs)
+    sparse = upcycle(model, ["down"], num_experts=4)
+    inputs = [tf.constant(names), tf.constant(numbers)]
+    np.testing.assert_allclose(sparse(inputs), model(inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_that_others_use_too_is_refused():

@@ -83,7 +83,10 @@ def check_experts(
             )
         return
     if any_layer and not isinstance(experts, keras.layers.Layer):
-        raise ValueError(f"`{argument}` must be a Keras layer. Received: {experts!r}")
+        raise ValueError(
+            f"`{argument}` must be a Keras layer; keras_moe.experts.LayerExperts "
+            f"holds several of any kind. Received: {experts!r}"
+        )
     if not any_layer and not hasattr(experts, "on_slots"):
         raise ValueError(
             f"`{argument}` must be a layer of keras_moe.experts; LayerExperts holds "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from keras_moe import _checks
@@ -42,7 +42,9 @@ class Tasks:
 
 
 def _checked_names(tasks: Any) -> tuple[str, ...]:
-    if isinstance(tasks, str | set | frozenset) or not isinstance(tasks, Iterable):
+    if isinstance(tasks, str | set | frozenset | Mapping) or not isinstance(
+        tasks, Iterable
+    ):
         raise ValueError(
             "`tasks` must be a number of tasks or a sequence of task names, in order. "
             f"Received: tasks={tasks!r}"

@@ -36,7 +36,7 @@ class MoE(keras.layers.Layer):
         expert_units: int or sequence of ints, the widths of an expert's layers. None
             if `experts` is given.
         top_k: int, number of experts that compute a token, k. None: that of `router`
-            where it is an object, else 2.
+            where it is an object, else 2 (1 of a single expert).
         activation: activation of the hidden layers of an expert; its last layer is
             linear.
         router: a name out of `keras_moe.routers.KNOWN`, or a router of this layer's
@@ -202,15 +202,21 @@ class MoE(keras.layers.Layer):
                     f"num_experts={self.num_experts}, router={router!r} with "
                     f"num_experts={getattr(router, 'num_experts', None)}"
                 )
-            # A router of all experts has no k for `top_k` to contradict.
-            if router.choice != "all" and top_k not in (None, router.top_k):
+            # A router of all experts has no k of its own.
+            own = self.num_experts if router.choice == "all" else router.top_k
+            if top_k not in (None, own):
                 raise ValueError(
                     "`top_k` must be that of `router`, or None. "
-                    f"Received: top_k={top_k}, router.top_k={router.top_k}"
+                    f"Received: top_k={top_k}, router.top_k={own}"
                 )
             return router
         kind = routers.KNOWN[_checks.one_of("router", router, routers.KNOWN)]
-        arguments: dict[str, Any] = {"top_k": 2 if top_k is None else top_k}
+        if kind.choice == "all" and top_k not in (None, self.num_experts):
+            raise ValueError(
+                f"`top_k` must be None for the router {router!r}, which sends every "
+                f"token to all experts. Received: top_k={top_k}"
+            )
+        arguments: dict[str, Any] = {"top_k": top_k or min(2, self.num_experts)}
         if self.seed is not None:
             # Not the stream of the experts' dropout, which has the seed itself.
             arguments["seed"] = self.seed + 1
@@ -354,6 +360,13 @@ class MoE(keras.layers.Layer):
             )
         if not names:
             return None
+        unknown = [name for name in names if name not in RoutingMetrics.KNOWN]
+        if unknown:
+            raise ValueError(
+                "`routing_metrics` must hold names out of "
+                f"{sorted(RoutingMetrics.KNOWN)}. Received: {unknown[0]!r} in "
+                f"routing_metrics={names!r}"
+            )
         lost = sorted(RoutingMetrics.NEEDS_PROBS.intersection(names))
         if lost and isinstance(self.router, routers.HashRouter):
             raise ValueError(

@@ -177,7 +177,13 @@ def _print_claims(claims: list[Claim], console: Console) -> None:
         "The paper's claims, which PLE, of a later one, does not decide; "
         "[..]: 95% interval of a paired bootstrap"
     )
-    verdicts = {True: "true", False: "false", None: "not checked"}
+    from recsys_examples.task_correlation.claims import FEWEST_RUNS
+
+    verdicts = {
+        True: "true",
+        False: "false",
+        None: f"not checked (it needs {FEWEST_RUNS} runs at each correlation)",
+    }
     for place, claim in enumerate(claims, start=1):
         console.print(f"{place}. {claim.text}: {verdicts[claim.holds]}")
         for line in (f"rule: {claim.rule}", *claim.evidence):

@@ -779,7 +779,7 @@ def check_broken_rows(layer, names, **given):
                                     "expert_choice", "hash", "dense"])  # fmt: skip
 def test_a_row_that_is_not_finite_changes_no_other_row(router):
     ids = {"router_inputs": np.arange(12)} if router == "hash" else {}
-    layer = moe(router, top_k=2)
+    layer = moe(router, top_k=None if router == "dense" else 2)
     layer.build((12, D), *[(12,)] * len(ids))
     names = WAYS[layer.router.choice]
     check_broken_rows(layer, [name for name in names if name != "dropping"], **ids)
@@ -1109,6 +1109,7 @@ BAD = [
         for router in (None, "dense", "hash", routers.TopKRouter(E, 2),
                        routers.DenseRouter(E))
     ],
+    refused("`top_k` must be None.*'dense'.*top_k=2", E, U, 2, router="dense"),
     refused("`top_k`.*0", E, U, 0, router="dense"),
     refused("`top_k` must be that of `router`.*top_k=3, router.top_k=2", E, U, 3,
             router=routers.TopKRouter(E, 2)),

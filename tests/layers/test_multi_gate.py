@@ -933,4 +933,6 @@ def test_gates_can_be_seen_before_the_first_call(make):
 def test_tasks_without_an_order_are_refused():
     with pytest.raises(ValueError, match="sequence of task names, in order"):
         MMoE(2, 4, {"click", "buy"})
+    with pytest.raises(ValueError, match="sequence of task names, in order"):
+        MMoE(2, 4, {"click": 1, "buy": 2})
     assert len(MMoE(2, 4, np.int64(2))(np.ones((1, 3)))) == 2
