@@ -130,14 +130,19 @@ def ragged_dot(rows: Any, kernels: Any, sizes: Any) -> Any:
     return jax.lax.ragged_dot(rows, kernels, sizes)
 
 
-def assert_same_rows(first: Any, second: Any, message: str) -> None:
-    """Fail when it runs if the first axes differ, where only the run knows them.
+def assert_same_rows(first: Any, second: Any, message: str) -> Any:
+    """Return `first`; to use it fails if the first axes differ when it runs.
 
-    Only TensorFlow without XLA has such axes.
+    Only TensorFlow without XLA has axes that the run alone knows. Nothing orders the
+    operations of its graph but what they use: an assertion that nobody uses may come
+    after an operation that fails in its own words.
     """
     if name() != "tensorflow" or under_xla():
-        return
+        return first
     import tensorflow as tf
 
     sizes = tf.shape(first)[0], tf.shape(second)[0]
-    tf.debugging.assert_equal(*sizes, message=message)
+    same = tf.debugging.assert_equal(*sizes, message=message)
+    # Run at once, it has failed already and is no operation.
+    with tf.control_dependencies([] if same is None else [same]):
+        return tf.identity(first)

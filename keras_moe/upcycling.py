@@ -159,7 +159,9 @@ def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
         store: dict[str, Any] = {}
         old.save_own_variables(store)
         if store:
-            new.load_own_variables(store)
+            # Arrays of their own: JAX gives those of a model away when it trains it.
+            copies = {k: np.array(ops.convert_to_numpy(x)) for k, x in store.items()}
+            new.load_own_variables(copies)
         if hasattr(old, "save_assets"):
             with tempfile.TemporaryDirectory() as folder:
                 old.save_assets(folder)

@@ -149,18 +149,19 @@ def check_leading_axes(
         )
 
 
-def check_same_rows(argument: str, tensor: Any, inputs: Any) -> None:
-    """Refuse a further input of another shape, or, when run, of another batch.
+def checked_rows(argument: str, tensor: Any, inputs: Any) -> Any:
+    """Return a further input; one of another shape or, when run, batch is refused.
 
     A batch of another size would be broadcast or cut silently.
     """
     check_leading_axes(argument, tensor.shape, inputs.shape)
-    check_batch(argument, tensor, inputs)
+    return checked_batch(argument, tensor, inputs)
 
 
-def check_batch(argument: str, tensor: Any, inputs: Any) -> None:
-    """Refuse another batch than that of `inputs` where only the run knows it."""
-    if tensor.shape[0] is None or inputs.shape[0] is None:
-        _backend.assert_same_rows(
-            tensor, inputs, f"`{argument}` must have the leading axes of `inputs`."
-        )
+def checked_batch(argument: str, tensor: Any, inputs: Any) -> Any:
+    """Return `tensor`; another batch is refused where only the run knows it."""
+    if tensor.shape[0] is not None and inputs.shape[0] is not None:
+        return tensor
+    return _backend.assert_same_rows(
+        tensor, inputs, f"`{argument}` must have the leading axes of `inputs`."
+    )

@@ -27,7 +27,7 @@ from keras_moe.initializers import PerExpert
 from keras_moe.layers._mixture import Mixture
 from keras_moe.layers._parts import (
     check_expert_outputs,
-    check_same_rows,
+    checked_rows,
     checked_top_k,
     default_name,
 )
@@ -234,7 +234,7 @@ class DSelectK(Mixture):
         if gate_inputs is None:
             gate_inputs = inputs
         else:
-            check_same_rows("gate_inputs", gate_inputs, inputs)
+            gate_inputs = checked_rows("gate_inputs", gate_inputs, inputs)
         leading = ops.shape(gate_inputs)[:-1]
         rows = ops.reshape(gate_inputs, (-1, gate_inputs.shape[-1]))
         bits = (-1, self.tasks.count, self.top_k, self.num_bits)

@@ -20,7 +20,7 @@ from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
 from keras_moe.experts import MLPExperts, restored_axes
 from keras_moe.initializers import independent
-from keras_moe.layers._parts import check_batch, check_experts, default_name
+from keras_moe.layers._parts import check_experts, checked_batch, default_name
 from keras_moe.metrics import RoutingMetrics
 
 
@@ -434,7 +434,7 @@ class MoE(keras.layers.Layer):
             ids = len(router_inputs.shape) < len(inputs.shape)
             axes = router_inputs.shape if ids else router_inputs.shape[:-1]
             _check_leading_axes("router_inputs", axes, inputs.shape)
-            check_batch("router_inputs", router_inputs, inputs)
+            router_inputs = checked_batch("router_inputs", router_inputs, inputs)
             routed = _as_tokens(router_inputs, len(inputs.shape))
 
         routing = self.router(routed, mask=mask, training=training)

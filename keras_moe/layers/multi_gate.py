@@ -22,7 +22,7 @@ from keras_moe.layers._mixture import GatedMixture
 from keras_moe.layers._parts import (
     check_expert_outputs,
     check_leading_axes,
-    check_same_rows,
+    checked_rows,
     checked_top_k,
     default_name,
 )
@@ -145,7 +145,7 @@ class MMoE(GatedMixture):
         if gate_inputs is None:
             gate_inputs = inputs
         else:
-            check_same_rows("gate_inputs", gate_inputs, inputs)
+            gate_inputs = checked_rows("gate_inputs", gate_inputs, inputs)
         gates = self._gate(gate_inputs, training)  # (..., g, e)
         dispatch = self._dispatch_now()
         if dispatch == "dense":

@@ -27,7 +27,7 @@ from keras_moe.initializers import independent
 from keras_moe.layers._parts import (
     Adaptable,
     check_leading_axes,
-    check_same_rows,
+    checked_rows,
     default_name,
 )
 from keras_moe.layers._tasks import Tasks
@@ -196,7 +196,7 @@ class EPNet(Adaptable):
         self.gate.build((*inputs_shape[:-1], domain_features + features))
 
     def call(self, inputs: Any, domain_inputs: Any) -> Any:
-        check_same_rows("domain_inputs", domain_inputs, inputs)
+        domain_inputs = checked_rows("domain_inputs", domain_inputs, inputs)
         seen = ops.concatenate([domain_inputs, ops.stop_gradient(inputs)], axis=-1)
         return self.gate(seen) * inputs
 
@@ -339,7 +339,7 @@ class PPNet(Adaptable):
     ) -> dict[str, Any] | list[Any]:
         seen = ops.stop_gradient(inputs)
         if prior_inputs is not None:
-            check_same_rows("prior_inputs", prior_inputs, inputs)
+            prior_inputs = checked_rows("prior_inputs", prior_inputs, inputs)
             seen = ops.concatenate([prior_inputs, seen], axis=-1)
 
         def scaled(i: int, activations: Any) -> Any:
