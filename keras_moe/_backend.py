@@ -112,6 +112,19 @@ def pullback(
     return outputs, pull
 
 
+def top_k(scores: Any, k: int) -> tuple[Any, Any]:
+    """Return the k largest of the last axis and their indices, best first.
+
+    Equal scores go to the lower index, which torch's own top-k does not promise.
+    """
+    if name() != "torch":
+        return ops.top_k(scores, k)
+    import torch
+
+    values, indices = torch.sort(scores, dim=-1, descending=True, stable=True)
+    return values[..., :k], indices[..., :k]
+
+
 def split_rows(rows: Any, sizes: Any, count: int) -> Sequence[Any]:
     """Cut the first axis into `count` parts of `sizes`, which only the run knows."""
     if name() == "torch":

@@ -22,7 +22,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe import _checks, routing
+from keras_moe import _backend, _checks, routing
 from keras_moe.initializers import PerExpert, independent
 
 
@@ -701,7 +701,8 @@ class ExpertChoiceRouter(_LinearRouter):
         if not isinstance(n, int) or n == 0:
             # An expert has at least one slot, and there may be no token for it.
             wanted = ops.pad(wanted, ((0, 1), (0, 0)), constant_values=-1.0)
-        values, indices = ops.top_k(ops.transpose(wanted), self._capacity(n))  # (e, c)
+        wanted = ops.transpose(wanted)  # (e, n)
+        values, indices = _backend.top_k(wanted, self._capacity(n))  # (e, c)
         filled = values >= 0.0
         invalid = ops.logical_not(ops.all(ops.isfinite(logits), axis=-1))
         return routing.ExpertChoiceRouting(

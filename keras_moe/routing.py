@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_moe import _backend
+
 
 class Routing(NamedTuple):
     """Each token chooses k experts.
@@ -114,9 +116,9 @@ class Slots(NamedTuple):
 def top_k(scores: Any, k: int) -> Any:
     """Return the indices `(n, k)` of the k largest of `scores` `(n, e)`, best first.
 
-    Equal scores go to the lower index on TensorFlow and JAX.
+    Equal scores go to the lower index.
     """
-    return ops.top_k(scores, k)[1]
+    return _backend.top_k(scores, k)[1]
 
 
 def choose(values: Any, indices: Any) -> Any:

@@ -35,6 +35,15 @@ def drawn(n, e, k, seed=0, ties=False, masked=False):
     )
 
 
+@pytest.mark.parametrize("width", [3, 40])
+def test_equal_scores_go_to_the_lower_index(width):
+    scores = np.random.default_rng(0).integers(0, 3, size=(50, width)).astype("float32")
+    for k in (1, 2, width):
+        found = ops.convert_to_numpy(routing.top_k(ops.convert_to_tensor(scores), k))
+        wanted = np.argsort(-scores, axis=-1, kind="stable")[:, :k]
+        np.testing.assert_array_equal(found, wanted)
+
+
 sizes = {
     "n": st.integers(0, 14),
     "e": st.integers(1, 6),

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe import _checks, routing
 from keras_moe.experts import MLPExperts, restored_axes
 from keras_moe.initializers import independent
 from keras_moe.layers._parts import check_experts
@@ -69,8 +69,8 @@ class Mixture(keras.layers.Layer):
         """Return the experts of a level: those given, or MLPs."""
         given = self._experts_given
         argument = "experts"
-        if isinstance(given, list | tuple) and not any_layer:
-            given, argument = given[level], f"experts[{level}]"
+        if given is not None and not any_layer:
+            given, argument = self._levels_given()[level], f"experts[{level}]"
         check_experts(given, num_experts, self.expert_units, any_layer, argument)
         if given is not None:
             return given
@@ -90,16 +90,19 @@ class Mixture(keras.layers.Layer):
 
     def check_levels(self, num_levels: int) -> None:
         """Refuse `experts` that are not one layer for each level."""
-        given = self._experts_given
-        if given is None:
+        if self._experts_given is None:
             return
-        if not isinstance(given, list | tuple):
-            given = self._experts_given = [given]
+        given = self._levels_given()
         if len(given) != num_levels or len({id(layer) for layer in given}) < num_levels:
             raise ValueError(
                 "`experts` must be one layer of its own for each level. Received: "
                 f"num_levels={num_levels}, experts={given!r}"
             )
+
+    def _levels_given(self) -> Sequence[keras.layers.Layer]:
+        """Return the given experts of every level; one layer is that of one level."""
+        given = self._experts_given
+        return given if isinstance(given, list | tuple) else [given]
 
     def mix(self, gates: Any, expert_outputs: Any) -> Any:
         """(..., g, e), (..., e, u) -> (..., g, u): y_g = sum_k gate_gk f_k(x)."""
@@ -223,7 +226,7 @@ class GatedMixture(Mixture):
         if training and self.gate_dropout > 0.0:
             logits = self._drop_experts(logits)
         if top_k is not None:
-            _, chosen = ops.top_k(logits, top_k)
+            chosen = routing.top_k(logits, top_k)
             kept = ops.sum(ops.one_hot(chosen, logits.shape[-1]), axis=-2)
             logits = ops.where(kept > 0, logits, -float("inf"))
         return ops.softmax(logits, axis=-1)

@@ -162,7 +162,7 @@ class PLE(GatedMixture):
             if s:
                 shared = self.mix(gates[..., m:], outputs[..., t * m :, :])
                 mixtures = mixtures + shared
-        streams_above = ops.unstack(mixtures, axis=-2)
+        streams_above = list(ops.unstack(mixtures, axis=-2))
         if level < self.num_levels - 1:
             gate = self.weigh(self.shared_gates[level](streams[-1]), training)
             streams_above.append(ops.squeeze(self.mix(gate, outputs), axis=-2))

@@ -167,7 +167,7 @@ class STEM(GatedMixture):
             + self.mix(shared, outputs[..., t * m :, :])
             + self.mix(others, ops.stop_gradient(outputs))
         )
-        streams_above = ops.unstack(mixtures, axis=-2)
+        streams_above = list(ops.unstack(mixtures, axis=-2))
         if level < self.num_levels - 1:
             gate = self.weigh(self.shared_gates[level](streams[-1]), training)
             # Else a task would teach the experts of others through the shared stream.

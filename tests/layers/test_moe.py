@@ -1014,7 +1014,7 @@ def test_auto_obeys_a_capacity_also_if_all_experts_are_chosen():
 
 
 def test_the_capacity_by_default_is_a_quarter_above_an_even_load():
-    layer, x = moe(top_k=1, dispatch="capacity"), tokens(16)
+    layer, x = moe(top_k=1, dispatch="capacity", activation="tanh"), tokens(16)
     layer.build(x.shape)
     layer.router.kernel.assign(np.zeros((D, E)))
     # All tokens want expert 0, which has c = 1.25 * 1 * 16 / 4 = 5 slots.
