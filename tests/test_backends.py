@@ -14,12 +14,10 @@ from keras_moe.multitask import MultiTaskModel
 from tests import processes
 
 ROOT = Path(__file__).parent.parent
-# Two halves, so that two workers share them.
 CORE = {
     "layers": ("layers",),
-    "below": (
+    "parts": (
         "multitask",
-        "test_dispatch.py",
         "test_experts.py",
         "test_initializers.py",
         "test_losses.py",
@@ -28,11 +26,12 @@ CORE = {
         "test_routing.py",
         "test_upcycling.py",
     ),
+    "dispatch": ("test_dispatch.py",),
 }
 
-# The layers make programs of a moment by the thousand; those whose FLOPs and memory
-# are read are below, and stay optimised. An unknown flag would end the process, so
-# only a release that is known to have these is told.
+# Most tests make programs of a moment, by the thousand; those of the dispatch read what
+# the compiler makes of them, and have it optimise. An unknown flag would end the
+# process, so only a release that is known to have these is told.
 UNOPTIMISED = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false"
@@ -53,7 +52,7 @@ def _needs(backend):
 def test_core_of_the_suite(backend, part, tmp_path):
     _needs(backend)
     tests = [str(ROOT / "tests" / name) for name in CORE[part]]
-    quick = part == "layers" and metadata.version(backend).startswith("0.10.")
+    quick = part != "dispatch" and metadata.version(backend).startswith("0.10.")
     done = processes.run(
         ["-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         cwd=ROOT,
