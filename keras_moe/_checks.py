@@ -16,6 +16,17 @@ def positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
+def top_k(top_k: Any, num_experts: int) -> int:
+    """Return `top_k` if there are so many experts."""
+    checked = positive_int("top_k", top_k)
+    if checked > num_experts:
+        raise ValueError(
+            "`top_k` must not exceed `num_experts`. "
+            f"Received: top_k={top_k}, num_experts={num_experts}"
+        )
+    return checked
+
+
 def unit_sizes(name: str, value: Any, allow_empty: bool = False) -> tuple[int, ...]:
     """Return the layer widths in `value` (an int or a sequence) as a tuple."""
     sizes = (value,) if isinstance(value, numbers.Integral) else value

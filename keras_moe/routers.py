@@ -45,12 +45,7 @@ class _Router(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)
         self.supports_masking = True
         self.num_experts = _checks.positive_int("num_experts", num_experts)
-        self.top_k = _checks.positive_int("top_k", top_k)
-        if top_k > num_experts:
-            raise ValueError(
-                "`top_k` must not exceed `num_experts`. "
-                f"Received: top_k={top_k}, num_experts={num_experts}"
-            )
+        self.top_k = _checks.top_k(top_k, self.num_experts)
 
     @property
     def _routing_dtype(self) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 
-from keras_moe import _backend, _checks
+from keras_moe import _backend
 
 
 def default_name(name: str) -> str:
@@ -120,32 +121,31 @@ def check_expert_outputs(symbolic: Any, expected: tuple[int | None, ...]) -> Non
         )
 
 
-def checked_top_k(top_k: int, num_experts: int) -> int:
-    """Return `top_k` if there are so many experts."""
-    if _checks.positive_int("top_k", top_k) > num_experts:
-        raise ValueError(
-            "`top_k` must not exceed `num_experts`. "
-            f"Received: top_k={top_k}, num_experts={num_experts}"
-        )
-    return int(top_k)
-
-
 def check_leading_axes(
     argument: str,
-    shape: tuple[int | None, ...] | None,
-    inputs_shape: tuple[int | None, ...],
+    shape: Sequence[int | None] | None,
+    inputs_shape: Sequence[int | None],
+    features: int = 1,
 ) -> None:
-    """Refuse a further input whose leading axes are not those of `inputs`."""
+    """Refuse leading axes that a reshape or a broadcast might take all the same.
+
+    Args:
+        argument: str, its name.
+        shape: its shape, or None where there is no such input.
+        inputs_shape: the shape of `inputs`.
+        features: int, the axes behind the leading ones of `shape`.
+    """
     if shape is None:
         return
-    leading, other = inputs_shape[:-1], shape[:-1]
-    same = len(leading) == len(other) and all(
-        a is None or b is None or a == b for a, b in zip(leading, other, strict=True)
+    axes, leading = shape[: len(shape) - features], inputs_shape[:-1]
+    same = len(axes) == len(leading) and all(
+        a == b or a is None or b is None for a, b in zip(axes, leading, strict=True)
     )
     if not same:
         raise ValueError(
-            f"`{argument}` must have the leading axes of `inputs`. Received: inputs of "
-            f"shape {tuple(inputs_shape)}, {argument} of shape {tuple(shape)}"
+            f"`{argument}` must have the leading axes of `inputs`, {tuple(leading)}. "
+            f"Received: inputs of shape {tuple(inputs_shape)}, {argument} of shape "
+            f"{tuple(shape)}"
         )
 
 

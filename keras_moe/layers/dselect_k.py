@@ -28,7 +28,6 @@ from keras_moe.layers._mixture import Mixture
 from keras_moe.layers._parts import (
     check_expert_outputs,
     checked_rows,
-    checked_top_k,
     default_name,
 )
 
@@ -122,7 +121,7 @@ class DSelectK(Mixture):
         super().__init__(expert_units, tasks, name=name, **kwargs)
         self.num_experts = _checked_num_experts(num_experts)
         self.num_bits = (self.num_experts - 1).bit_length()
-        self.top_k = checked_top_k(top_k, self.num_experts)
+        self.top_k = _checks.top_k(top_k, self.num_experts)
         self.gamma = _checks.positive_number("gamma", gamma)
         self.entropy_weight = _checks.finite_number("entropy_weight", entropy_weight)
         self.static = static

@@ -20,7 +20,12 @@ from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
 from keras_moe.experts import MLPExperts, restored_axes
 from keras_moe.initializers import independent
-from keras_moe.layers._parts import check_experts, checked_batch, default_name
+from keras_moe.layers._parts import (
+    check_experts,
+    check_leading_axes,
+    checked_batch,
+    default_name,
+)
 from keras_moe.metrics import RoutingMetrics
 
 
@@ -163,7 +168,7 @@ class MoE(keras.layers.Layer):
         self._experts_given = experts
         self._top_k_given = top_k
         if top_k is not None:
-            _check_top_k(top_k, self.num_experts)
+            _checks.top_k(top_k, self.num_experts)
         self.router = self._make_router(router, top_k, capacity_factor)
         self.top_k = self.router.top_k
         self.experts = self._make_experts()
@@ -425,15 +430,15 @@ class MoE(keras.layers.Layer):
             mask = getattr(inputs, "_keras_mask", None)
         if mask is not None:
             mask = ops.convert_to_tensor(mask)
-            _check_leading_axes("mask", mask.shape, inputs.shape)
+            check_leading_axes("mask", mask.shape, inputs.shape, features=0)
             mask = ops.reshape(ops.cast(mask, "bool"), (-1,))
             # Whatever stands in padding, NaN too, reaches no output and no gradient.
             tokens = routing_lib.rows_where(mask, tokens)
         routed = tokens
         if router_inputs is not None:
             ids = len(router_inputs.shape) < len(inputs.shape)
-            axes = router_inputs.shape if ids else router_inputs.shape[:-1]
-            _check_leading_axes("router_inputs", axes, inputs.shape)
+            shapes = router_inputs.shape, inputs.shape
+            check_leading_axes("router_inputs", *shapes, features=0 if ids else 1)
             router_inputs = checked_batch("router_inputs", router_inputs, inputs)
             routed = _as_tokens(router_inputs, len(inputs.shape))
 
@@ -571,30 +576,6 @@ class MoE(keras.layers.Layer):
             if isinstance(config.get(part), dict):
                 config[part] = keras.saving.deserialize_keras_object(config[part])
         return cls(**config)
-
-
-def _check_top_k(top_k: int, num_experts: int) -> None:
-    """Refuse what a router would refuse, whatever the router."""
-    if _checks.positive_int("top_k", top_k) > num_experts:
-        raise ValueError(
-            "`top_k` must not exceed `num_experts`. "
-            f"Received: top_k={top_k}, num_experts={num_experts}"
-        )
-
-
-def _check_leading_axes(
-    argument: str, axes: Sequence[int | None], shape: Sequence[int | None]
-) -> None:
-    """Refuse `axes` that a reshape or a broadcast might take all the same."""
-    leading = tuple(shape[:-1])
-    same = len(axes) == len(leading) and all(
-        a == b or a is None or b is None for a, b in zip(axes, leading, strict=True)
-    )
-    if not same:
-        raise ValueError(
-            f"`{argument}` must have the leading axes of `inputs`, {leading}. "
-            f"Received: {argument} with the leading axes {tuple(axes)}"
-        )
 
 
 def _as_tokens(router_inputs: Any, rank: int) -> Any:

@@ -23,7 +23,6 @@ from keras_moe.layers._parts import (
     check_expert_outputs,
     check_leading_axes,
     checked_rows,
-    checked_top_k,
     default_name,
 )
 from keras_moe.layers._tasks import Tasks
@@ -118,7 +117,7 @@ class MMoE(GatedMixture):
             expert_units, tasks, name=name or default_name("mmoe"), **kwargs
         )
         self.num_experts = _checks.positive_int("num_experts", num_experts)
-        self.top_k = None if top_k is None else checked_top_k(top_k, self.num_experts)
+        self.top_k = None if top_k is None else _checks.top_k(top_k, self.num_experts)
         self.experts = self.make_experts(self.num_experts, any_layer=True)
         self.gates = self.make_gates(self.num_gates, self.num_experts)
         self.dispatch = _checked_dispatch(dispatch, self.top_k, self.experts)

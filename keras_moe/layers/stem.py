@@ -21,7 +21,7 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe.layers._mixture import GatedMixture, on_streams
-from keras_moe.layers._parts import checked_rows, default_name
+from keras_moe.layers._parts import checked_batch, default_name
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -150,8 +150,8 @@ class STEM(GatedMixture):
         if task_inputs is None:
             return [inputs] * (self.tasks.count + 1)
         self._check_task_inputs(inputs.shape, task_inputs.shape)
-        streams = ops.unstack(task_inputs, num=self.tasks.count, axis=-2)
-        return [*(checked_rows("task_inputs", x, inputs) for x in streams), inputs]
+        task_inputs = checked_batch("task_inputs", task_inputs, inputs)
+        return [*ops.unstack(task_inputs, num=self.tasks.count, axis=-2), inputs]
 
     def _extract(
         self, level: int, streams: Sequence[Any], training: bool | None
