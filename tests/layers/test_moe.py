@@ -1187,7 +1187,7 @@ def test_bad_inputs_are_named():
         layer(x, mask=np.ones(2, bool))
     with pytest.raises(ValueError, match=r"`mask`.*\(1, 3\).*\(1,\)"):
         layer(x[:1], mask=np.ones(1, bool))
-    with pytest.raises(ValueError, match=r"`router_inputs`.*\(2, 3\).*\(2, 2\)"):
+    with pytest.raises(ValueError, match=r"`router_inputs`.*\(2, 3\).*\(2, 2, 3\)"):
         layer(x, router_inputs=x[:, :2])
     with pytest.raises(ValueError, match="rank >= 2"):
         moe()(np.ones(3))
