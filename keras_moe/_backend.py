@@ -159,3 +159,34 @@ def assert_same_rows(first: Any, second: Any, message: str) -> Any:
     # Run at once, it has failed already and is no operation.
     with tf.control_dependencies([] if same is None else [same]):
         return tf.identity(first)
+
+
+def keras_mask(tensor: Any) -> Any:
+    """Return the mask that Keras has attached to a tensor, or None.
+
+    It is an attribute, but on JAX, whose tensors take none.
+    """
+    from keras.src.backend import get_keras_mask  # Keras does not export it.
+
+    return get_keras_mask(tensor)
+
+
+def num_replicas() -> int:
+    """Return how many replicas of `tf.distribute` compute a step together."""
+    if name() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def sum_over_replicas(value: Any) -> Any:
+    """Return the sum of what every replica of `tf.distribute` has as `value`."""
+    if num_replicas() == 1:
+        return value
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        return value
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, value)

@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
+from keras import backend, ops
+
 
 def positive_int(name: str, value: Any) -> int:
     """Return `value` if it is an int of at least 1, else raise ValueError."""
@@ -112,3 +114,114 @@ def finite_number(name: str, value: Any) -> float:
             f"`{name}` must be a finite number. Received: {name}={value!r}"
         )
     return float(value)
+
+
+def scalar(name: str, value: Any, allow_zero: bool = False) -> Any:
+    """Return `value` if it is an int >= 1 (or 0), or a scalar tensor of integers."""
+    if value is None or isinstance(value, numbers.Real):
+        return count(name, value) if allow_zero else positive_int(name, value)
+    if hasattr(value, "shape"):
+        axes(**{name: (value, "")})
+        integers(**{name: value})
+    return value
+
+
+def axes(**arguments: tuple[Any, str]) -> None:
+    """Raise ValueError unless the ranks and the sizes of the arguments agree.
+
+    Each argument is a pair of its value and its axes, a letter for every axis:
+    `probs=(probs, "ne")`. A leading "..." stands for any further axes, the same in all
+    arguments. "?" at the end allows None. "=e" says that the value is no tensor but the
+    size of the axis e itself.
+
+    Only static shapes are read. An unknown rank or size agrees with everything.
+    """
+    known: dict[str, tuple[Any, str]] = {}
+    for name, (value, spec) in arguments.items():
+        letters = spec.removesuffix("?")
+        if value is None and letters != spec:
+            continue
+        if spec.startswith("="):
+            sizes = {spec[1:]: value}
+        else:
+            sizes = _sizes(name, value, letters)
+        for axis, size in sizes.items():
+            if not _is_known(size):
+                continue
+            first, where = known.setdefault(axis, (size, name))
+            if not _agree(first, size):
+                rule = f"{axis}={first} as in"
+                if axis == "...":
+                    rule = f"the leading axes {first} of"
+                raise ValueError(
+                    f"`{name}` must have the shape {_written(letters)} with {rule} "
+                    f"`{where}`. {_received(name, value)}"
+                )
+
+
+def integers(**arguments: Any) -> None:
+    """Raise ValueError unless the tensors hold integers."""
+    for name, value in arguments.items():
+        tensor = value if hasattr(value, "dtype") else ops.convert_to_tensor(value)
+        dtype = backend.standardize_dtype(tensor.dtype)
+        if "int" not in dtype:
+            raise ValueError(
+                f"`{name}` must hold integers. Received: {name} of dtype {dtype}"
+            )
+
+
+def choices(name: str, value: Any, num_experts: int | None) -> int:
+    """Return `value` if it is an int from 1 to `num_experts`, if that is known."""
+    checked = positive_int(name, value)
+    if num_experts is not None and checked > num_experts:
+        raise ValueError(
+            f"`{name}` must not exceed the number of experts e. "
+            f"Received: {name}={value}, e={num_experts}"
+        )
+    return checked
+
+
+def _sizes(name: str, value: Any, letters: str) -> dict[str, Any]:
+    """Return the size of every axis; nothing for an unknown rank."""
+    shape = None if value is None else _static_shape(value)
+    if value is not None and shape is None:
+        return {}
+    tail = letters.removeprefix("...")
+    free = tail != letters
+    if shape is None or len(shape) < len(tail) or (len(shape) > len(tail) and not free):
+        raise ValueError(
+            f"`{name}` must have the shape {_written(letters)}. "
+            f"{_received(name, value)}"
+        )
+    split = len(shape) - len(tail)
+    sizes: dict[str, Any] = dict(zip(tail, shape[split:], strict=True))
+    return {"...": shape[:split], **sizes} if free else sizes
+
+
+def _static_shape(value: Any) -> tuple[Any, ...] | None:
+    tensor = value if hasattr(value, "shape") else ops.convert_to_tensor(value)
+    # TensorFlow's shapes of unknown rank have no length.
+    return None if getattr(tensor.shape, "rank", 0) is None else tuple(tensor.shape)
+
+
+def _is_known(size: Any) -> bool:
+    # Compilers have symbols as sizes, which must not be compared.
+    return isinstance(size, int | tuple)
+
+
+def _agree(first: Any, second: Any) -> bool:
+    if isinstance(first, tuple):
+        return len(first) == len(second) and all(map(_agree, first, second))
+    return not (_is_known(first) and _is_known(second)) or first == second
+
+
+def _written(letters: str) -> str:
+    tail = letters.removeprefix("...")
+    names = [*(["..."] if tail != letters else []), *tail]
+    return f"({', '.join(names)}{',' if letters in tail and len(tail) == 1 else ''})"
+
+
+def _received(name: str, value: Any) -> str:
+    if value is None:
+        return f"Received: {name}=None"
+    return f"Received: {name} of shape {_static_shape(value)}"

@@ -98,7 +98,16 @@ def dense(
     outputs = experts(tokens, training=training)  # (n, e, u)
     gates = routing_lib.gates(routing, experts.num_experts, ops.shape(tokens)[0])
     weights = ops.expand_dims(ops.cast(gates, outputs.dtype), 1)  # (n, 1, e)
-    return ops.squeeze(ops.matmul(weights, outputs), axis=1)
+    outputs = ops.squeeze(ops.matmul(weights, outputs), axis=1)
+    return nan_where(getattr(routing, "invalid", None), outputs)
+
+
+def nan_where(invalid: Any, outputs: Any) -> Any:
+    """Return `outputs` (n, u) with NaN in the rows that are `invalid` (n,) or None."""
+    if invalid is None:
+        return outputs
+    # A scalar: a tensor of NaN is multiplied by 0, and stays NaN, in ONNX.
+    return ops.where(ops.expand_dims(invalid, -1), float("nan"), outputs)
 
 
 # Sorted rows: what the dropless dispatches share.
@@ -292,11 +301,7 @@ def expert_choice(
         ops.reshape(routing.token_indices, (-1,)),
         num_segments=n + 1,
     )[:-1]
-    if routing.invalid is None:
-        return sums
-    invalid = ops.expand_dims(routing.invalid, -1)
-    # A scalar: a tensor of NaN is multiplied by 0, and stays NaN, in ONNX.
-    return ops.where(invalid, float("nan"), sums)
+    return nan_where(routing.invalid, sums)
 
 
 def _in_slots(

@@ -27,10 +27,11 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
+from keras_moe._layer import Layer
 from keras_moe.initializers import PerExpert
 
 
-class _StackedExperts(keras.layers.Layer):
+class _StackedExperts(Layer):
     """Experts whose formula `on_rows` is the same for every one of them."""
 
     num_experts: int
@@ -197,7 +198,9 @@ class MLPExperts(_StackedExperts):
                     self.add_weight(
                         name=f"bias_{i}",
                         shape=(self.num_experts, units),
-                        initializer=PerExpert(self.bias_initializer, stream=i),
+                        initializer=PerExpert(
+                            self.bias_initializer, stream=len(self.units) + i
+                        ),
                         regularizer=self.bias_regularizer,
                     )
                 )
@@ -384,7 +387,7 @@ class GLUExperts(_StackedExperts):
         bias = self.add_weight(
             name=f"{name}_bias",
             shape=(self.num_experts, outputs),
-            initializer=PerExpert(self.bias_initializer, stream=stream),
+            initializer=PerExpert(self.bias_initializer, stream=3 + stream),
             regularizer=self.bias_regularizer,
         )
         return kernel, bias
@@ -438,7 +441,7 @@ class GLUExperts(_StackedExperts):
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class LayerExperts(keras.layers.Layer):
+class LayerExperts(Layer):
     """Experts that are Keras layers or models of any kind, also of different kinds.
 
     Each is computed on its own, so that many of them cost more than the stacked

@@ -1,4 +1,4 @@
-"""Initial values for stacked kernels: one honest draw for every expert.
+"""Initial values for stacked kernels: an independent draw for every expert.
 
 Axis letters: e experts.
 
@@ -9,7 +9,7 @@ receptive field, so that every expert starts sqrt(e) too small.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -30,12 +30,21 @@ def independent(initializer: Any, *key: int) -> Callable[..., Any]:
     if "seed" not in config:
         return initializer
     if isinstance(config["seed"], int):
-        # A SeedSequence keeps neighbours apart: (seed 0, key 1) is not (1, 0).
-        state = np.random.SeedSequence([config["seed"], *key]).generate_state(1)
+        # A SeedSequence keeps neighbours apart: (seed 0, key 1) is not (1, 0). It takes
+        # zeros at the end for nothing, so the end is the length of the key.
+        words = [config["seed"], *key, len(key) + 1]
+        state = np.random.SeedSequence(words).generate_state(1)
         config["seed"] = int(state[0] >> 1)
     elif config["seed"] is not None:
         return initializer  # A SeedGenerator: every draw already moves it on.
     return type(initializer).from_config(config)
+
+
+def is_seeded(initializer: Any) -> bool:
+    """Return whether `initializer` draws the same values each time."""
+    if not isinstance(initializer, keras.initializers.Initializer):
+        return False
+    return isinstance(initializer.get_config().get("seed"), int)
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -49,8 +58,9 @@ class PerExpert(keras.initializers.Initializer):
     Args:
         initializer: a Keras initializer, its name, its config, or a function of
             `(shape, dtype)`. It draws one expert.
-        stream: int, distinguishes kernels that share one seeded initializer. Two
-            `PerExpert` of the same seed and another `stream` draw other values.
+        stream: int or sequence of ints, distinguishes kernels that share one seeded
+            initializer. Two `PerExpert` of the same seed and another `stream` draw
+            other values.
 
     Example:
 
@@ -59,17 +69,18 @@ class PerExpert(keras.initializers.Initializer):
     True
     """
 
-    def __init__(self, initializer: Any, stream: int = 0) -> None:
+    def __init__(self, initializer: Any, stream: int | Sequence[int] = 0) -> None:
         self.initializer = keras.initializers.get(initializer)
         if self.initializer is None:
             raise ValueError("`initializer` must not be None.")
-        self.stream = stream
+        self.stream = stream if isinstance(stream, int) else list(stream)
 
     def __call__(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
         """Returns a tensor of `shape`, whose first axis is the experts."""
         num_experts, *expert_shape = shape
+        stream = [self.stream] if isinstance(self.stream, int) else self.stream
         draws = [
-            independent(self.initializer, self.stream, k)(expert_shape, dtype=dtype)
+            independent(self.initializer, *stream, k)(expert_shape, dtype=dtype)
             for k in range(num_experts)
         ]
         return ops.stack(draws, axis=0)

@@ -4,7 +4,8 @@ Axis letters: n tokens, e experts, k choices a token.
 
 Pure functions of the tensors in a routing record. Each returns a scalar, computed in
 float32 (float64 for float64 tensors). Tokens outside the mask count nowhere, not even
-with a NaN in their row; where no token is left, a loss is 0.
+with a NaN in their row; where no token is left, a loss is 0. A mask may also be made of
+numbers, of which 0 is False and every other one True.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from keras import backend, ops
 
+from keras_moe import _checks
 from keras_moe.routing import expert_counts
 
 
@@ -36,6 +38,10 @@ def load_balancing_loss(
     Returns:
         A scalar: 1 if either f or P is uniform, e if one expert gets everything.
 
+    Raises:
+        ValueError: if a shape is another one, if the shapes do not agree in n, or if
+            `expert_indices` are no integers.
+
     Example:
 
     >>> probs = np.array([[0.9, 0.1], [0.2, 0.8]])
@@ -46,6 +52,13 @@ def load_balancing_loss(
         - [Fedus et al., 2021: Switch Transformers: Scaling to Trillion Parameter Models
           with Simple and Efficient Sparsity](https://arxiv.org/abs/2101.03961)
     """
+    _checks.axes(
+        router_probs=(router_probs, "ne"),
+        expert_indices=(expert_indices, "nk"),
+        mask=(mask, "n?"),
+    )
+    _checks.integers(expert_indices=expert_indices)
+    expert_indices, mask = ops.convert_to_tensor(expert_indices), _flags(mask)
     probs = _counted(router_probs, mask)
     num_experts, top_k = probs.shape[-1], expert_indices.shape[-1]
     tokens = _number_of_tokens(probs, mask)
@@ -68,6 +81,9 @@ def importance_loss(gate_weights: Any, mask: Any = None) -> Any:
     Returns:
         A scalar: 0 if all experts are equally important, e - 1 if one has all.
 
+    Raises:
+        ValueError: if a shape is another one, or if the shapes do not agree in n.
+
     Example:
 
     >>> float(keras_moe.losses.importance_loss(np.array([[0.5, 0.5], [1.0, 0.0]])))
@@ -77,6 +93,8 @@ def importance_loss(gate_weights: Any, mask: Any = None) -> Any:
         - [Shazeer et al., 2017: Outrageously Large Neural Networks: The Sparsely-Gated
           Mixture-of-Experts Layer](https://arxiv.org/abs/1701.06538)
     """
+    _checks.axes(gate_weights=(gate_weights, "ne"), mask=(mask, "n?"))
+    mask = _flags(mask)
     return cv_squared(ops.sum(_counted(gate_weights, mask), axis=0))
 
 
@@ -94,6 +112,9 @@ def load_loss(choice_probs: Any, mask: Any = None) -> Any:
     Returns:
         A scalar: 0 if all experts have the same load, e - 1 if one has all.
 
+    Raises:
+        ValueError: if a shape is another one, or if the shapes do not agree in n.
+
     Example:
 
     >>> float(keras_moe.losses.load_loss(np.array([[0.5, 0.5], [1.0, 0.0]])))
@@ -103,6 +124,8 @@ def load_loss(choice_probs: Any, mask: Any = None) -> Any:
         - [Shazeer et al., 2017: Outrageously Large Neural Networks: The Sparsely-Gated
           Mixture-of-Experts Layer](https://arxiv.org/abs/1701.06538)
     """
+    _checks.axes(choice_probs=(choice_probs, "ne"), mask=(mask, "n?"))
+    mask = _flags(mask)
     return cv_squared(ops.sum(_counted(choice_probs, mask), axis=0))
 
 
@@ -118,6 +141,9 @@ def router_z_loss(router_logits: Any, mask: Any = None) -> Any:
     Returns:
         A scalar >= 0.
 
+    Raises:
+        ValueError: if a shape is another one, or if the shapes do not agree in n.
+
     Example:
 
     >>> loss = keras_moe.losses.router_z_loss(np.zeros((3, 4)))
@@ -128,6 +154,8 @@ def router_z_loss(router_logits: Any, mask: Any = None) -> Any:
         - [Zoph et al., 2022: ST-MoE: Designing Stable and Transferable Sparse Expert
           Models](https://arxiv.org/abs/2202.08906)
     """
+    _checks.axes(router_logits=(router_logits, "ne"), mask=(mask, "n?"))
+    mask = _flags(mask)
     logits = _counted(router_logits, mask)
     return _mean(ops.square(ops.logsumexp(logits, axis=-1)), mask)
 
@@ -145,6 +173,9 @@ def entropy_loss(router_probs: Any, mask: Any = None) -> Any:
     Returns:
         A scalar from 0 (one expert has all the probability) to log e (uniform).
 
+    Raises:
+        ValueError: if a shape is another one, or if the shapes do not agree in n.
+
     Example:
 
     >>> loss = keras_moe.losses.entropy_loss(np.array([[0.5, 0.5], [1.0, 0.0]]))
@@ -155,6 +186,8 @@ def entropy_loss(router_probs: Any, mask: Any = None) -> Any:
         - [Grandvalet and Bengio, 2004: Semi-supervised Learning by Entropy
           Minimization](https://papers.nips.cc/paper/2740)
     """
+    _checks.axes(router_probs=(router_probs, "ne"), mask=(mask, "n?"))
+    mask = _flags(mask)
     probs = _counted(router_probs, mask)
     # The smallest number that is normal in float32, about: at p = 0 the entropy is
     # right and its slope, in truth infinite, is large and finite.
@@ -174,11 +207,15 @@ def cv_squared(values: Any) -> Any:
     Returns:
         A scalar.
 
+    Raises:
+        ValueError: if the shape is another one.
+
     Example:
 
     >>> float(keras_moe.losses.cv_squared(np.array([1.0, 3.0])))  # 1 / 2²
     0.25
     """
+    _checks.axes(values=(values, "e"))
     values = _as_float(values)
     # Not `ops.mean`, which Keras rounds to float32 on JAX.
     mean = ops.sum(values) / values.shape[0]
@@ -191,6 +228,10 @@ def _as_float(values: Any) -> Any:
     values = ops.convert_to_tensor(values)
     wide = backend.standardize_dtype(values.dtype) == "float64"
     return ops.cast(values, "float64" if wide else "float32")
+
+
+def _flags(mask: Any) -> Any:
+    return None if mask is None else ops.cast(mask, "bool")
 
 
 def _counted(values: Any, mask: Any) -> Any:

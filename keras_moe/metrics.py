@@ -20,6 +20,7 @@ from keras_moe.routing import (
     DenseRouting,
     ExpertChoiceRouting,
     Routing,
+    checked_record,
     expert_counts,
 )
 
@@ -66,7 +67,7 @@ class RoutingMetrics(keras.metrics.Metric):
     Call arguments:
         routing: a record of `keras_moe.routing`, of any of the three kinds.
         kept: `(n, k)` bool for a `Routing`, which choices are within the capacity. All
-            by default.
+            by default. None for the other kinds.
 
     Returns:
         A dict of scalars by `{prefix}_{figure}`, in the order of `show`.
@@ -77,7 +78,9 @@ class RoutingMetrics(keras.metrics.Metric):
         sums: list of variables, float32 under any policy.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument breaks its rule; by `update_state`, if `routing` is
+            no record, does not agree with itself or with `num_experts`, or lacks the
+            probabilities that a figure is made of, or if `kept` has another shape.
 
     Example:
 
@@ -137,10 +140,21 @@ class RoutingMetrics(keras.metrics.Metric):
         return []
 
     def update_state(self, routing: Any, kept: Any = None) -> None:
+        routing = checked_record(routing, self.num_experts)
+        _check_kept(routing, kept)
+        self._check_probs(routing)
         counted = _counted(routing)
         for name, total in zip(self._sum_names, self._sums, strict=True):
             batch = _SUMS[name](routing, counted, kept, self.num_experts)
             total.assign(total + ops.cast(batch, "float32"))
+
+    def _check_probs(self, routing: Any) -> None:
+        wanting = [name for name in self.show if name in self.NEEDS_PROBS]
+        if wanting and routing.router_probs is None:
+            raise ValueError(
+                f"`routing` must have router_probs for the figures {wanting}. "
+                "Received: routing.router_probs=None"
+            )
 
     def reset_state(self) -> None:
         for total in self._sums:
@@ -193,6 +207,18 @@ def _checked_show(show: Any) -> tuple[str, ...]:
     return tuple(show)
 
 
+def _check_kept(routing: Any, kept: Any) -> None:
+    if kept is None:
+        return
+    if not isinstance(routing, Routing):
+        raise ValueError(
+            "`kept` must be None unless `routing` is a Routing, whose tokens choose. "
+            f"Received: kept with a {type(routing).__name__}"
+        )
+    indices = {"routing.expert_indices": (routing.expert_indices, "nk")}
+    _checks.axes(**indices, kept=(kept, "nk"))
+
+
 # What the three kinds of record have in common: tokens that count, probabilities.
 
 
@@ -204,7 +230,16 @@ def _counted(record: Any) -> Any:
         return finite if mask is None else ops.logical_and(finite, mask)
     if mask is not None:
         return ops.cast(mask, "bool")
-    return ops.ones_like(record.combine_weights[:, 0], dtype="bool")
+    if isinstance(record, ExpertChoiceRouting):
+        raise ValueError(
+            "`routing` must have router_probs or a mask where experts choose, to tell "
+            "the number of tokens. Received: routing.router_probs=None, "
+            "routing.mask=None"
+        )
+    token_first = (
+        record.expert_indices if isinstance(record, Routing) else record.combine_weights
+    )
+    return ops.ones_like(token_first[:, 0], dtype="bool")
 
 
 def _tokens(record: Any, counted: Any, kept: Any, num_experts: int) -> Any:
@@ -284,15 +319,15 @@ _DROPS: dict[type, Callable[..., Any]] = {
 
 
 def _load(record: Any, counted: Any, kept: Any, num_experts: int) -> Any:
-    return _LOADS[type(record)](record, counted, num_experts)
+    return _LOADS[record.kind](record, counted, num_experts)
 
 
 def _candidates(record: Any, counted: Any, kept: Any, num_experts: int) -> Any:
-    return _CANDIDATES[type(record)](record, counted)
+    return _CANDIDATES[record.kind](record, counted)
 
 
 def _dropped(record: Any, counted: Any, kept: Any, num_experts: int) -> Any:
-    return _DROPS[type(record)](record, counted, kept)
+    return _DROPS[record.kind](record, counted, kept)
 
 
 # From sums to figures.

@@ -23,10 +23,14 @@ import numpy as np
 from keras import ops
 
 from keras_moe import _backend, _checks, routing
+from keras_moe._layer import Layer
 from keras_moe.initializers import PerExpert, independent
 
+# Experts may have the same seeded initializer, and draw by other keys.
+_STREAM = tuple(b"router")
 
-class _Router(keras.layers.Layer):
+
+class _Router(Layer):
     """What all routers share.
 
     Class attributes:
@@ -91,7 +95,7 @@ class _LinearRouter(_Router):
         self.kernel = self.add_weight(
             name="kernel",
             shape=(features, self.num_experts),
-            initializer=independent(self.kernel_initializer, 0),
+            initializer=independent(self.kernel_initializer, *_STREAM, 0),
             regularizer=self.kernel_regularizer,
             autocast=False,
         )
@@ -100,7 +104,7 @@ class _LinearRouter(_Router):
             self.bias = self.add_weight(
                 name="bias",
                 shape=(self.num_experts,),
-                initializer=independent(self.bias_initializer, 1),
+                initializer=independent(self.bias_initializer, *_STREAM, 1),
                 autocast=False,
             )
 
@@ -146,7 +150,8 @@ class TopKRouter(_LinearRouter):
             judged on its own).
         renormalize: bool, whether the weights of the k chosen experts are divided by
             their sum. By default they are if `top_k` > 1. With `top_k=1` the weight
-            would always be 1 and the router would never learn, so that is refused.
+            is then always 1 and the router cannot learn, so that serves for inference
+            alone: training is refused unless `trainable` is False.
         jitter: float in [0, 1). In training every feature that the router sees is
             multiplied by a draw from [1 - jitter, 1 + jitter].
         use_bias: bool, whether the logits have a bias.
@@ -202,7 +207,7 @@ class TopKRouter(_LinearRouter):
     ) -> None:
         super().__init__(num_experts, top_k, **kwargs)
         self.score_function = _checked_score_function(score_function)
-        self.renormalize = _checked_renormalize(renormalize, top_k)
+        self.renormalize = _checked_renormalize(renormalize, self.top_k)
         self.jitter = _checks.rate("jitter", jitter)
         self.seed = seed
         if self.jitter > 0.0:
@@ -211,6 +216,8 @@ class TopKRouter(_LinearRouter):
     def call(
         self, tokens: Any, mask: Any = None, training: bool | None = None
     ) -> routing.Routing:
+        if self.renormalize:
+            _check_learns(self, training, "`renormalize` must be False")
         tokens, mask = self._prepared(tokens, mask)
         if training and self.jitter > 0.0:
             tokens = tokens * keras.random.uniform(
@@ -246,13 +253,18 @@ def _checked_score_function(score_function: str) -> str:
 def _checked_renormalize(renormalize: bool | None, top_k: int) -> bool:
     if renormalize is None:
         return top_k > 1
-    if renormalize and top_k == 1:
+    return _checks.flag("renormalize", renormalize)
+
+
+def _check_learns(router: _Router, training: bool | None, rule: str) -> None:
+    """Refuse to train a router whose one weight is always 1, which has no gradient."""
+    if training and router.trainable and router.top_k == 1:
         raise ValueError(
-            "`renormalize` must be False where `top_k` is 1: the one weight would "
-            "always be 1, and the router would get no gradient. "
-            f"Received: renormalize={renormalize}, top_k={top_k}"
+            f"{rule} to train {type(router).__name__} with `top_k=1`: the one weight "
+            "is always 1, and the router gets no gradient. Inference, and training "
+            "with `router.trainable = False`, are possible. "
+            f"Received: top_k=1, training={training}"
         )
-    return bool(renormalize)
 
 
 def _softmax(logits: Any) -> Any:
@@ -322,8 +334,9 @@ class NoisyTopKRouter(_LinearRouter):
 
     Args:
         num_experts: int, number of experts e.
-        top_k: int >= 2, how many experts a token goes to, k. The softmax over a single
-            kept logit is always 1, so with `top_k=1` the router would never learn.
+        top_k: int, how many experts a token goes to, k. The softmax over a single
+            kept logit is always 1, so `top_k=1` serves for inference alone: training
+            is refused unless `trainable` is False.
         noise_kernel_initializer: initializer of the kernel of the noise. With zeros
             its size is `softplus(0)`, about 0.69, for all tokens at the start.
         seed: int, the seed of the noise.
@@ -375,12 +388,6 @@ class NoisyTopKRouter(_LinearRouter):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_experts, top_k, **kwargs)
-        if self.top_k == 1:
-            raise ValueError(
-                "`top_k` must be >= 2 for noisy top-k routing: the softmax over one "
-                "kept logit is always 1, and the router would get no gradient. "
-                f"Received: top_k={top_k}"
-            )
         self.noise_kernel_initializer = keras.initializers.get(noise_kernel_initializer)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
@@ -390,13 +397,14 @@ class NoisyTopKRouter(_LinearRouter):
         self.noise_kernel = self.add_weight(
             name="noise_kernel",
             shape=(input_shape[-1], self.num_experts),
-            initializer=independent(self.noise_kernel_initializer, 2),
+            initializer=independent(self.noise_kernel_initializer, *_STREAM, 2),
             autocast=False,
         )
 
     def call(
         self, tokens: Any, mask: Any = None, training: bool | None = None
     ) -> routing.Routing:
+        _check_learns(self, training, "`top_k` must be >= 2")
         tokens, mask = self._prepared(tokens, mask)
         clean = self._logits(tokens)
         if not training:
@@ -449,6 +457,12 @@ class BiasBalancedRouter(_LinearRouter):
     than the mean load rises by `bias_update_rate`, that of experts with more falls.
     No gradient is bent towards balance.
 
+    A training step is one update by the optimizer. With gradient accumulation the load
+    is that of all its batches, under `MirroredStrategy` that of all replicas, and the
+    bias with which the step began routes all of them, so that `keras.remat` recomputes
+    the same choices. The router knows a new step by its kernel, which the optimizer
+    has changed; where the kernel is not trained, every call is a step.
+
     Experts may stand in groups (on different devices, say): a token then first keeps
     the groups whose two best experts have the highest sum of `score + bias`, and
     chooses among the experts of these. Two is k over the groups kept in DeepSeek-V3
@@ -459,8 +473,8 @@ class BiasBalancedRouter(_LinearRouter):
         top_k: int, how many experts a token goes to, k.
         score_function: "sigmoid" or "softmax".
         renormalize: bool, whether the weights of the k chosen experts are divided by
-            their sum. By default they are if `top_k` > 1; with `top_k=1` that is
-            refused, as the weight would not depend on the token.
+            their sum. By default they are if `top_k` > 1; with `top_k=1` for
+            inference alone, as in `TopKRouter`.
         num_groups: int, number of groups; it divides `num_experts`. Experts 0 to
             e / g - 1 are the first group, and so on.
         top_k_groups: int, how many groups a token keeps. All by default.
@@ -483,7 +497,8 @@ class BiasBalancedRouter(_LinearRouter):
 
     Attributes:
         kernel: variable of shape `(d, e)`.
-        expert_bias: variable of shape `(e,)`, float32 and not trainable.
+        expert_bias: variable of shape `(e,)`, float32 and not trainable. In training
+            it already holds the update for the step under way.
 
     Raises:
         ValueError: if an argument breaks its rule.
@@ -524,7 +539,7 @@ class BiasBalancedRouter(_LinearRouter):
     ) -> None:
         super().__init__(num_experts, top_k, **kwargs)
         self.score_function = _checked_score_function(score_function)
-        self.renormalize = _checked_renormalize(renormalize, top_k)
+        self.renormalize = _checked_renormalize(renormalize, self.top_k)
         self.num_groups = _checks.positive_int("num_groups", num_groups)
         self.top_k_groups = num_groups if top_k_groups is None else top_k_groups
         _check_groups(self.num_experts, self.top_k, self.num_groups, self.top_k_groups)
@@ -542,21 +557,34 @@ class BiasBalancedRouter(_LinearRouter):
             dtype="float32",
             trainable=False,
             autocast=False,
-            # Every replica counts its own tokens.
-            aggregation="mean",
+            aggregation="only_first_replica",  # All count the tokens of all.
         )
+        if self.bias_update_rate > 0.0:
+            self._step = _StepUnderWay(self.num_experts, self.kernel)
+
+    @property
+    def variables(self) -> list[Any]:
+        """The weights, and what is known of a step, which JAX must hand to a call."""
+        step = getattr(self, "_step", None)
+        return [*super().variables, *(step.variables if step else [])]
 
     def call(
         self, tokens: Any, mask: Any = None, training: bool | None = None
     ) -> routing.Routing:
+        if self.renormalize:
+            _check_learns(self, training, "`renormalize` must be False")
         tokens, mask = self._prepared(tokens, mask)
         logits = self._logits(tokens)
         scores, _ = _scores(ops.stop_gradient(logits), self.score_function)
-        biased = _finite(scores) + ops.cast(self.expert_bias, scores.dtype)
+        follows = training and self.trainable and self.bias_update_rate > 0.0
+        bias, load = ops.convert_to_tensor(self.expert_bias), None
+        if follows:
+            bias, load = self._step.began_with(bias, self.kernel)
+        biased = _finite(scores) + ops.cast(bias, scores.dtype)
         eligible = self._within_best_groups(biased)
         indices = ops.cast(routing.top_k(eligible, self.top_k), "int32")
-        if training and self.trainable and self.bias_update_rate > 0.0:
-            self._follow_load(logits, indices, mask)
+        if follows:
+            self._follow_load(bias, load, indices, _valid(logits, mask))
         record = _scored(logits, indices, mask, self.score_function, self.renormalize)
         weights = record.combine_weights * self.routed_scaling_factor
         return record._replace(combine_weights=weights)
@@ -575,11 +603,18 @@ class BiasBalancedRouter(_LinearRouter):
         kept = ops.repeat(kept, size, axis=-1)  # (n, e)
         return ops.where(kept > 0, biased, -float("inf"))
 
-    def _follow_load(self, logits: Any, indices: Any, mask: Any) -> None:
-        """b_i += rate * sign(mean load - load_i), with what this batch has chosen."""
-        load = routing.expert_counts(indices, self.num_experts, _valid(logits, mask))
-        step = ops.sign(ops.mean(load) - load) * self.bias_update_rate
-        self.expert_bias.assign(self.expert_bias + ops.cast(step, "float32"))
+    def _follow_load(self, bias: Any, load: Any, indices: Any, counted: Any) -> None:
+        """b_i += rate * sign(mean load - load_i), with what the step has chosen.
+
+        A recomputation counts its batch again. As it does so for every batch of the
+        step, the loads keep their proportions, and the sign is the same.
+        """
+        chosen = routing.expert_counts(indices, self.num_experts, counted)
+        load = load + _backend.sum_over_replicas(chosen)
+        change = ops.sign(ops.mean(load) - load) * self.bias_update_rate
+        moved = bias + ops.cast(change, "float32")
+        self.expert_bias.assign(moved)
+        self._step.update(self.kernel, bias, load, moved)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -591,6 +626,55 @@ class BiasBalancedRouter(_LinearRouter):
             "routed_scaling_factor": self.routed_scaling_factor,
             "bias_update_rate": self.bias_update_rate,
         }
+
+
+class _StepUnderWay:
+    """What a bias began the optimizer's step with, and the load since then.
+
+    The optimizer does not tell layers that it has made a step. It changes the kernel
+    though, so a kernel that still has its value belongs to the same step: a further
+    batch of gradient accumulation, or a recomputation. None of this is a weight: where
+    it is missing, as after loading a file, a new step begins.
+    """
+
+    def __init__(self, num_experts: int, kernel: Any) -> None:
+        def variable(name: str, like: Any) -> Any:
+            return keras.Variable(
+                # Not equal to anything, so that the first call begins a step.
+                initializer=keras.initializers.Constant(float("nan")),
+                shape=like,
+                dtype="float32" if name != "kernel" else kernel.dtype,
+                trainable=False,
+                autocast=False,
+                aggregation="only_first_replica",
+                name=f"step_{name}",
+            )
+
+        self._kernel = variable("kernel", kernel.shape)
+        self._bias = variable("bias", (num_experts,))
+        self._load = variable("load", (num_experts,))
+        self._moved = variable("moved", (num_experts,))
+
+    @property
+    def variables(self) -> list[Any]:
+        return [self._kernel, self._bias, self._load, self._moved]
+
+    def began_with(self, bias: Any, kernel: Any) -> tuple[Any, Any]:
+        """Return the bias at the beginning of the step, and the load since."""
+        if not kernel.trainable:
+            return bias, ops.zeros_like(bias)
+        same = ops.logical_and(
+            ops.all(ops.equal(self._kernel, kernel)),
+            ops.all(ops.equal(self._moved, bias)),  # Nobody else has assigned it.
+        )
+        load = ops.where(same, self._load, ops.zeros_like(bias))
+        return ops.where(same, self._bias, bias), load
+
+    def update(self, kernel: Any, bias: Any, load: Any, moved: Any) -> None:
+        self._kernel.assign(kernel)
+        self._bias.assign(bias)
+        self._load.assign(load)
+        self._moved.assign(moved)
 
 
 def _check_groups(
@@ -746,8 +830,8 @@ class SinkhornRouter(_LinearRouter):
             the assignment with the highest sum of logits, and the more iterations it
             takes.
         renormalize: bool, whether the weights of the k chosen experts are divided by
-            their sum. By default they are if `top_k` > 1; with `top_k=1` that is
-            refused, as the weight would always be 1.
+            their sum. By default they are if `top_k` > 1; with `top_k=1` for
+            inference alone, as in `TopKRouter`.
         **kwargs: `use_bias`, `kernel_initializer`, `kernel_regularizer` and
             `bias_initializer` as in `TopKRouter`, and what every Keras layer takes.
 
@@ -796,11 +880,13 @@ class SinkhornRouter(_LinearRouter):
         super().__init__(num_experts, top_k, **kwargs)
         self.iterations = _checks.positive_int("iterations", iterations)
         self.temperature = _checks.positive_number("temperature", temperature)
-        self.renormalize = _checked_renormalize(renormalize, top_k)
+        self.renormalize = _checked_renormalize(renormalize, self.top_k)
 
     def call(
         self, tokens: Any, mask: Any = None, training: bool | None = None
     ) -> routing.Routing:
+        if self.renormalize:
+            _check_learns(self, training, "`renormalize` must be False")
         tokens, mask = self._prepared(tokens, mask)
         logits = self._logits(tokens)
         scores = ops.stop_gradient(logits)
@@ -886,6 +972,7 @@ class HashRouter(_Router):
 
     # The weights of the chosen experts depend on nothing that is trained.
     supported_losses = frozenset()
+    least_rank = 1
 
     def __init__(
         self,
@@ -1160,14 +1247,14 @@ class HierarchicalRouter(_LinearRouter):
         self.kernel = self.add_weight(
             name="kernel",
             shape=(features, groups),
-            initializer=independent(self.kernel_initializer, 0),
+            initializer=independent(self.kernel_initializer, *_STREAM, 0),
             regularizer=self.kernel_regularizer,
             autocast=False,
         )
         self.expert_kernel = self.add_weight(
             name="expert_kernel",
             shape=(groups, features, size),
-            initializer=PerExpert(self.kernel_initializer, stream=1),
+            initializer=PerExpert(self.kernel_initializer, stream=(*_STREAM, 1)),
             regularizer=self.kernel_regularizer,
             autocast=False,
         )
@@ -1176,13 +1263,13 @@ class HierarchicalRouter(_LinearRouter):
             self.bias = self.add_weight(
                 name="bias",
                 shape=(groups,),
-                initializer=independent(self.bias_initializer, 2),
+                initializer=independent(self.bias_initializer, *_STREAM, 2),
                 autocast=False,
             )
             self.expert_bias = self.add_weight(
                 name="expert_bias",
                 shape=(groups, size),
-                initializer=PerExpert(self.bias_initializer, stream=3),
+                initializer=PerExpert(self.bias_initializer, stream=(*_STREAM, 3)),
                 autocast=False,
             )
 

@@ -5,21 +5,76 @@ m = n * k choices of all tokens, of which choice i * k + j is the j-th of token 
 
 Three kinds of record cover every router. In `Routing` each token chooses k experts, in
 `ExpertChoiceRouting` each expert chooses c tokens, in `DenseRouting` each token goes to
-every expert with a weight. A record holds tensors only, so that it passes through
-compilers and `keras.tree` as it is.
+every expert with a weight. A record is a named tuple of tensors: it passes through
+compilers and `keras.tree`, and a router can be an operation of a functional model.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from fractions import Fraction
+from functools import cache
 from typing import Any, NamedTuple
 
-from keras import ops
+from keras import KerasTensor, ops
 
-from keras_moe import _backend
+from keras_moe import _backend, _checks
 
 
-class Routing(NamedTuple):
+class Record:
+    """A named tuple whose optional fields may be missing.
+
+    A field that is None is no field of the tuple, because a functional model takes
+    nothing but tensors as outputs of an operation. Its attribute is None all the same.
+
+    Attributes:
+        kind: `Routing`, `ExpertChoiceRouting` or `DenseRouting`.
+    """
+
+    __slots__ = ()
+    kind: type[Record]
+    _fields: tuple[str, ...]
+
+    def __init_subclass__(cls) -> None:
+        if "_fields" not in vars(cls) and not issubclass(cls, tuple):
+            cls.kind = cls
+            cls._fields = tuple(cls.__annotations__)
+
+    def __new__(cls, *values: Any, **named: Any) -> Any:
+        """Return a record of the fields that are not None."""
+        fields = dict(zip(cls._fields, values, strict=False))
+        unknown = [name for name in named if name not in cls._fields or name in fields]
+        fields |= named
+        missing = [n for n in cls._fields if n not in fields and not hasattr(cls, n)]
+        if unknown or missing or len(values) > len(cls._fields):
+            raise TypeError(
+                f"{cls.__name__} takes {', '.join(cls._fields)}. Received "
+                f"{len(values)} positional arguments and {sorted(named)}."
+            )
+        present = tuple(n for n in cls._fields if fields.get(n) is not None)
+        kind = _record_type(cls, present)  # type: ignore[arg-type]
+        return kind(*[fields[name] for name in present])
+
+    def _replace(self, **changes: Any) -> Any:
+        """Return the record with other values; None takes a field away."""
+        fields = {name: getattr(self, name) for name in self.kind._fields}
+        return self.kind(**{**fields, **changes})
+
+
+@cache
+def _record_type(kind: type[Record], present: tuple[str, ...]) -> Any:
+    """Return the named tuple of the fields that are present, a subclass of `kind`."""
+    # The tuple comes first, so that its fields hide the defaults in `kind`.
+    bases = (namedtuple(kind.__name__, present), kind)
+    missing = {name: None for name in kind._fields if name not in present}
+    return type(
+        kind.__name__,
+        bases,
+        {"__slots__": (), "_replace": Record._replace, **missing},
+    )
+
+
+class Routing(Record):
     """Each token chooses k experts.
 
     Attributes:
@@ -42,7 +97,7 @@ class Routing(NamedTuple):
     choice_probs: Any = None
 
 
-class ExpertChoiceRouting(NamedTuple):
+class ExpertChoiceRouting(Record):
     """Each expert chooses c tokens.
 
     Attributes:
@@ -65,7 +120,7 @@ class ExpertChoiceRouting(NamedTuple):
     invalid: Any = None
 
 
-class DenseRouting(NamedTuple):
+class DenseRouting(Record):
     """Each token goes to every expert.
 
     Attributes:
@@ -113,21 +168,138 @@ class Slots(NamedTuple):
     kept: Any
 
 
+_AXES: dict[type, dict[str, str]] = {
+    Routing: {
+        "expert_indices": "nk",
+        "combine_weights": "nk?",
+        "router_logits": "ne?",
+        "router_probs": "ne?",
+        "mask": "n?",
+        "choice_probs": "ne?",
+    },
+    ExpertChoiceRouting: {
+        "token_indices": "ec",
+        "combine_weights": "ec",
+        "router_logits": "ne?",
+        "router_probs": "ne?",
+        "mask": "n?",
+        "invalid": "n?",
+    },
+    DenseRouting: {
+        "combine_weights": "ne",
+        "router_logits": "ne?",
+        "router_probs": "ne?",
+        "mask": "n?",
+    },
+}
+
+
+def checked_record(
+    routing: Any, num_experts: int, num_tokens: Any = None, *, kinds: Any = tuple(_AXES)
+) -> Any:
+    """Return the record with tensors as fields, if their shapes agree.
+
+    Args:
+        routing: a record of one of `kinds`.
+        num_experts: int, e.
+        num_tokens: int, n (or a tensor where only the run knows it). Not checked by
+            default.
+        kinds: tuple of classes. All three by default.
+
+    Returns:
+        A record of the same kind.
+
+    Raises:
+        ValueError: if `routing` is no such record, if a field has another shape than
+            its class says, or indices are no integers.
+    """
+    if not isinstance(routing, kinds):
+        raise ValueError(
+            f"`routing` must be one of {[kind.__name__ for kind in kinds]} of "
+            f"keras_moe.routing. Received: routing of type {type(routing).__name__}"
+        )
+    specs = next(specs for kind, specs in _AXES.items() if isinstance(routing, kind))
+    sizes: dict[str, Any] = {
+        "num_experts": (_checks.positive_int("num_experts", num_experts), "=e")
+    }
+    if num_tokens is not None:
+        sizes["num_tokens"] = (_checks.scalar("num_tokens", num_tokens, True), "=n")
+    fields = {
+        f"routing.{name}": (getattr(routing, name), specs[name]) for name in specs
+    }
+    _checks.axes(**sizes, **fields)
+    for name in ("expert_indices", "token_indices"):
+        if name in specs:
+            _checks.integers(**{f"routing.{name}": getattr(routing, name)})
+    arrays = {
+        name: ops.convert_to_tensor(getattr(routing, name))
+        for name in specs
+        if not _is_tensor(getattr(routing, name))
+    }
+    return routing._replace(**arrays) if arrays else routing
+
+
+def _is_tensor(value: Any) -> bool:
+    return value is None or ops.is_tensor(value) or isinstance(value, KerasTensor)
+
+
+def _tensor(value: Any) -> Any:
+    return value if _is_tensor(value) else ops.convert_to_tensor(value)
+
+
 def top_k(scores: Any, k: int) -> Any:
-    """Return the indices `(n, k)` of the k largest of `scores` `(n, e)`, best first.
+    """Return the indices of the k largest of `scores`, best first.
 
     Equal scores go to the lower index.
+
+    Args:
+        scores: `(..., e)`, for tokens `(n, e)`.
+        k: int from 1 to e.
+
+    Returns:
+        Indices of shape `(..., k)`.
+
+    Raises:
+        ValueError: if `scores` is a scalar, or `k` breaks its rule.
     """
-    return _backend.top_k(scores, k)[1]
+    _checks.axes(scores=(scores, "...e"))
+    scores = _tensor(scores)
+    return _backend.top_k(scores, _checks.choices("k", k, scores.shape[-1]))[1]
 
 
 def choose(values: Any, indices: Any) -> Any:
-    """Return `values[i, indices[i, j]]`: (n, e), (n, k) -> (n, k)."""
-    return ops.take_along_axis(values, indices, axis=-1)
+    """Return `values[i, indices[i, j]]`.
+
+    Args:
+        values: `(..., e)`, for tokens `(n, e)`.
+        indices: `(..., k)` int in [0, e), with the leading axes of `values`.
+
+    Returns:
+        A tensor of shape `(..., k)`.
+
+    Raises:
+        ValueError: if the leading axes do not agree, or `indices` are no integers.
+    """
+    _checks.axes(values=(values, "...e"), indices=(indices, "...k"))
+    _checks.integers(indices=indices)
+    return ops.take_along_axis(_tensor(values), _tensor(indices), axis=-1)
 
 
 def rows_where(kept: Any, rows: Any) -> Any:
-    """Return `rows` with zeros where not `kept`; unlike a product, also for NaN."""
+    """Return `rows` with zeros where not `kept`; unlike a product, also for NaN.
+
+    Args:
+        kept: `(...)` bool.
+        rows: `(..., d)`, with the leading axes of `kept`.
+
+    Returns:
+        A tensor of the shape of `rows`.
+
+    Raises:
+        ValueError: if the leading axes do not agree.
+    """
+    _checks.axes(rows=(rows, "...d"), kept=(kept, "..."))
+    kept, rows = _tensor(kept), _tensor(rows)
     return ops.where(ops.expand_dims(kept, -1), rows, ops.zeros_like(rows))
 
 
@@ -136,7 +308,23 @@ def gates(
     num_experts: int,
     num_tokens: Any,
 ) -> Any:
-    """Return the weight of every expert for every token, `(n, e)`, 0 if not chosen."""
+    """Return the weight of every expert for every token, `(n, e)`, 0 if not chosen.
+
+    Args:
+        routing: a record of any kind, with combine weights.
+        num_experts: int, e.
+        num_tokens: int, n (or a tensor where only the run knows it).
+
+    Raises:
+        ValueError: if the record does not agree with itself or with `num_experts` and
+            `num_tokens`, or has no combine weights.
+    """
+    routing = checked_record(routing, num_experts, num_tokens)
+    if routing.combine_weights is None:
+        raise ValueError(
+            "`routing` must have combine weights. Received: "
+            "routing.combine_weights=None"
+        )
     if isinstance(routing, DenseRouting):
         return routing.combine_weights
     weights = routing.combine_weights
@@ -169,7 +357,13 @@ def union(gates: Any, max_experts: int) -> tuple[Routing, Any]:
     Returns:
         A `Routing` without combine weights, whose choices are the experts of the
         token, and the weights `(n, t, k)` of the gates for them.
+
+    Raises:
+        ValueError: if `gates` has another rank, or `max_experts` is not in [1, e].
     """
+    _checks.axes(gates=(gates, "nte"))
+    gates = _tensor(gates)
+    max_experts = _checks.choices("max_experts", max_experts, gates.shape[-1])
     e = gates.shape[-1]
     # NaN counts as chosen, so that what is not a number gives no number.
     chosen = ops.any(gates != 0, axis=1)
@@ -194,11 +388,18 @@ def expert_counts(
         num_experts: int, e.
         counted: `(n,)` bool, the tokens that count. All by default.
         dtype: of the counts.
+
+    Raises:
+        ValueError: if a shape is another one, if the shapes do not agree in n, or if
+            `indices` are no integers.
     """
+    _checks.positive_int("num_experts", num_experts)
+    _checks.axes(indices=(indices, "nk"), counted=(counted, "n?"))
+    _checks.integers(indices=indices)
     indices = ops.convert_to_tensor(indices)
     counts = ops.ones_like(indices, dtype=dtype)
     if counted is not None:
-        counted = ops.expand_dims(counted, -1)
+        counted = ops.expand_dims(ops.cast(counted, "bool"), -1)
         counts = counts * ops.cast(counted, dtype)
         # What stands in the row of a masked token may be no expert at all.
         indices = ops.where(counted, indices, ops.zeros_like(indices))
@@ -215,12 +416,29 @@ def expert_capacity(
     """Return the slots an expert has: `ceil(capacity_factor * k * n / e)`.
 
     Never more than n, since a token takes one slot of an expert, and at least 1.
-    `num_tokens` is an int, or a tensor where only the run knows it.
+
+    Args:
+        num_tokens: int, n (or a scalar tensor where only the run knows it).
+        num_experts: int, e.
+        top_k: int from 1 to e, k.
+        capacity_factor: float > 0.
+
+    Returns:
+        An int, or an int32 scalar if `num_tokens` is a tensor.
+
+    Raises:
+        ValueError: if an argument breaks its rule.
+
+    Example:
 
     >>> from keras_moe.routing import expert_capacity
     >>> expert_capacity(num_tokens=10, num_experts=4, top_k=2, capacity_factor=1.0)
     5
     """
+    num_tokens = _checks.scalar("num_tokens", num_tokens, allow_zero=True)
+    _checks.positive_int("num_experts", num_experts)
+    _checks.top_k(top_k, num_experts)
+    _checks.positive_number("capacity_factor", capacity_factor)
     # In fractions, because 1.1 * 100 / 10 is above 11 in floats.
     share = Fraction(capacity_factor).limit_denominator(10**4) * top_k / num_experts
     if isinstance(num_tokens, int):
@@ -244,7 +462,14 @@ def sort_choices(routing: Routing, num_experts: int, queue: Any = None) -> Runs:
         num_experts: int, e.
         queue: `(m,)` int32, the choices in the order in which they are served. By
             default token by token.
+
+    Raises:
+        ValueError: if `routing` is no `Routing`, does not agree with itself or with
+            `num_experts`, or if `queue` has another shape or no integers.
     """
+    routing = checked_record(routing, num_experts, kinds=(Routing,))
+    if queue is not None:
+        _check_queue(queue, routing)
     indices = routing.expert_indices
     if routing.mask is not None:
         indices = ops.where(ops.expand_dims(routing.mask, -1), indices, num_experts)
@@ -267,8 +492,25 @@ def sort_choices(routing: Routing, num_experts: int, queue: Any = None) -> Runs:
     return Runs(order, ops.reshape(positions, (-1, k)), shifted(ends), ends)
 
 
+def _check_queue(queue: Any, routing: Routing) -> None:
+    sizes = tuple(routing.expert_indices.shape)
+    m = sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else None
+    _checks.axes(**{"n * k": (m, "=m"), "queue": (queue, "m")})
+    _checks.integers(queue=queue)
+
+
 def shifted(ends: Any) -> Any:
-    """Return where runs start from where they end, (e,): the ends of those before."""
+    """Return where runs start from where they end, (e,): the ends of those before.
+
+    Args:
+        ends: `(e,)` int32.
+
+    Raises:
+        ValueError: if `ends` has another rank, or no integers.
+    """
+    _checks.axes(ends=(ends, "e"))
+    _checks.integers(ends=ends)
+    ends = _tensor(ends)
     return ops.concatenate([ops.zeros((1,), "int32"), ends[:-1]])
 
 
@@ -284,7 +526,20 @@ def capacity_slots(
         priority: who comes first: "position" (all first choices before all second
             ones, then the order of the tokens) or "probability" (the highest combine
             weight; ties in the order of the tokens).
+
+    Raises:
+        ValueError: if `routing` is no `Routing`, does not agree with itself or with
+            `num_experts`, has no combine weights for the priority "probability", or if
+            another argument breaks its rule.
     """
+    routing = checked_record(routing, num_experts, kinds=(Routing,))
+    _checks.scalar("expert_capacity", expert_capacity)
+    _checks.one_of("priority", priority, ("position", "probability"))
+    if priority == "probability" and routing.combine_weights is None:
+        raise ValueError(
+            '`routing` must have combine weights for priority="probability". Received: '
+            "routing.combine_weights=None"
+        )
     n, k = ops.shape(routing.expert_indices)[0], routing.expert_indices.shape[1]
     if priority == "position":
         ids = ops.reshape(ops.arange(n * k, dtype="int32"), (-1, k))
@@ -310,7 +565,32 @@ def capacity_slots(
 
 
 def tokens_in_rows(runs: Runs, rows: Any, filled: Any, n: Any, k: int) -> Any:
-    """Return the token in every one of `rows`, of any shape; n where not `filled`."""
+    """Return the token in every one of `rows`, of any shape; n where not `filled`.
+
+    Args:
+        runs: the sorted choices.
+        rows: `(...)` int32, rows of the choices.
+        filled: `(...)` bool, False where there is no token.
+        n: int, number of tokens (or a tensor where only the run knows it).
+        k: int, choices a token.
+
+    Raises:
+        ValueError: if the shapes do not agree, or if an argument breaks its rule.
+    """
+    if not isinstance(runs, Runs):
+        raise ValueError(
+            "`runs` must be the Runs of `sort_choices`. Received: runs of type "
+            f"{type(runs).__name__}"
+        )
+    n, k = _checks.scalar("n", n, allow_zero=True), _checks.positive_int("k", k)
+    _checks.axes(
+        n=(n, "=n"),
+        k=(k, "=k"),
+        **{"runs.order": (runs.order, "m"), "runs.positions": (runs.positions, "nk")},
+    )
+    _checks.axes(rows=(rows, "..."), filled=(filled, "..."))
+    _checks.integers(rows=rows)
+    rows, filled = _tensor(rows), _tensor(filled)
     order = ops.pad(runs.order, ((0, 1),))  # So that there is a row even of no tokens.
     choices = ops.take(order, ops.minimum(rows, n * k))
     return ops.where(filled, choices // k, n)

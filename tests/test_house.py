@@ -11,6 +11,7 @@ ROOT = Path(keras_moe.__file__).parent
 LEVELS = {
     "_backend": 0,
     "_checks": 0,
+    "_layer": 0,
     "_requests": 0,
     "_version": 0,
     "initializers": 1,

@@ -1,4 +1,6 @@
+import inspect
 import math
+import re
 
 import keras
 import numpy as np
@@ -216,3 +218,117 @@ def test_bounds_hold_for_any_sizes(n, e, seed):
     assert 0 <= balance <= e + 1e-9
     assert -1e-9 <= value(losses.importance_loss(probs, mask)) <= e - 1 + 1e-9
     assert -1e-9 <= value(losses.entropy_loss(probs, mask)) <= math.log(e) + 1e-9
+
+
+# Arguments: ranks and sizes.
+
+
+INDICES = np.array([[0, 1], [0, 1], [1, 2], [2, 0]])
+LEGAL = {
+    "load_balancing_loss": {
+        "router_probs": PROBS,
+        "expert_indices": INDICES,
+        "mask": MASK,
+    },
+    "importance_loss": {"gate_weights": PROBS, "mask": MASK},
+    "load_loss": {"choice_probs": PROBS, "mask": MASK},
+    "router_z_loss": {"router_logits": PROBS, "mask": MASK},
+    "entropy_loss": {"router_probs": PROBS, "mask": MASK},
+    "cv_squared": {"values": PROBS[0]},
+}
+AXES = {"expert_indices": "(n, k)", "mask": "(n,)", "values": "(e,)"}
+ARGUMENTS = [(name, argument) for name in LEGAL for argument in LEGAL[name]]
+MASKED = [name for name in LEGAL if "mask" in LEGAL[name]]
+
+
+def refused(name, message, **changes):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(losses, name)(**{**LEGAL[name], **changes})
+
+
+def test_every_public_loss_is_tested_for_its_shapes():
+    public = {
+        name
+        for name, function in inspect.getmembers(losses, inspect.isfunction)
+        if function.__module__ == losses.__name__ and not name.startswith("_")
+    }
+    assert public == set(LEGAL)
+    for name in public:
+        assert [*inspect.signature(getattr(losses, name)).parameters] == [*LEGAL[name]]
+
+
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
+def test_other_ranks_are_refused(name, argument):
+    legal, axes = LEGAL[name][argument], AXES.get(argument, "(n, e)")
+    for other in (legal[0], legal[None], legal[..., None]):
+        message = (
+            f"`{argument}` must have the shape {axes}. "
+            f"Received: {argument} of shape {np.shape(other)}"
+        )
+        refused(name, message, **{argument: other})
+
+
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
+def test_a_missing_argument_is_named(name, argument):
+    if argument == "mask":
+        return
+    axes = AXES.get(argument, "(n, e)")
+    message = f"`{argument}` must have the shape {axes}. Received: {argument}=None"
+    refused(name, message, **{argument: None})
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_other_numbers_of_tokens_are_refused(name, n):
+    first = next(iter(LEGAL[name]))
+    message = (
+        f"`mask` must have the shape (n,) with n=4 as in `{first}`. "
+        f"Received: mask of shape ({n},)"
+    )
+    refused(name, message, mask=np.ones(n, bool))
+    if name == "load_balancing_loss":
+        message = (
+            "`expert_indices` must have the shape (n, k) with n=4 as in "
+            f"`router_probs`. Received: expert_indices of shape ({n}, 2)"
+        )
+        refused(name, message, expert_indices=np.zeros((n, 2), int))
+
+
+def test_swapped_arguments_are_refused():
+    message = "`expert_indices` must hold integers. Received: expert_indices of dtype"
+    changes = {"router_probs": INDICES, "expert_indices": PROBS}
+    refused("load_balancing_loss", message, **changes)
+    for name in MASKED[1:]:
+        first = next(iter(LEGAL[name]))
+        message = f"`{first}` must have the shape (n, e). Received: {first} of shape"
+        refused(name, message, **{first: MASK, "mask": PROBS})
+
+
+@pytest.mark.parametrize("name", LEGAL)
+def test_lists_are_taken(name):
+    arguments = LEGAL[name]
+    lists = {key: array.tolist() for key, array in arguments.items()}
+    found, expected = (getattr(losses, name)(**a) for a in (lists, arguments))
+    assert value(found) == pytest.approx(value(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_of_numbers_is_one_of_flags(name):
+    loss = getattr(losses, name)
+    expected = value(loss(**LEGAL[name]))
+    for mask in (MASK.astype(int), MASK.astype("float32"), 0.5 * MASK):
+        assert value(loss(**{**LEGAL[name], "mask": mask})) == expected
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="static elsewhere")
+@pytest.mark.parametrize("name", MASKED)
+def test_unknown_sizes_are_no_error_in_a_graph(name):
+    import tensorflow as tf
+
+    loss, arguments = getattr(losses, name), list(LEGAL[name].values())
+    specs = [tf.TensorSpec([None, *a.shape[1:]], a.dtype) for a in arguments]
+    call = tf.function(loss, input_signature=specs)
+    assert value(call(*arguments)) == pytest.approx(value(loss(*arguments)))
+    wrong = [*specs[:-1], tf.TensorSpec([None, 1], "bool")]
+    with pytest.raises(ValueError, match=r"`mask` must have.*shape \(None, 1\)"):
+        tf.function(loss, input_signature=wrong).get_concrete_function()

@@ -1,6 +1,7 @@
 """The figures of a router by hand, for every kind of record, alone and in `fit`."""
 
 import math
+import re
 
 import keras
 import numpy as np
@@ -343,3 +344,126 @@ def test_compiled_equals_eager():
         )
         found = [float(v) for v in call(*tensors, slots, mask)]
         np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+# Arguments: records that do not agree.
+
+
+EXPERTS_CHOOSE = ExpertChoiceRouting(
+    np.array([[0, 1], [1, 2], [3, 4], [2, 0]]), np.ones((4, 2)), PROBS, PROBS
+)
+DENSE = DenseRouting(PROBS, PROBS, PROBS)
+RECORDS = {
+    "Routing": chosen(np.ones(4, bool))._replace(
+        router_logits=PROBS, choice_probs=PROBS
+    ),
+    "ExpertChoiceRouting": EXPERTS_CHOOSE._replace(
+        mask=np.ones(4, bool), invalid=np.zeros(4, bool)
+    ),
+    "DenseRouting": DENSE._replace(mask=np.ones(4, bool)),
+}
+FIELDS = {
+    "Routing": {
+        "expert_indices": "(n, k)",
+        "combine_weights": "(n, k)",
+        "router_logits": "(n, e)",
+        "router_probs": "(n, e)",
+        "mask": "(n,)",
+        "choice_probs": "(n, e)",
+    },
+    "ExpertChoiceRouting": {
+        "token_indices": "(e, c)",
+        "combine_weights": "(e, c)",
+        "router_logits": "(n, e)",
+        "router_probs": "(n, e)",
+        "mask": "(n,)",
+        "invalid": "(n,)",
+    },
+    "DenseRouting": {
+        "combine_weights": "(n, e)",
+        "router_logits": "(n, e)",
+        "router_probs": "(n, e)",
+        "mask": "(n,)",
+    },
+}
+OF_FIELDS = [(kind, field) for kind in FIELDS for field in FIELDS[kind]]
+
+
+def refused(message, *arguments, show=ALL, num_experts=4):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RoutingMetrics(num_experts, show).update_state(*arguments)
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_every_field_of_a_record_is_tested_for_its_shape(kind):
+    record = RECORDS[kind]
+    assert set(record._fields) == set(FIELDS[kind])
+    after((record,))
+
+
+@pytest.mark.parametrize(("kind", "field"), OF_FIELDS)
+def test_other_ranks_are_refused(kind, field):
+    legal = getattr(RECORDS[kind], field)
+    for other in (legal[0], legal[None], legal[..., None]):
+        message = (
+            f"`routing.{field}` must have the shape {FIELDS[kind][field]}. "
+            f"Received: routing.{field} of shape {np.shape(other)}"
+        )
+        refused(message, RECORDS[kind]._replace(**{field: other}))
+
+
+@pytest.mark.parametrize(("kind", "field"), OF_FIELDS)
+def test_fields_that_do_not_agree_are_refused(kind, field):
+    legal = getattr(RECORDS[kind], field)
+    for axis in range(legal.ndim):
+        other = np.take(legal, [0, 1, 1], axis)
+        if other.shape[1:] == (3,) and field in ("expert_indices", "token_indices"):
+            continue  # The first to have k or c: the weights are then refused.
+        refused(" as in `", RECORDS[kind]._replace(**{field: other}))
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_another_number_of_experts_is_refused(kind):
+    message = "with e=3 as in `num_experts`. Received: routing."
+    refused(message, RECORDS[kind], num_experts=3)
+
+
+@pytest.mark.parametrize("kept", [(1, 2), (4, 1), (4, 3), (2,), (4, 2, 1)])
+def test_kept_of_another_shape_is_refused(kept):
+    message = f"Received: kept of shape {kept}"
+    refused(message, chosen(), np.ones(kept, bool))
+    refused("`kept` must have the shape (n, k)", chosen(), np.ones(kept, bool))
+
+
+def test_kept_is_for_tokens_that_choose():
+    for record in (EXPERTS_CHOOSE, DENSE):
+        refused("`kept` must be None unless", record, np.ones((4, 2), bool))
+
+
+def test_what_is_no_record_is_refused():
+    for other in (PROBS, None, (CHOICES, PROBS)):
+        message = f"Received: routing of type {type(other).__name__}"
+        refused(message, other)
+
+
+def test_swapped_fields_are_refused():
+    message = "`routing.expert_indices` must hold integers. Received: "
+    refused(message, Routing(np.ones((4, 2)), CHOICES, None, PROBS))
+    message = "`routing.token_indices` must hold integers. Received: "
+    refused(message, EXPERTS_CHOOSE._replace(token_indices=np.ones((4, 2))))
+
+
+def test_missing_probabilities_are_refused():
+    message = "must have router_probs for the figures ['router_entropy']"
+    refused(message, chosen(probs=None), show=["load_cv", "router_entropy"])
+    without = EXPERTS_CHOOSE._replace(router_probs=None)
+    refused("`routing` must have router_probs or a mask", without, show=["load_cv"])
+
+
+def test_lists_and_a_record_without_weights_are_taken():
+    lists = Routing(CHOICES.tolist(), None, None, PROBS.tolist(), [True] * 4)
+    kept = np.eye(4, 2) > 0
+    assert after((lists, kept.tolist())) == wanted(**after((chosen(), kept)))
+    show = ["expert_load"]
+    without = Routing(CHOICES, None)
+    assert after((without,), show=show) == wanted(**after((chosen(),), show=show))

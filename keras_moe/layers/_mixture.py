@@ -15,8 +15,9 @@ import keras
 from keras import ops
 
 from keras_moe import _checks, routing
+from keras_moe._layer import Layer
 from keras_moe.experts import MLPExperts, restored_axes
-from keras_moe.initializers import independent
+from keras_moe.initializers import independent, is_seeded
 from keras_moe.layers._parts import check_experts
 from keras_moe.layers._tasks import Tasks
 
@@ -36,7 +37,7 @@ class Gates(MLPExperts):
         return super().call(inputs, training)
 
 
-class Mixture(keras.layers.Layer):
+class Mixture(Layer):
     """Experts and task outputs, as `MMoE` documents their arguments."""
 
     def __init__(
@@ -201,10 +202,8 @@ class GatedMixture(Mixture):
         Gates of one level that differ in width need names of their own.
         """
         initializer = _of_level(self.gate_kernel_initializer, level)
-        # Gates as wide as experts would start as their copies, too.
-        if name != "gates" or _share_a_seed(
-            self.gate_kernel_initializer, self.kernel_initializer
-        ):
+        # With the seed of experts, gates as wide as these would start as their copies.
+        if name != "gates" or is_seeded(self.gate_kernel_initializer):
             initializer = independent(initializer, *name.encode())
         return Gates(
             num_gates,
@@ -218,18 +217,26 @@ class GatedMixture(Mixture):
     def weigh(
         self, logits: Any, training: bool | None, top_k: int | None = None
     ) -> Any:
-        """Return gates that sum to 1 over the last axis of `logits`, in its dtype."""
+        """Return gates over the last axis of `logits`, in its dtype.
+
+        They sum to 1, but for `top_k=1`: a single weight that is made to sum to 1 is
+        always 1 and has no gradient. There it is the softmax over all experts, as in
+        the Switch Transformer.
+        """
         if logits.shape[-1] == 1:
             # Keras warns of a softmax over one value, and of weights with no gradient.
             return 1.0 + 0.0 * logits
         logits = logits / self.gate_temperature
         if training and self.gate_dropout > 0.0:
             logits = self._drop_experts(logits)
-        if top_k is not None:
-            chosen = routing.top_k(logits, top_k)
-            kept = ops.sum(ops.one_hot(chosen, logits.shape[-1]), axis=-2)
-            logits = ops.where(kept > 0, logits, -float("inf"))
-        return ops.softmax(logits, axis=-1)
+        if top_k is None:
+            return ops.softmax(logits, axis=-1)
+        chosen = routing.top_k(logits, top_k)
+        kept = ops.sum(ops.one_hot(chosen, logits.shape[-1]), axis=-2) > 0
+        if top_k == 1:
+            gates = ops.softmax(logits, axis=-1)
+            return ops.where(kept, gates, ops.zeros_like(gates))
+        return ops.softmax(ops.where(kept, logits, -float("inf")), axis=-1)
 
     def _drop_experts(self, logits: Any) -> Any:
         """Removing a logit before the softmax renormalises what stays."""
@@ -288,11 +295,6 @@ def from_slots(outputs: Any, leading: Sequence[Any]) -> Any:
     e, u = outputs.shape[0], outputs.shape[-1]
     outputs = ops.transpose(outputs, (1, 0, 2))  # (n, e, u)
     return ops.reshape(outputs, (*restored_axes(leading), e, u))
-
-
-def _share_a_seed(first: Any, second: Any) -> bool:
-    seed = getattr(first, "seed", None)
-    return isinstance(seed, int) and seed == getattr(second, "seed", None)
 
 
 def _of_level(initializer: Any, level: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from keras_moe import _backend
+from keras_moe._layer import Layer
 
 
 def default_name(name: str) -> str:
@@ -16,7 +17,7 @@ def default_name(name: str) -> str:
     return name if count == 1 else f"{name}_{count - 1}"
 
 
-class Adaptable(keras.layers.Layer):
+class Adaptable(Layer):
     """A layer whose file remembers `quantize` and `enable_lora` of the layers inside.
 
     Keras keeps them in the config of the layer itself, which is in no file where an

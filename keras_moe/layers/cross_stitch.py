@@ -16,13 +16,14 @@ import numpy as np
 from keras import ops
 
 from keras_moe import _checks
+from keras_moe._layer import Layer
 from keras_moe.experts import MLPExperts
 from keras_moe.layers._tasks import Tasks
 from keras_moe.layers._towers import run_towers, towers_config
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class CrossStitch(keras.layers.Layer):
+class CrossStitch(Layer):
     """One MLP a task, with a learned linear combination of the tasks after each layer.
 
     How much two tasks share is learned for every depth, from nothing (the combination
@@ -110,6 +111,7 @@ class CrossStitch(keras.layers.Layer):
         self.stitches: list[Any] = []
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
+        _checks.last_dimension(type(self).__name__, input_shape)
         self.towers.build(input_shape)
         self.input_spec = self.towers.input_spec
         t = self.tasks.count

@@ -21,7 +21,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks, losses
+from keras_moe import _backend, _checks, losses
 from keras_moe.experts import MLPExperts, restored_axes
 from keras_moe.initializers import PerExpert
 from keras_moe.layers._mixture import Mixture
@@ -157,6 +157,7 @@ class DSelectK(Mixture):
         inputs_shape: tuple[int | None, ...],
         gate_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> None:
+        _checks.last_dimension(type(self).__name__, inputs_shape)
         # A symbolic call builds experts of any kind, unless they are built already.
         symbolic = self.experts(keras.KerasTensor(inputs_shape, self.compute_dtype))
         check_expert_outputs(symbolic, (*inputs_shape[:-1], self.num_experts))
@@ -195,7 +196,7 @@ class DSelectK(Mixture):
     ) -> dict[str, Any] | list[Any]:
         if mask is None:
             # Keras hands it over only where the inputs are the one tensor of a call.
-            mask = getattr(inputs, "_keras_mask", None)
+            mask = _backend.keras_mask(inputs)
         weights, selected = self._gate(inputs, gate_inputs)
         self._add_losses(selected, None if self.static else mask)
         expert_outputs = self.experts(inputs, training=training)  # (..., e, u)

@@ -23,7 +23,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe import _backend, _checks
 from keras_moe.experts import MLPExperts, restored_axes
 from keras_moe.initializers import independent
 from keras_moe.layers._mixture import GatedMixture, from_slots, on_streams, to_slots
@@ -193,9 +193,10 @@ class HoME(GatedMixture):
     ) -> dict[str, Any] | list[Any]:
         if mask is None:
             # Keras hands it over only where the inputs are the one tensor of a call.
-            mask = getattr(inputs, "_keras_mask", None)
+            mask = _backend.keras_mask(inputs)
         if mask is not None:
             mask = ops.reshape(ops.cast(mask, "bool"), (-1,))
+        inputs = ops.cast(inputs, self.compute_dtype)  # They may be integers.
         *groups, shared = self._meta_level(inputs, training, mask)
         return self.tasks.pack(self._task_level(groups, shared, training, mask))
 

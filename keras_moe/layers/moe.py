@@ -15,9 +15,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks, losses, routers
+from keras_moe import _backend, _checks, losses, routers
 from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
+from keras_moe._layer import Layer
 from keras_moe.experts import MLPExperts, restored_axes
 from keras_moe.initializers import independent
 from keras_moe.layers._parts import (
@@ -30,7 +31,7 @@ from keras_moe.metrics import RoutingMetrics
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class MoE(keras.layers.Layer):
+class MoE(Layer):
     """Sparse Mixture-of-Experts: each token is computed by the few experts it chooses.
 
     The layer has as many parameters as all its experts, and costs what `top_k` of them
@@ -427,7 +428,7 @@ class MoE(keras.layers.Layer):
         tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
         if mask is None:
             # Keras hands it over only where the inputs are the one tensor of a call.
-            mask = getattr(inputs, "_keras_mask", None)
+            mask = _backend.keras_mask(inputs)
         if mask is not None:
             mask = ops.convert_to_tensor(mask)
             check_leading_axes("mask", mask.shape, inputs.shape, features=0)
@@ -490,9 +491,7 @@ class MoE(keras.layers.Layer):
         outputs = dispatch_lib.capacity(
             tokens, routing, self.experts, training, slots=slots
         )
-        # A scalar: a tensor of NaN is multiplied by 0, and stays NaN, in ONNX.
-        outputs = ops.where(ops.expand_dims(finite, -1), outputs, float("nan"))
-        return outputs, slots.kept
+        return dispatch_lib.nan_where(ops.logical_not(finite), outputs), slots.kept
 
     def _dispatch_now(self) -> str:
         """The dispatch of the graph that is being traced; the rule is in the docs."""

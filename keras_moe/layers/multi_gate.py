@@ -17,6 +17,7 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
+from keras_moe._layer import Layer
 from keras_moe.experts import MLPExperts, restored_axes
 from keras_moe.layers._mixture import GatedMixture
 from keras_moe.layers._parts import (
@@ -44,8 +45,9 @@ class MMoE(GatedMixture):
         tasks: a sequence of task names (the outputs are a dict by name) or a number
             of tasks (the outputs are a list).
         top_k: int, if given each gate keeps its k largest weights and renormalises
-            them. A row then is computed by the experts that at least one of its gates
-            chose, once each, so that the cost falls with k.
+            them. A single one is not renormalised, because it would always be 1 and
+            the gate would never learn. A row then is computed by the experts that at
+            least one of its gates chose, once each, so that the cost falls with k.
         dispatch: how rows come to the experts that `top_k` leaves them: "dense" (every
             expert on every row), "split" (the chosen ones alone; not for XLA),
             "blocked" (the same for XLA), "ragged" (the same by `jax.lax.ragged_dot`,
@@ -132,6 +134,7 @@ class MMoE(GatedMixture):
         inputs_shape: tuple[int | None, ...],
         gate_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> None:
+        _checks.last_dimension(type(self).__name__, inputs_shape)
         check_leading_axes("gate_inputs", gate_inputs_shape, inputs_shape)
         # A symbolic call builds experts of any kind, unless they are built already.
         symbolic = self.experts(keras.KerasTensor(inputs_shape, self.compute_dtype))
@@ -159,7 +162,10 @@ class MMoE(GatedMixture):
         return self.tasks.pack(mixtures)
 
     def gate_weights(self, inputs: Any, gate_inputs: Any = None) -> Any:
-        """Return the gates in inference, `(..., g, e)`; each row sums to 1."""
+        """Return the gates in inference, `(..., g, e)`.
+
+        Each row sums to 1, with `top_k=1` to the one weight that is kept.
+        """
         self.ensure_built(inputs, gate_inputs)
         inputs = ops.convert_to_tensor(inputs if gate_inputs is None else gate_inputs)
         return self._gate(inputs, training=False)
@@ -290,7 +296,7 @@ def _checked_dispatch(dispatch: str, top_k: int | None, experts: Any) -> str:
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class SharedBottom(keras.layers.Layer):
+class SharedBottom(Layer):
     """One MLP whose output every task shares: the classical multi-task baseline.
 
     Its outputs have the form of those of `MMoE`, so that one swaps for the other in
@@ -358,6 +364,7 @@ class SharedBottom(keras.layers.Layer):
         )
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
+        _checks.last_dimension(type(self).__name__, input_shape)
         self.bottom.build(input_shape)
 
     def call(

@@ -98,6 +98,7 @@ class GateNU(Adaptable):
         )
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
+        _checks.last_dimension(type(self).__name__, input_shape)
         self.hidden.build(input_shape)
         self.gates.build(self.hidden.compute_output_shape(input_shape))
 
@@ -325,9 +326,10 @@ class PPNet(Adaptable):
         prior_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> None:
         check_leading_axes("prior_inputs", prior_inputs_shape, inputs_shape)
+        name = type(self).__name__
+        _checks.last_dimension(name, inputs_shape)
         self.towers.build(inputs_shape)
         self.input_spec = self.towers.input_spec
-        name = type(self).__name__
         seen = _checks.last_dimension(name, inputs_shape)
         if prior_inputs_shape is not None:
             seen += _checks.last_dimension(name, prior_inputs_shape)

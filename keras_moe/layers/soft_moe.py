@@ -18,13 +18,14 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
+from keras_moe._layer import Layer
 from keras_moe.experts import MLPExperts
 from keras_moe.initializers import independent
 from keras_moe.layers._parts import check_experts, default_name
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class SoftMoE(keras.layers.Layer):
+class SoftMoE(Layer):
     """Soft Mixture-of-Experts: each expert sees a few mixtures of a sequence's tokens.
 
     Nothing is chosen and nothing dropped, so the layer is differentiable throughout

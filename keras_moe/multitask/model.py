@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import keras
 from keras import ops
 
+from keras_moe import _backend
 from keras_moe.layers._tasks import Tasks
+from keras_moe.multitask import _by_task
+from keras_moe.multitask._compiled import TaskLosses, update_metrics
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -15,12 +19,16 @@ class MultiTaskModel(keras.Model):
     """A functional Keras model whose outputs are tasks.
 
     Compile, fit, evaluate, predict, save and export it as any Keras model: losses and
-    metrics are dicts by task name.
+    metrics are dicts by task name. An output without a loss is only predicted, and
+    needs no labels: leave it out of `loss`, or give it None there.
 
     A task that is not defined on some rows (a rating exists only where the movie was
-    watched) is masked by sample weights: 0 for such a row. For the row to add exactly
-    nothing, give the loss `reduction="mean_with_sample_weight"`, which divides by the
-    sum of the weights, and list the task's metrics under `weighted_metrics`.
+    watched) is masked by sample weights: 0 for such a row, whose label may then be
+    anything, NaN too. For the row to add exactly nothing, give the loss
+    `reduction="mean_with_sample_weight"`, which divides by the sum of the weights, and
+    list the task's metrics under `weighted_metrics`: those under `metrics` count every
+    row with the label it has, as Keras has it, so that a NaN there gives NaN. Tasks
+    missing in a dict of sample weights have weights of 1.
 
     `keras.models.clone_model` makes a plain functional model of it, without
     `loss_weighting`; `MultiTaskModel.from_config(model.get_config())` keeps both.
@@ -31,14 +39,18 @@ class MultiTaskModel(keras.Model):
         loss_weighting: None for the sum of the losses (times `loss_weights` of
             `compile`), or a layer that turns the task losses, shape `(t,)` in the
             order of `outputs`, into the total, such as
-            `keras_moe.multitask.UncertaintyWeighting()`.
+            `keras_moe.multitask.UncertaintyWeighting()`. If its call has an argument
+            `mask`, it is told which tasks have a loss and a defined row in the batch;
+            the loss of the others is 0. The total, `loss` and `val_loss` in the logs,
+            then is not comparable between epochs and may be negative: judge a model by
+            the loss or metric of a task, such as `val_click_loss`.
         **kwargs: passed on to `keras.Model`.
 
     Raises:
         ValueError: if `outputs` is not a dict by valid task names, if
-            `loss_weighting` is not a layer, or, in `compile` with a
-            `loss_weighting`, if `loss` is not a dict by task or `loss_weights` are
-            given as well.
+            `loss_weighting` is not a layer; in `compile`, if a dict has a key that is
+            no task, or if there are `loss_weights` or no loss at all beside a
+            `loss_weighting`; in training, if labels or weights do not fit the tasks.
 
     Example:
 
@@ -90,9 +102,19 @@ class MultiTaskModel(keras.Model):
         if loss_weighting is not None:
             if not loss_weighting.built:
                 loss_weighting.build((tasks.count,))
-            self._task_loss_trackers = [
-                keras.metrics.Mean(name=f"{name}_loss") for name in outputs
-            ]
+            self._task_losses = TaskLosses(self.task_names)
+
+    @property
+    def task_names(self) -> list[str]:
+        """The names of the tasks, in the order of `outputs`."""
+        return list(self.tasks.names or ())
+
+    @property
+    def metrics(self) -> list[Any]:
+        """The metrics that Keras shows, and the loss of every task."""
+        if self.loss_weighting is None or not self.compiled:
+            return super().metrics
+        return [*super().metrics, *self._task_losses.trackers]
 
     def compile(
         self,
@@ -102,30 +124,81 @@ class MultiTaskModel(keras.Model):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        if self.loss_weighting is not None:
-            self._losses_by_task = self._checked_losses(loss, loss_weights)
-        super().compile(optimizer, loss, loss_weights, *args, **kwargs)
-
-    def _checked_losses(
-        self, loss: Any, loss_weights: Any
-    ) -> dict[str, keras.losses.Loss]:
-        names = self.tasks.names or ()
-        if not isinstance(loss, dict) or set(loss) != set(names):
-            raise ValueError(
-                "with a `loss_weighting`, `loss` must be a dict with one loss for each "
-                f"task of {list(names)}. Received: loss={loss!r}"
-            )
-        if loss_weights is not None:
+        _by_task.check_keys("loss", loss, self.task_names)
+        _by_task.check_keys("loss_weights", loss_weights, self.task_names)
+        for argument in ("metrics", "weighted_metrics"):
+            _by_task.check_keys(argument, kwargs.get(argument), self.task_names)
+        if self.loss_weighting is not None and loss_weights is not None:
             raise ValueError(
                 "`loss_weights` must be None with a `loss_weighting`, which learns "
                 f"them. Received: loss_weights={loss_weights!r}"
             )
-        return {name: _as_loss(loss[name]) for name in names}
+        super().compile(optimizer, loss, loss_weights, *args, **kwargs)
+        # By Keras' rules for `loss`: None, a dict, or the losses of all outputs.
+        self._with_loss = _with_entry(loss, self.task_names)
+        if self.loss_weighting is not None:
+            if not self._with_loss:
+                raise ValueError(
+                    "`loss` must give at least one task a loss with a "
+                    f"`loss_weighting`. Received: loss={loss!r}"
+                )
+            self._task_losses.compile(
+                self._compile_loss, loss, self.output_names, self._with_loss
+            )
+        bound = inspect.signature(super().compile).bind(
+            optimizer, loss, loss_weights, *args, **kwargs
+        )
+        self._with_metrics = [
+            task
+            for task in self.task_names
+            if any(
+                task in _with_entry(bound.arguments.get(argument), self.task_names)
+                for argument in ("metrics", "weighted_metrics")
+            )
+        ]
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         # Keras skips this step for a model with a `compile` of its own.
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        return super().fit(**self._with_all_weights(super().fit, args, kwargs))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        return super().evaluate(
+            **self._with_all_weights(super().evaluate, args, kwargs)
+        )
+
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        return super().train_on_batch(
+            **self._with_all_weights(super().train_on_batch, args, kwargs)
+        )
+
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        return super().test_on_batch(
+            **self._with_all_weights(super().test_on_batch, args, kwargs)
+        )
+
+    def _with_all_weights(
+        self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the arguments by name, with weights of 1 where a dict leaves them out.
+
+        Keras wants a weight for every label before `compute_loss` sees any.
+        """
+        arguments = dict(inspect.signature(method).bind(*args, **kwargs).arguments)
+        arguments |= arguments.pop("kwargs", {})
+        names = self.task_names
+        if arguments.get("sample_weight") is not None:
+            arguments["sample_weight"] = _by_task.completed(
+                arguments["sample_weight"], arguments.get("y"), names
+            )
+        held_out = arguments.get("validation_data")
+        if isinstance(held_out, list | tuple) and len(held_out) == 3:
+            x, y, weight = held_out
+            arguments["validation_data"] = x, y, _by_task.completed(weight, y, names)
+        return arguments
 
     def compute_loss(
         self,
@@ -135,33 +208,66 @@ class MultiTaskModel(keras.Model):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Any:
-        if self.loss_weighting is None:
+        if self._compile_loss is None:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
-        task_losses = self._task_losses(y, y_pred, sample_weight)
-        for tracker, task_loss in zip(
-            self._task_loss_trackers, task_losses, strict=True
-        ):
-            tracker.update_state(task_loss)
-        total = self.loss_weighting(ops.stack(task_losses))
-        return total + sum(self.losses)
+        weights = _by_task.weights_by_task(sample_weight, y_pred)
+        y = _by_task.labels_by_task(y, y_pred, self._with_loss)
+        defined = {
+            task: _by_task.defined_rows(y_pred[task], weights[task]) for task in y
+        }
+        y = {
+            # Keras wants a label for each output, of whatever value without a loss.
+            task: _by_task.without_undefined(label, defined[task])
+            if task in self._with_loss
+            else y_pred[task]
+            for task, label in y.items()
+        }
+        if self.loss_weighting is None:
+            given = sample_weight is not None
+            return super().compute_loss(
+                x, y, y_pred, weights if given else None, training
+            )
+        return self._weighted_loss(y, y_pred, weights, defined)
 
-    def _task_losses(self, y: Any, y_pred: Any, sample_weight: Any) -> list[Any]:
-        names = list(self._losses_by_task)
-        if not isinstance(y, dict) or not set(names) <= set(y):
-            found = sorted(y) if isinstance(y, dict) else type(y).__name__
-            raise ValueError(
-                "with a `loss_weighting`, the labels must be a dict with one entry for "
-                f"each task of {names}. Received: {found}"
-            )
-        by_task = isinstance(sample_weight, dict)
-        return [
-            loss(
-                y[name],
-                y_pred[name],
-                sample_weight.get(name) if by_task else sample_weight,
-            )
-            for name, loss in self._losses_by_task.items()
-        ]
+    def _weighted_loss(
+        self,
+        y: dict[str, Any],
+        y_pred: dict[str, Any],
+        weights: dict[str, Any],
+        defined: dict[str, Any],
+    ) -> Any:
+        """Return the total over the batch of a replica, scaled as Keras scales it.
+
+        Keras' losses are divided by the number of replicas, since the optimizer adds
+        up their gradients. A weighting is given the losses as they are without, and
+        its total is divided.
+        """
+        replicas = _backend.num_replicas()
+        found = self._task_losses(y, y_pred, weights, replicas)
+        task_losses = [found.get(task, 0.0 * found[self._with_loss[0]]) for task in y]
+        weighting: Any = self.loss_weighting
+        arguments = {}
+        if "mask" in inspect.signature(weighting.call).parameters:
+            arguments["mask"] = _tasks_defined(defined, self._with_loss)
+        total = weighting(ops.stack(task_losses), **arguments) / replicas
+        for loss in self.losses:
+            total = total + self._aggregate_additional_loss(loss)
+        return total
+
+    def compute_metrics(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
+    ) -> dict[str, Any]:
+        if self._compile_metrics is not None:
+            weights = _by_task.weights_by_task(sample_weight, y_pred)
+            y = _by_task.labels_by_task(y, y_pred, self._with_metrics)
+            defined = {
+                task: _by_task.without_undefined(
+                    y[task], _by_task.defined_rows(y_pred[task], weights[task])
+                )
+                for task in y
+            }
+            update_metrics(self._compile_metrics, y, defined, y_pred, weights)
+        return self.get_metrics_result()
 
     def get_config(self) -> dict[str, Any]:
         functional = keras.Model(self.input, self.output, name=self.name)
@@ -186,17 +292,22 @@ class MultiTaskModel(keras.Model):
         )
 
 
-class _FunctionLoss(keras.losses.Loss):
-    """A loss given as a function, with Keras' default reduction."""
-
-    def __init__(self, function: Any) -> None:
-        super().__init__(name="function_loss")
-        self.function = function
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
-        return self.function(y_true, y_pred)
+def _with_entry(value: Any, tasks: list[str]) -> list[str]:
+    """Return the tasks to which an argument of `compile` gives something."""
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        return [task for task in tasks if value.get(task) is not None]
+    return tasks
 
 
-def _as_loss(loss: Any) -> keras.losses.Loss:
-    loss = keras.losses.get(loss)
-    return loss if isinstance(loss, keras.losses.Loss) else _FunctionLoss(loss)
+def _tasks_defined(defined: dict[str, Any], with_loss: list[str]) -> Any:
+    """Return (t,) bool: the tasks that have a loss and a defined row; None if all."""
+    if len(with_loss) == len(defined) and all(d is None for d in defined.values()):
+        return None
+    flags = []
+    for task, rows in defined.items():
+        known = rows is None or task not in with_loss
+        flag = ops.convert_to_tensor(task in with_loss, "bool") if known else None
+        flags.append(ops.any(rows) if flag is None else flag)
+    return ops.stack(flags)

@@ -10,9 +10,11 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe._layer import Layer
+
 
 @keras.saving.register_keras_serializable("keras_moe")
-class UncertaintyWeighting(keras.layers.Layer):
+class UncertaintyWeighting(Layer):
     """Weighs every task's loss by a learned noise variance.
 
     total = 1/2 sum_t (exp(-s_t) loss_t + s_t), with s_t = log sigma_t^2 learned from 0.
@@ -21,11 +23,20 @@ class UncertaintyWeighting(keras.layers.Layer):
     (equations 7 and 10); here all have one formula, whose optimum is
     sigma_t^2 = loss_t.
 
+    The total is negative where losses are well below 1, and it falls when only the s_t
+    do. It says nothing about the quality of a model: stop training and choose models
+    by the loss or metric of a task (`val_click_loss`), not by `loss` or `val_loss`.
+
     Call arguments:
         task_losses: tensor of shape `(t,)`.
+        mask: bool tensor of shape `(t,)`, False for a task that is not defined on any
+            row of the batch: it adds nothing, and its s_t gets no gradient.
 
     Returns:
         The total loss, a scalar.
+
+    Attributes:
+        log_variances: variable of shape `(t,)`, the s_t.
 
     Example:
 
@@ -38,14 +49,31 @@ class UncertaintyWeighting(keras.layers.Layer):
           for Scene Geometry and Semantics](https://arxiv.org/abs/1705.07115)
     """
 
+    least_rank = 1
+
+    def __init__(self, **kwargs: Any) -> None:
+        # A total in half precision would round the losses of a mixed policy.
+        super().__init__(autocast=False, **kwargs)
+        self.supports_masking = True
+
     def build(self, input_shape: tuple[int, ...]) -> None:
         self.log_variances = self.add_weight(
-            name="log_variances", shape=input_shape, initializer="zeros"
+            name="log_variances",
+            shape=input_shape,
+            initializer="zeros",
+            autocast=False,
         )
 
-    def call(self, task_losses: Any) -> Any:
-        weighted = ops.exp(-self.log_variances) * task_losses
-        return 0.5 * ops.sum(weighted + self.log_variances)
+    def call(self, task_losses: Any, mask: Any = None) -> Any:
+        s = ops.convert_to_tensor(self.log_variances)
+        terms = ops.exp(-s) * ops.cast(task_losses, s.dtype) + s
+        if mask is not None:
+            terms = ops.where(mask, terms, ops.zeros_like(terms))
+        return 0.5 * ops.sum(terms)
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> None:
+        """A total is of all tasks: there is no mask to pass on."""
+        return None
 
     def compute_output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         return ()

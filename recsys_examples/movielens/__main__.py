@@ -28,6 +28,7 @@ from recsys_examples.movielens.command import (
     add_run_arguments,
     origin,
     print_list,
+    print_order_warnings,
     read_data,
 )
 
@@ -50,6 +51,8 @@ METRICS = {
 }
 BODIES = {"mmoe": "MMoE", "shared_bottom": "shared bottom", "moe": "sparse MoE"}
 OUT = "runs/movielens"
+# Seconds for tuning ALS where the data is not the default: in a run, and with --quick.
+ALS_BUDGET, QUICK_ALS_BUDGET = 180.0, 5.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,14 +75,14 @@ def train(options: argparse.Namespace) -> None:
         # TensorFlow is imported when it is known that the data can be read and the
         # result be kept: an error in either then comes at once.
         data = read_data(options)
-        from recsys_examples.movielens import baselines, pictures
+        from recsys_examples.movielens import baselines, pictures, tuning
         from recsys_examples.movielens.pipeline import run_ranker
         from recsys_examples.movielens.ranking import rank
         from recsys_examples.movielens.serving import export_saved_model
         from recsys_examples.runs import write_json
         from recsys_examples.tables import results_table
 
-        windows, settings = _prepare(data, options, console)
+        windows, settings, warnings = _prepare(data, options, console)
         console.print("Training: first to find the number of epochs, then on all.")
         # A bar that moves needs a terminal; a log gets one line an epoch.
         verbose = 1 if sys.stdout.isatty() else 2
@@ -90,11 +93,12 @@ def train(options: argparse.Namespace) -> None:
             jit_compile=options.jit_compile,
             verbose=verbose,
         )
-        console.print(
-            "Comparing with popularity and ALS (settings tuned on the default data)."
-        )
+        console.print("Comparing with popularity and ALS.")
+        budget_s = QUICK_ALS_BUDGET if options.quick else ALS_BUDGET
+        tuned = tuning.als_for(windows, data.name, options.seed, budget_s)
+        console.print(tuning.als_sentence(tuned, budget_s))
         watched = windows.before_test.matrix(len(windows.catalogue))
-        als = baselines.als(watched, baselines.TUNED_ALS, options.seed)
+        als = baselines.als(watched, tuned.settings, options.seed)
         results = {
             BODIES[settings.body]: [outcome.metrics],
             "ALS": [rank(als, windows.test_task)],
@@ -116,6 +120,8 @@ def train(options: argparse.Namespace) -> None:
             outcome.predictions,
         )
         record = _record(options, data.name, settings, outcome, results)
+        record["als"] = tuning.als_record(tuned)
+        record["warnings"] = warnings
         record["seconds"] = round(time.perf_counter() - started, 1)
         write_json(folder / "metrics.json", record)
     title = f"{data.name}: test window, seed {options.seed}"
@@ -135,7 +141,7 @@ def study(options: argparse.Namespace) -> None:
     from recsys_examples.tables import results_table
 
     console = make_console()
-    windows, settings = _prepare(data, options, console)
+    windows, settings, _ = _prepare(data, options, console)
     folder = options.out / "study"
     make_folder(folder)
     results = run_study(
@@ -171,8 +177,8 @@ def recommend(options: argparse.Namespace) -> None:
 
 def _prepare(
     data: MovieLens, options: argparse.Namespace, console: Console
-) -> tuple[Windows, Settings]:
-    """Split the data, choose the settings, and say so."""
+) -> tuple[Windows, Settings, list[str]]:
+    """Split the data, choose the settings, and say so; return the warnings, too."""
     from recsys_examples.movielens.model import Settings
     from recsys_examples.movielens.pipeline import make_windows
 
@@ -189,7 +195,7 @@ def _prepare(
         f"{len(windows.test.movies):,} test; "
         f"{len(windows.test_task.users):,} users are ranked for."
     )
-    return windows, settings
+    return windows, settings, print_order_warnings(console, data)
 
 
 def _record(

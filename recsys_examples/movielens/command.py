@@ -9,10 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from recsys_examples.command import make_console, whole_number
 from recsys_examples.movielens.data import MovieLens, first_users, load_movielens
+from recsys_examples.movielens.order import order_warnings
 from recsys_examples.runs import versions
 
 QUICK_USERS = 150
@@ -87,6 +89,18 @@ def read_data(options: argparse.Namespace) -> MovieLens:
     """Read the data, all of it or the first users."""
     data = load_movielens(options.data_dir)
     return first_users(data, QUICK_USERS) if options.quick else data
+
+
+def print_order_warnings(console: Console, data: MovieLens) -> list[str]:
+    """Print a warning if the ratings of users do not seem to be ordered by time.
+
+    Returns:
+        The warnings, for the record of the run.
+    """
+    warnings = order_warnings(data.ratings)
+    for warning in warnings:
+        console.print(f"Warning: {warning}", style="yellow", soft_wrap=True)
+    return warnings
 
 
 def origin(

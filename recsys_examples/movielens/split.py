@@ -30,7 +30,7 @@ class Split:
     @property
     def before_test(self) -> pd.DataFrame:
         """Train and validation together, in the same order, for a final training."""
-        return _in_time_order(pd.concat([self.train, self.validation]))
+        return in_time_order(pd.concat([self.train, self.validation]))
 
 
 def split_by_time(ratings: pd.DataFrame) -> Split:
@@ -65,7 +65,7 @@ def split_by_time(ratings: pd.DataFrame) -> Split:
     >>> list(parts.validation.timestamp), list(parts.test.timestamp)
     ([3], [4])
     """
-    ordered = _in_time_order(ratings)
+    ordered = in_time_order(ratings)
     users = ordered.groupby("user_id")["user_id"]
     count = users.transform("size")
     _check_splittable(count)
@@ -80,7 +80,8 @@ def split_by_time(ratings: pd.DataFrame) -> Split:
     )
 
 
-def _in_time_order(ratings: pd.DataFrame) -> pd.DataFrame:
+def in_time_order(ratings: pd.DataFrame) -> pd.DataFrame:
+    """Sort by user and time; ratings with the same timestamp keep their order."""
     # lexsort sorts by its last key first, and keeps the order of equal rows.
     order = np.lexsort((ratings["timestamp"], ratings["user_id"]))
     return ratings.iloc[order].reset_index(drop=True)

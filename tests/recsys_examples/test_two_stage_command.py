@@ -3,13 +3,14 @@
 import json
 import os
 import re
+from dataclasses import replace
 from importlib.metadata import version
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from recsys_examples.two_stage import pictures, study
+from recsys_examples.two_stage import pictures, pipeline, study
 from recsys_examples.two_stage.__main__ import LATENCY, METRICS, SAVED_MODELS, main
 from recsys_examples.two_stage.study import FULL, NAMES, paired
 from tests import processes
@@ -85,6 +86,7 @@ class TestRun:
         assert set(record["chosen"]["fusion"]) == {"like", "rating", "diversity"}
         assert list(record["funnel"]) == ["10", "20", "50"]
         assert 0 < len(record["users"]) <= 25
+        assert record["warnings"] == []
 
     @pytest.mark.parametrize("name", PICTURES)
     def test_pictures(self, run, name):
@@ -203,6 +205,25 @@ class TestStudy:
         mean, error = paired(ours, [0.2, 0.2, 0.2])
         assert mean == pytest.approx(0.2)
         assert error == pytest.approx(0.1 / np.sqrt(3))
+
+
+@pytest.mark.parametrize("study", [[], ["--study"]], ids=["train", "study"])
+def test_a_warning_of_an_order_by_movie(
+    movielens, tmp_path, monkeypatch, command, study
+):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "fit_first_stages", stop)
+    monkeypatch.setattr("recsys_examples.two_stage.study.run_ranker", stop)
+    ratings = movielens.ratings
+    by_movie = ratings.assign(timestamp=ratings["movie_id"])
+    folder = write_csv(tmp_path / "ml", replace(movielens, ratings=by_movie))
+    arguments = (*SMALL, *study, "--data-dir", folder, "--out", tmp_path / "out")
+    status, said, _ = command(*arguments)
+    assert status == 130
+    (warning,) = re.findall(r"^Warning: .*", said, re.MULTILINE)
+    assert warning.endswith("say nothing about real use.")
 
 
 class TestBadInput:
