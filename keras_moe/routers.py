@@ -352,7 +352,8 @@ class NoisyTopKRouter(_LinearRouter):
         A `Routing`. Its `router_logits` are H, its `router_probs` their softmax over
         all experts. In training `choice_probs` are the P of appendix A: the
         probability that a token chooses an expert if its noise for that expert alone
-        is drawn anew. In inference they are None.
+        is drawn anew. In inference, without noise, they are 1 for the chosen experts
+        and 0 for the others.
 
     Attributes:
         kernel: variable of shape `(d, e)`, W_g.
@@ -409,7 +410,9 @@ class NoisyTopKRouter(_LinearRouter):
         clean = self._logits(tokens)
         if not training:
             indices = _top_k(clean, self.top_k)
-            return _scored(clean, indices, mask, "softmax", renormalize=True)
+            record = _scored(clean, indices, mask, "softmax", renormalize=True)
+            chosen = ops.one_hot(indices, self.num_experts, dtype=clean.dtype)
+            return record._replace(choice_probs=ops.sum(chosen, axis=1))
         scale = ops.softplus(
             ops.matmul(tokens, ops.cast(self.noise_kernel, self._routing_dtype))
         )
@@ -664,17 +667,21 @@ class _StepUnderWay:
         if not kernel.trainable:
             return bias, ops.zeros_like(bias)
         same = ops.logical_and(
-            ops.all(ops.equal(self._kernel, kernel)),
-            ops.all(ops.equal(self._moved, bias)),  # Nobody else has assigned it.
+            _are_equal(self._kernel, kernel),
+            _are_equal(self._moved, bias),  # Nobody else has assigned it.
         )
-        load = ops.where(same, self._load, ops.zeros_like(bias))
-        return ops.where(same, self._bias, bias), load
+        load = ops.where(same, ops.convert_to_tensor(self._load), ops.zeros_like(bias))
+        return ops.where(same, ops.convert_to_tensor(self._bias), bias), load
 
     def update(self, kernel: Any, bias: Any, load: Any, moved: Any) -> None:
         self._kernel.assign(kernel)
         self._bias.assign(bias)
         self._load.assign(load)
         self._moved.assign(moved)
+
+
+def _are_equal(first: Any, second: Any) -> Any:
+    return ops.all(ops.equal(*map(ops.convert_to_tensor, (first, second))))
 
 
 def _check_groups(

@@ -86,7 +86,8 @@ class Routing(Record):
         router_probs: `(n, e)` float in [0, 1], or None for a router without scores.
         mask: `(n,)` bool, False for padding, or None. Padding is not routed.
         choice_probs: `(n, e)` float, the probability that a token chooses an expert if
-            the noise of the router is drawn anew, or None for a router without noise.
+            the noise of the router is drawn anew (0 or 1 in inference), or None for a
+            router that never has noise.
     """
 
     expert_indices: Any

@@ -37,13 +37,17 @@ def mlps(kernels, biases=(), activation=oracles.relu, final_activation=oracles.l
 
 
 def softmax(logits, temperature=1.0, top_k=None):
-    """Row by row over the `top_k` largest logits, or all: (n, e) -> (n, e)."""
+    """Row by row over the `top_k` largest logits, or all: (n, e) -> (n, e).
+
+    A single weight is that among all logits, as it would be 1 among itself.
+    """
     logits = logits / temperature
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    total = weights.sum(axis=1, keepdims=True)
     if top_k is not None:
         for row, z in enumerate(logits):
             weights[row, np.argsort(-z, kind="stable")[top_k:]] = 0.0
-    return weights / weights.sum(axis=1, keepdims=True)
+    return weights / (total if top_k == 1 else weights.sum(axis=1, keepdims=True))
 
 
 def mixture(weights, outputs):

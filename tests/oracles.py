@@ -53,7 +53,9 @@ def gates(x, kernels, biases=(), temperature=1.0, top_k=None):
     for n, row in enumerate(logits):
         for t, z in enumerate(row):
             chosen = np.argsort(-z, kind="stable")[: top_k or len(z)]
-            weights[n, t, chosen] = softmax_row(z[chosen])
+            # A single weight is that among all logits: among itself it would be 1.
+            kept = softmax_row(z)[chosen] if top_k == 1 else softmax_row(z[chosen])
+            weights[n, t, chosen] = kept
     return weights
 
 

@@ -214,7 +214,9 @@ def test_the_noise_is_in_training_only():
     router = on_logits(make("noisy_top_k"))
     x = tokens(7, 4)
     still = arrays(router(x))
-    assert set(still) == {*routing.Routing._fields} - {"mask", "choice_probs"}
+    assert set(still) == {*routing.Routing._fields} - {"mask"}
+    chosen = np.eye(4)[still["expert_indices"]].sum(axis=1)
+    np.testing.assert_array_equal(still["choice_probs"], chosen)
     expected = arrays(on_logits(make("top_k"))(x))
     for field, values in expected.items():
         np.testing.assert_allclose(still[field], values, rtol=1e-6)
@@ -276,17 +278,74 @@ def test_the_bias_follows_the_load_by_hand():
     # Loads (3, 1, 1, 0), mean 1.25: one has more, three have less.
     router(x, training=True)
     assert array(router.expert_bias).tolist() == [-0.125, 0.125, 0.125, 0.125]
-    # Of the tokens that count, 0 and 1 are chosen once each: mean 0.5.
+    # In the next step tokens 0 and 1 count, chosen once each: mean 0.5.
+    optimizer_step(router)
     mask = np.array([True, False, True, False, False])
     router(x, mask=mask, training=True)
     assert array(router.expert_bias).tolist() == [-0.25, 0.0, 0.25, 0.25]
     # A token that is not finite does not count either, nor does an empty batch.
-    router(np.full((2, 4), np.nan), training=True)
-    router(x, mask=np.zeros(5, bool), training=True)
-    router(np.zeros((0, 4)), training=True)
+    for batch, counted in (
+        (np.full((2, 4), np.nan), None),
+        (x, np.zeros(5, bool)),
+        (np.zeros((0, 4)), None),
+    ):
+        optimizer_step(router)
+        router(batch, mask=counted, training=True)
     router.trainable = False
+    optimizer_step(router)
     router(x, training=True)
     assert array(router.expert_bias).tolist() == [-0.25, 0.0, 0.25, 0.25]
+
+
+def optimizer_step(router):
+    """Change the kernel, by which a router knows that an optimizer has made a step."""
+    router.kernel.assign(router.kernel * (1 + 2**-20))
+
+
+def test_the_bias_moves_once_for_all_batches_of_a_step():
+    """Loads (3, 1, 1, 0), then (0, 1, 1, 3), together (3, 2, 2, 3): mean 2.5.
+
+    The second batch is routed by the bias of the beginning, and counted twice it would
+    change no sign: (3, 3, 3, 6) has the mean 3.75, (3, 2, 2, 3) and its double 2.5, 5.
+    """
+    router = on_logits(make("bias_balanced", top_k=1, bias_update_rate=0.5))
+    router.expert_bias.assign([0.0, 0.25, 0.0, 0.0])
+    first, second = 4 * np.eye(4)[[0, 0, 1, 0, 2]], 4 * np.eye(4)[[1, 3, 3, 2, 3]]
+    routed = [array(router(x).expert_indices) for x in (first, second)]
+    for _ in range(2):  # The second time as recomputations.
+        for x, expected in zip((first, second), routed, strict=True):
+            found = array(router(x, training=True).expert_indices)
+            np.testing.assert_array_equal(found, expected)
+    assert array(router.expert_bias).tolist() == [-0.5, 0.75, 0.5, -0.5]
+    optimizer_step(router)
+    router(first, training=True)
+    # The sigmoids differ by less than the bias: every token goes to expert 1.
+    assert array(router.expert_bias).tolist() == [0.0, 0.25, 1.0, 0.0]
+
+
+def test_a_bias_that_somebody_assigns_begins_a_step():
+    router = on_logits(make("bias_balanced", top_k=1, bias_update_rate=0.125))
+    x = 4 * np.eye(4)[[0, 0, 1, 0, 2]]
+    router(x, training=True)
+    router.expert_bias.assign([0.0, 0.0, 0.0, 0.5])
+    router(x, training=True)
+    assert array(router.expert_bias).tolist() == [0.125, 0.125, 0.125, 0.375]
+
+
+def test_the_bias_follows_every_call_where_the_kernel_is_not_trained():
+    router = on_logits(make("bias_balanced", top_k=1, bias_update_rate=0.125))
+    router.kernel.trainable = False
+    x = 4 * np.eye(4)[[0, 0, 1, 0, 2]]
+    for _ in range(2):
+        router(x, training=True)
+    assert array(router.expert_bias).tolist() == [-0.25, 0.25, 0.25, 0.25]
+
+
+def test_what_is_known_of_a_step_is_no_weight():
+    router = on_logits(make("bias_balanced"))
+    assert [v.name for v in router.weights] == ["kernel", "expert_bias"]
+    assert len(router.variables) == 6
+    assert len(on_logits(make("bias_balanced", bias_update_rate=0.0)).variables) == 2
 
 
 def test_the_bias_balances_a_skewed_router():
@@ -299,6 +358,7 @@ def test_the_bias_balances_a_skewed_router():
     assert largest() > 180
     for _ in range(100):
         router(x, training=True)
+        optimizer_step(router)
     assert largest() < 80
     variables = [v.name for v in router.trainable_variables]
     assert variables == ["kernel"]
@@ -901,9 +961,8 @@ def test_choices_are_different_experts_for_any_sizes(
         ("top_k", {"top_k": 5}, "`top_k` must not exceed.*top_k=5, num_experts=4"),
         ("top_k", {"top_k": 1.0}, "`top_k`.*1.0"),
         ("top_k", {"score_function": "relu"}, "`score_function`.*'relu'"),
-        ("top_k", {"top_k": 1, "renormalize": True}, "`renormalize`.*True, top_k=1"),
+        ("top_k", {"renormalize": 1}, "`renormalize` must be True or False.*1"),
         ("top_k", {"jitter": 1}, "`jitter`.*1"),
-        ("noisy_top_k", {"top_k": 1}, "`top_k` must be >= 2.*1"),
         ("bias_balanced", {"num_groups": 3}, "`num_groups` must divide.*num_groups=3"),
         (
             "bias_balanced",
@@ -915,7 +974,6 @@ def test_choices_are_different_experts_for_any_sizes(
             {"num_groups": 4, "top_k_groups": 1},
             "`top_k` must not exceed the number of experts.*top_k=2",
         ),
-        ("bias_balanced", {"top_k": 1, "renormalize": True}, "`renormalize`"),
         ("bias_balanced", {"routed_scaling_factor": 0}, "`routed_scaling_factor`.*0"),
         ("bias_balanced", {"bias_update_rate": -1}, "`bias_update_rate`.*-1"),
         ("expert_choice", {"capacity_factor": 0.0}, "`capacity_factor`.*0.0"),
@@ -929,6 +987,51 @@ def test_choices_are_different_experts_for_any_sizes(
 def test_bad_arguments_are_named(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(name, **{"num_experts": 4, **arguments})
+
+
+RENORMALISED = [
+    ("top_k", {"renormalize": True}),
+    ("top_k", {"renormalize": True, "score_function": "sigmoid"}),
+    ("bias_balanced", {"renormalize": True}),
+    ("sinkhorn", {"renormalize": True}),
+    ("noisy_top_k", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), RENORMALISED)
+def test_a_single_renormalised_weight_is_for_inference(name, arguments):
+    """As in a Mixtral with one expert a token, whose weights were trained elsewhere."""
+    router = make(name, top_k=1, **arguments)
+    record = router(tokens())
+    np.testing.assert_allclose(array(record.combine_weights), 1, rtol=1e-6)
+    best = np.argmax(array(record.router_logits), axis=1)
+    np.testing.assert_array_equal(array(record.expert_indices)[:, 0], best)
+    rule = "`top_k` must be >= 2" if name == "noisy_top_k" else "`renormalize` must be"
+    with pytest.raises(ValueError, match=f"{rule}.*{type(router).__name__}.*top_k=1"):
+        router(tokens(), training=True)
+    router.trainable = False
+    found = router(tokens(), training=True).combine_weights
+    np.testing.assert_allclose(array(found), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_router_stands_in_a_functional_model(name):
+    router = make(name)
+    shape, dtype = ((), "int32") if name == "hash" else ((5,), "float32")
+    inputs = keras.Input(shape, dtype=dtype)
+    if name == "expert_choice" and keras.backend.backend() != "tensorflow":
+        inputs = keras.Input(shape, batch_size=7)
+    record = router(inputs)
+    model = keras.Model(inputs, {n: getattr(record, n) for n in record._fields})
+    x = np.arange(7, dtype="int32") if name == "hash" else tokens()
+    expected = arrays(router(x))
+    assert set(expected) == set(record._fields)
+    config = keras.Model.from_config(model.get_config())
+    config.set_weights(model.get_weights())
+    for functional in (model, config):
+        found = functional.predict(x, verbose=0)
+        for field, value in expected.items():
+            np.testing.assert_allclose(found[field], value, rtol=1e-5, atol=1e-6)
 
 
 def test_tokens_of_another_shape_are_refused():

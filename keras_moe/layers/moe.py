@@ -449,7 +449,7 @@ class MoE(Layer):
             shared = self.shared_experts(tokens, training=training)
             outputs = outputs + ops.sum(shared, axis=1)
 
-        self._add_losses(routing)
+        self._add_losses(routing, training)
         if mask is not None:
             outputs = routing_lib.rows_where(mask, outputs)
         return ops.reshape(outputs, (*restored_axes(leading), outputs.shape[-1]))
@@ -503,7 +503,7 @@ class MoE(Layer):
             return "dense"
         return dispatch_lib.dropless_here(self.experts)
 
-    def _add_losses(self, routing: Any) -> None:
+    def _add_losses(self, routing: Any, training: bool | None) -> None:
         """Add the auxiliary losses, weighted. Only this layer does so."""
         n = ops.shape(routing.router_probs)[0] if self.loss_weights else 0
         formulas = {
@@ -520,8 +520,8 @@ class MoE(Layer):
             "entropy": lambda: losses.entropy_loss(routing.router_probs, routing.mask),
         }
         for name, weight in self.loss_weights.items():
-            if name == "load" and routing.choice_probs is None:
-                continue  # Without noise, in inference, nothing is drawn.
+            if name == "load" and not training:
+                continue  # Without noise it is a count, which has no gradient.
             self.add_loss(weight * formulas[name]())
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:

@@ -180,9 +180,9 @@ class EPNet(Adaptable):
         inputs_shape: tuple[int | None, ...],
         domain_inputs_shape: tuple[int | None, ...],
     ) -> None:
-        check_leading_axes("domain_inputs", domain_inputs_shape, inputs_shape)
         name = type(self).__name__
         features = _checks.last_dimension(name, inputs_shape)
+        check_leading_axes("domain_inputs", domain_inputs_shape, inputs_shape)
         domain_features = _checks.last_dimension(name, domain_inputs_shape)
         # Without it, an embedding of one unit would be broadcast to all gates.
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
@@ -198,6 +198,7 @@ class EPNet(Adaptable):
 
     def call(self, inputs: Any, domain_inputs: Any) -> Any:
         domain_inputs = checked_rows("domain_inputs", domain_inputs, inputs)
+        inputs = ops.cast(inputs, self.compute_dtype)  # They may be integers.
         seen = ops.concatenate([domain_inputs, ops.stop_gradient(inputs)], axis=-1)
         return self.gate(seen) * inputs
 
@@ -325,9 +326,9 @@ class PPNet(Adaptable):
         inputs_shape: tuple[int | None, ...],
         prior_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> None:
-        check_leading_axes("prior_inputs", prior_inputs_shape, inputs_shape)
         name = type(self).__name__
         _checks.last_dimension(name, inputs_shape)
+        check_leading_axes("prior_inputs", prior_inputs_shape, inputs_shape)
         self.towers.build(inputs_shape)
         self.input_spec = self.towers.input_spec
         seen = _checks.last_dimension(name, inputs_shape)
@@ -474,6 +475,7 @@ class PEPNet(Adaptable):
         domain_inputs_shape: tuple[int | None, ...],
         prior_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> None:
+        _checks.last_dimension(type(self).__name__, inputs_shape)
         self.epnet.build(inputs_shape, domain_inputs_shape)
         self.ppnet.build(inputs_shape, prior_inputs_shape)
 

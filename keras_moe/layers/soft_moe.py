@@ -160,6 +160,8 @@ class SoftMoE(Layer):
             self.experts.build((None, features))
 
     def call(self, inputs: Any, mask: Any = None, training: bool | None = None) -> Any:
+        # Integers would round the mixtures of tokens to zero.
+        inputs = ops.cast(inputs, self.compute_dtype)
         if mask is not None:
             mask = ops.expand_dims(ops.cast(mask, "bool"), -1)  # (..., t, 1)
             # So that a NaN in padding cannot reach a gradient.

@@ -77,6 +77,25 @@ def weights_by_task(sample_weight: Any, y_pred: dict[str, Any]) -> dict[str, Any
     return keras.tree.pack_sequence_as(y_pred, flat)
 
 
+def as_wide_as_masks(weights: dict[str, Any], y_pred: dict[str, Any]) -> dict[str, Any]:
+    """Return weights of the shape of the mask of a prediction, where there are both.
+
+    Keras multiplies the two, and some backends take nothing but equal shapes.
+    """
+    masks = {
+        task: _backend.keras_mask(prediction) for task, prediction in y_pred.items()
+    }
+    return {
+        task: weight
+        if weight is None or masks[task] is None
+        else ops.broadcast_to(
+            _of_rank(ops.convert_to_tensor(weight), len(masks[task].shape)),
+            ops.shape(masks[task]),
+        )
+        for task, weight in weights.items()
+    }
+
+
 def completed(sample_weight: Any, y: Any, tasks: Sequence[str]) -> Any:
     """Return a dict of weights with ones for the tasks of `y` that it leaves out."""
     check_keys("sample_weight", sample_weight, tasks)

@@ -211,6 +211,7 @@ class MultiTaskModel(keras.Model):
         if self._compile_loss is None:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         weights = _by_task.weights_by_task(sample_weight, y_pred)
+        weights = _by_task.as_wide_as_masks(weights, y_pred)
         y = _by_task.labels_by_task(y, y_pred, self._with_loss)
         defined = {
             task: _by_task.defined_rows(y_pred[task], weights[task]) for task in y
@@ -244,11 +245,14 @@ class MultiTaskModel(keras.Model):
         """
         replicas = _backend.num_replicas()
         found = self._task_losses(y, y_pred, weights, replicas)
-        task_losses = [found.get(task, 0.0 * found[self._with_loss[0]]) for task in y]
+        nothing = 0.0 * found[self._with_loss[0]]
+        # Not in the order of `y_pred`, which JAX and torch sort by name.
+        task_losses = [found.get(task, nothing) for task in self.task_names]
         weighting: Any = self.loss_weighting
         arguments = {}
         if "mask" in inspect.signature(weighting.call).parameters:
-            arguments["mask"] = _tasks_defined(defined, self._with_loss)
+            rows = {task: defined[task] for task in self.task_names}
+            arguments["mask"] = _tasks_defined(rows, self._with_loss)
         total = weighting(ops.stack(task_losses), **arguments) / replicas
         for loss in self.losses:
             total = total + self._aggregate_additional_loss(loss)

@@ -126,7 +126,7 @@ def test_a_masked_step_of_a_sequence_may_have_any_label(weighted, with_weights):
         {task: keras.layers.Dense(1, name=task)(masked) for task in ("a", "b")},
         UncertaintyWeighting() if weighted else None,
     )
-    model.compile("sgd", {"a": "mse", "b": "mae"}, weighted_metrics={"a": ["mse"]})
+    model.compile("sgd", {"a": "mse", "b": "mae"}, weighted_metrics={"b": ["mse"]})
     x = np.random.default_rng(0).normal(size=(5, 3, 4)).astype("float32")
     x[:, 2] = 0.0
     results = []
@@ -209,6 +209,20 @@ class Mean(keras.layers.Layer):
 
     def call(self, task_losses):
         return ops.mean(task_losses)
+
+
+def test_a_weighting_sees_the_tasks_in_the_order_of_the_outputs():
+    """On JAX and torch the predictions come sorted by name."""
+
+    class Second(keras.layers.Layer):
+        def call(self, task_losses):
+            return task_losses[1]
+
+    x, y, _ = _rows()
+    model = _model(Second(), ["stars", "click"])
+    model.compile("sgd", _losses(MEAN))
+    found = model.evaluate(x, y, verbose=0, return_dict=True)
+    np.testing.assert_allclose(found["loss"], found["click_loss"], rtol=1e-6)
 
 
 def test_a_weighting_needs_no_mask():

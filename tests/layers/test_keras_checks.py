@@ -1,0 +1,112 @@
+"""Keras' own checks of a layer, run over every public layer, routers included."""
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+from keras.src.testing import test_case
+
+import keras_moe.experts
+import keras_moe.layers
+import keras_moe.multitask
+from keras_moe import routers
+from keras_moe.multitask import UncertaintyWeighting
+from tests.cases import CASES
+from tests.contracts import Case
+
+ROUTERS = [
+    Case("TopKRouter", routers.TopKRouter, kwargs={"num_experts": 4}),
+    Case(
+        "TopKRouter-all-arguments",
+        routers.TopKRouter,
+        kwargs={
+            "num_experts": 4,
+            "top_k": 3,
+            "score_function": "sigmoid",
+            "renormalize": False,
+            "jitter": 0.1,
+            "use_bias": True,
+            "seed": 1,
+        },
+    ),
+    Case("NoisyTopKRouter", routers.NoisyTopKRouter, kwargs={"num_experts": 4}),
+    Case("BiasBalancedRouter", routers.BiasBalancedRouter, kwargs={"num_experts": 4}),
+    Case("ExpertChoiceRouter", routers.ExpertChoiceRouter, kwargs={"num_experts": 4}),
+    Case("SinkhornRouter", routers.SinkhornRouter, kwargs={"num_experts": 4}),
+    Case(
+        "HierarchicalRouter",
+        routers.HierarchicalRouter,
+        kwargs={"num_groups": 3, "experts_per_group": 2},
+    ),
+    Case("DenseRouter", routers.DenseRouter, kwargs={"num_experts": 4}),
+    Case(
+        "HashRouter",
+        routers.HashRouter,
+        shapes=((),),
+        kwargs={"num_experts": 4, "vocabulary_size": 10},
+    ),
+]
+WEIGHTING = Case(
+    "UncertaintyWeighting", UncertaintyWeighting, shapes=((),), float32_output=True
+)
+# What a user gets from another one, or what is no layer.
+OTHERS = {"MultiTaskModel"}
+
+
+# Keras' own training warns of these: it shuffles a generator, and trains a router by
+# outputs that are integers, or a layer whose outputs sum to a constant.
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")
+@pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
+@pytest.mark.parametrize(
+    "case", [*CASES, *ROUTERS, WEIGHTING], ids=lambda case: case.name
+)
+def test_what_keras_checks(case):
+    layer = case.layer()
+    shapes = [(2, *shape) for shape in case.shapes]
+    ids = isinstance(layer, routers.HashRouter)
+    outputs = layer(
+        *[np.ones(shape, "int32" if ids else "float32") for shape in shapes]
+    )
+    options = {}
+    if ids:
+        options["input_dtype"] = "int32"
+        options["run_training_check"] = False  # Nothing in it is trained.
+    inputs = shapes[0]
+    if len(shapes) > 1:
+        # Keras checks no training of layers with several inputs.
+        names = list(inspect.signature(layer.call).parameters)
+        inputs = {f"{n}_shape": s for n, s in zip(names, shapes, strict=False)}
+        options["run_training_check"] = False
+    if isinstance(layer, UncertaintyWeighting):
+        options["run_training_check"] = False  # It has no batch.
+    if case.float32_output:
+        options["run_mixed_precision_check"] = False  # The contract has its own.
+    backend = keras.backend.backend()
+    if backend == "tensorflow" and isinstance(outputs, list):
+        options["run_training_check"] = False  # Its generator takes no list as labels.
+    seeds = len(test_case.get_seed_generators(layer))
+    if backend == "torch" and len(layer.variables) > len(layer.weights) + seeds:
+        pytest.skip("Keras expects a torch layer to have weights and seeds alone")
+    test_case.TestCase("run_layer_test").run_layer_test(
+        case.make, case.kwargs, input_shape=inputs, supports_masking=True, **options
+    )
+
+
+def test_every_public_layer_is_checked():
+    known = {
+        name
+        for module in (
+            keras_moe.layers,
+            keras_moe.experts,
+            keras_moe.routers,
+            keras_moe.multitask,
+        )
+        for name, value in vars(module).items()
+        if isinstance(value, type)
+        and issubclass(value, keras.layers.Layer)
+        and value.__module__.startswith("keras_moe.")
+        and not name.startswith("_")
+    }
+    checked = {type(case.layer()).__name__ for case in (*CASES, *ROUTERS, WEIGHTING)}
+    assert known - OTHERS - {"Layer"} == checked
