@@ -82,16 +82,13 @@ def as_wide_as_masks(weights: dict[str, Any], y_pred: dict[str, Any]) -> dict[st
 
     Keras multiplies the two, and some backends take nothing but equal shapes.
     """
-    masks = {
-        task: _backend.keras_mask(prediction) for task, prediction in y_pred.items()
-    }
+    masks = {task: _backend.keras_mask(part) for task, part in y_pred.items()}
     return {
         task: weight
         if weight is None or masks[task] is None
-        else ops.broadcast_to(
-            _of_rank(ops.convert_to_tensor(weight), len(masks[task].shape)),
-            ops.shape(masks[task]),
-        )
+        # A product, as torch cannot write into a broadcast tensor, and Keras does.
+        else _of_rank(ops.convert_to_tensor(weight), len(masks[task].shape))
+        * ops.ones_like(masks[task], "float32")
         for task, weight in weights.items()
     }
 

@@ -263,6 +263,7 @@ class MultiTaskModel(keras.Model):
     ) -> dict[str, Any]:
         if self._compile_metrics is not None:
             weights = _by_task.weights_by_task(sample_weight, y_pred)
+            weights = _by_task.as_wide_as_masks(weights, y_pred)
             y = _by_task.labels_by_task(y, y_pred, self._with_metrics)
             defined = {
                 task: _by_task.without_undefined(

@@ -785,6 +785,40 @@ def test_a_row_that_is_not_finite_changes_no_other_row(router):
     check_broken_rows(layer, [name for name in names if name != "dropping"], **ids)
 
 
+@pytest.mark.parametrize("router", ["top_k", "noisy_top_k", "bias_balanced", "sinkhorn",
+                                    "expert_choice", "dense"])  # fmt: skip
+@pytest.mark.parametrize("broken", ["a row", "a column"])
+def test_what_the_router_cannot_read_is_the_same_in_every_dispatch(router, broken):
+    """The experts see finite features. "dense" gave zeros for an expert choice."""
+    layer = moe(router, top_k=None if router == "dense" else 2)
+    x = tokens(12)
+    layer.build((12, D), (12, D))
+    seen = with_broken_rows(x) if broken == "a row" else x
+    if broken == "a column":
+        kernel = array(layer.router.kernel).copy()
+        kernel[:, 1] = np.nan
+        layer.router.kernel.assign(kernel)
+    found = {}
+    for way in WAYS[layer.router.choice]:
+        if way == "dropping":
+            continue
+        layer.capacity_factor = float(E) if way == "capacity" else None
+        if layer.router.choice == "expert":
+            layer.capacity_factor = None
+        layer.dispatch = ways.dispatch_of(way)
+        with ways.chosen(way):
+            found[way] = array(layer(x, router_inputs=seen))
+    first = next(iter(found.values()))
+    for way, outputs in found.items():
+        np.testing.assert_allclose(outputs, first, **OUTPUTS, err_msg=way)
+    if broken == "a row":
+        assert np.isnan(first[3]).all()
+        assert np.isfinite(first[OTHERS]).all()
+    if router == "expert_choice":
+        rows = BROKEN if broken == "a row" else np.arange(12)
+        assert np.isnan(first[rows]).all()
+
+
 WITH_PARTS = {
     "two levels": lambda: HierarchicalMoE(2, 2, (4, U), dtype="float64"),
     "GLU": lambda: moe(experts=EXPERTS["GLU"]()),

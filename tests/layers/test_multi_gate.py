@@ -261,6 +261,29 @@ def test_gate_weights_are_what_call_uses():
     )
 
 
+@pytest.mark.parametrize("kind", [MMoE, OMoE])
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_a_gate_learns_for_every_top_k(kind, top_k):
+    """A single weight is not renormalised: it was always 1, with a gradient of 0."""
+    layer = kind(5, 4, 2, top_k=top_k, dtype="float64")
+    x = rows(6, 3)
+    layer(x)
+    by_weight, _ = backends.gradients(layer, [x], [np.ones((6, 4)), np.ones((6, 4))])
+    by_path = dict(
+        zip([w.path for w in layer.trainable_variables], by_weight, strict=True)
+    )
+    gates = [np.abs(g) for path, g in by_path.items() if "gates" in path]
+    assert gates
+    for gradient in gates:
+        assert gradient.max() > 1e-3
+    sums = array(layer.gate_weights(x)).sum(axis=-1)
+    if top_k == 1:
+        assert (sums < 1).all()
+        assert (sums > 1 / 5).all()
+    else:
+        np.testing.assert_allclose(sums, 1, **ORACLE)
+
+
 def test_top_k_keeps_exactly_k_even_among_ties():
     layer = MMoE(5, 4, 2, top_k=2, gate_kernel_initializer="zeros")
     weights = ops.convert_to_numpy(layer.gate_weights(_built(layer)))

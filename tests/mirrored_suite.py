@@ -1,0 +1,124 @@
+"""Models under `MirroredStrategy`, which `tests/test_mirrored.py` runs in a process.
+
+Two logical processors must be made before TensorFlow starts. In `run` both replicas get
+the same rows, so that a step is that of one device on these rows; in `run_halves` each
+gets one half.
+"""
+
+import json
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_moe.layers import MMoE, MoE, Tower
+from keras_moe.multitask import MultiTaskModel, UncertaintyWeighting
+from keras_moe.routers import BiasBalancedRouter
+
+ROWS = 16
+MEAN = "mean_with_sample_weight"
+
+
+def build(weighting: bool, router: str) -> MultiTaskModel:
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,))
+    # A bias balances without a loss. Where a call waits for other replicas, Keras would
+    # also show the losses that they have added.
+    balance = 5.0 if router == "top_k" else 0.0
+    hidden = MoE(
+        4,
+        (8, 6),
+        router=router,
+        load_balancing_loss_weight=balance,
+        kernel_regularizer="l2",
+    )(inputs)
+    shared = MMoE(3, 5, ["click", "stars", "seen"])(hidden)
+    model = MultiTaskModel(
+        inputs,
+        {
+            "click": Tower((), "sigmoid")(shared["click"]),
+            "stars": Tower(())(shared["stars"]),
+            "seen": Tower((), "sigmoid")(shared["seen"]),
+        },
+        UncertaintyWeighting() if weighting else None,
+    )
+    model.compile(
+        keras.optimizers.SGD(0.1),
+        {
+            "click": keras.losses.BinaryCrossentropy(reduction="sum_over_batch_size"),
+            "stars": keras.losses.MeanSquaredError(reduction=MEAN),
+            "seen": keras.losses.BinaryCrossentropy(reduction=MEAN),
+        },
+        weighted_metrics={"click": ["mae"]},
+    )
+    return model
+
+
+def run(weighting: bool, router: str, strategy: tf.distribute.Strategy) -> dict:
+    replicas = strategy.num_replicas_in_sync
+    x = np.random.default_rng(0).normal(size=(ROWS, 6)).astype("float32")
+    clicked = (x[:, :1] > 0).astype("float32")
+    rows = (
+        x,
+        {"click": clicked, "stars": 3 + x[:, 1:2], "seen": clicked},
+        # Stars are known of some rows, and "seen" of none.
+        {"stars": (x[:, 2] > 0).astype("float32"), "seen": np.zeros(ROWS)},
+    )
+    x, y, weights = keras.tree.map_structure(
+        lambda part: np.concatenate([part] * replicas), rows
+    )
+    with strategy.scope():
+        model = build(weighting, router)
+    batch = {"batch_size": ROWS * replicas, "verbose": 0}
+    history = model.fit(
+        x, y, sample_weight=weights, epochs=3, shuffle=False, **batch
+    ).history
+    measured = model.evaluate(x, y, sample_weight=weights, return_dict=True, **batch)
+    return {
+        "history": history,
+        "measured": measured,
+        "weights": [np.asarray(w).tolist() for w in model.get_weights()],
+    }
+
+
+def run_halves(strategy: tf.distribute.Strategy) -> dict:
+    """Train a bias that balances: the load of a step is that of both halves."""
+    x = np.random.default_rng(1).normal(size=(2 * ROWS, 6)).astype("float32")
+    # The halves like different experts, so that neither load is that of the whole.
+    x[:ROWS] += 1.0
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        router = BiasBalancedRouter(4, 2, bias_update_rate=0.1)
+        model = keras.Sequential(
+            [keras.Input((6,)), MoE(4, (8, 1), router=router, name="moe")]
+        )
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.fit(x, x[:, :1], epochs=5, batch_size=2 * ROWS, shuffle=False, verbose=0)
+    return {
+        "bias": np.asarray(router.expert_bias).tolist(),
+        "weights": [np.asarray(w).tolist() for w in model.get_weights()],
+    }
+
+
+def main() -> None:
+    processor = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(
+        processor, [tf.config.LogicalDeviceConfiguration()] * 2
+    )
+    # One for all: a second one would take part in the collectives of the first.
+    mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    both = (tf.distribute.get_strategy(), mirrored)
+    found = {
+        f"{weighting}, {router}": [
+            run(weighting, router, strategy) for strategy in both
+        ]
+        for weighting in (False, True)
+        for router in ("top_k", "bias_balanced")
+    }
+    found["halves"] = [run_halves(strategy) for strategy in both]
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
