@@ -56,24 +56,54 @@ def has_grouped_matmul() -> bool:
 
 
 def with_gradient(
-    function: Callable[..., Any], gradient: Callable[..., Any], *inputs: Any
+    function: Callable[..., Any],
+    gradient: Callable[..., Any],
+    inputs: Sequence[Any],
+    constants: Any,
 ) -> Any:
-    """Return `function(*inputs)`, whose gradient is `gradient(inputs, upstream)`.
+    """Return `function(*inputs, constants)` with the gradient `gradient(inputs, up)`.
 
-    `gradient` returns one gradient for each of `inputs`, and must say the same as
-    automatic differentiation would: torch takes that one.
+    Args:
+        function: of the inputs and the constants.
+        gradient: of `inputs`, `constants` and the gradient of the outcome. Returns a
+            tuple of one gradient for each of `inputs`, and must say the same as
+            automatic differentiation would: torch takes that one.
+        inputs: float tensors.
+        constants: tensors without a gradient, in any structure. On JAX neither function
+            may use other tensors: what is recomputed would not know them.
     """
     if name() == "torch":
-        return function(*inputs)
+        return function(*inputs, constants)
+    if name() == "jax":
+        return _jax_with_gradient(function, gradient)(tuple(inputs), constants)
 
     @ops.custom_gradient
     def call(*inputs: Any) -> Any:
         def pull(upstream: Any) -> Any:
-            return gradient(inputs, upstream)
+            return gradient(inputs, constants, upstream)
 
-        return function(*inputs), pull
+        return function(*inputs, constants), pull
 
     return call(*inputs)
+
+
+def _jax_with_gradient(
+    function: Callable[..., Any], gradient: Callable[..., Any]
+) -> Callable[..., Any]:
+    import jax
+
+    @jax.custom_vjp
+    def call(inputs: Any, constants: Any) -> Any:
+        return function(*inputs, constants)
+
+    def forward(inputs: Any, constants: Any) -> Any:
+        return function(*inputs, constants), (inputs, constants)
+
+    def backward(kept: Any, upstream: Any) -> Any:
+        return tuple(gradient(*kept, upstream)), None
+
+    call.defvjp(forward, backward)
+    return call
 
 
 def as_tensor(variable: Any) -> Any:

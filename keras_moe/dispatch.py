@@ -138,18 +138,21 @@ def _in_runs(
 
 def _to_rows(tokens: Any, runs: Runs, source: Callable[[Any], Any]) -> Any:
     """(n, d) -> (m, d)."""
-    token_of_row = runs.order // runs.positions.shape[1]
-    return _backend.with_gradient(
-        lambda tokens: ops.take(source(tokens), token_of_row, axis=0),
-        lambda inputs, upstream: _sum_of_rows(upstream, runs.positions),
-        tokens,
-    )
+
+    def forward(tokens: Any, runs: Runs) -> Any:
+        token_of_row = runs.order // runs.positions.shape[1]
+        return ops.take(source(tokens), token_of_row, axis=0)
+
+    def gradient(inputs: Any, runs: Runs, upstream: Any) -> tuple[Any, ...]:
+        return (_sum_of_rows(upstream, runs.positions),)
+
+    return _backend.with_gradient(forward, gradient, (tokens,), runs)
 
 
 def _combine(rows: Any, weights: Any, runs: Runs, source: Callable[[Any], Any]) -> Any:
     """(m, u), (n, k) -> (n, u): y_i = sum_j w_ij rows[row of choice (i, j)]."""
 
-    def gradient(inputs: Any, upstream: Any) -> tuple[Any, Any]:
+    def gradient(inputs: Any, runs: Runs, upstream: Any) -> tuple[Any, ...]:
         rows, weights = inputs
         weight_of_row = ops.take(source(ops.reshape(weights, (-1,))), runs.order)
         by_rows = ops.take(source(upstream), runs.order // weights.shape[1], axis=0)
@@ -158,26 +161,24 @@ def _combine(rows: Any, weights: Any, runs: Runs, source: Callable[[Any], Any]) 
         by_weights = ops.reshape(by_weights, ops.shape(weights))
         return by_rows * ops.expand_dims(weight_of_row, -1), by_weights
 
-    return _backend.with_gradient(
-        lambda rows, weights: _sum_of_rows(rows, runs.positions, weights),
-        gradient,
-        rows,
-        weights,
-    )
+    def forward(rows: Any, weights: Any, runs: Runs) -> Any:
+        return _sum_of_rows(rows, runs.positions, weights)
+
+    return _backend.with_gradient(forward, gradient, (rows, weights), runs)
 
 
 def _each_choice(rows: Any, runs: Runs, source: Callable[[Any], Any]) -> Any:
     """(m, u) -> (n, k, u): the row of every choice."""
 
-    def gradient(inputs: Any, upstream: Any) -> Any:
-        return ops.take(source(_flat(upstream)), runs.order, axis=0)
+    def gradient(inputs: Any, runs: Runs, upstream: Any) -> tuple[Any, ...]:
+        return (ops.take(source(_flat(upstream)), runs.order, axis=0),)
 
-    def forward(rows: Any) -> Any:
+    def forward(rows: Any, runs: Runs) -> Any:
         # What JAX takes from nothing has not even a shape.
         shape = (*ops.shape(runs.positions), rows.shape[-1])
         return ops.reshape(ops.take(rows, runs.positions, axis=0), shape)
 
-    return _backend.with_gradient(forward, gradient, rows)
+    return _backend.with_gradient(forward, gradient, (rows,), runs)
 
 
 def _not_empty(rows: Any) -> Any:
@@ -308,38 +309,44 @@ def _in_slots(
     compute: Callable[[Any], Any], tokens: Any, routing: Routing, slots: Slots
 ) -> Any:
     """Fill slots (s, c, d), compute them to (s, c, u), and sum the slots of a token."""
-    kept = slots.kept
-    # Where a choice has no slot, any will do: `kept` silences what is read there.
-    slot = ops.where(kept, slots.slot_of_choice, ops.zeros_like(slots.slot_of_choice))
+    # Where a choice has no slot, any will do: `kept` hides what is read there.
+    slots = slots._replace(
+        slot_of_choice=ops.where(
+            slots.kept, slots.slot_of_choice, ops.zeros_like(slots.slot_of_choice)
+        )
+    )
 
-    def fill(tokens: Any) -> Any:
+    def fill(tokens: Any, slots: Slots) -> Any:
         # One row of zeros more, for the slots without a token.
         return ops.take(ops.pad(tokens, ((0, 1), (0, 0))), slots.tokens, axis=0)
 
-    def fill_gradient(inputs: Any, upstream: Any) -> Any:
-        return _sum_of_rows(_flat(upstream), slot, kept=kept)
+    def fill_gradient(inputs: Any, slots: Slots, upstream: Any) -> tuple[Any, ...]:
+        rows = _sum_of_rows(_flat(upstream), slots.slot_of_choice, kept=slots.kept)
+        return (rows,)
 
-    def combine(rows: Any, weights: Any) -> Any:
-        return _sum_of_rows(_flat(rows), slot, weights, kept)
+    def combine(rows: Any, weights: Any, slots: Slots) -> Any:
+        return _sum_of_rows(_flat(rows), slots.slot_of_choice, weights, slots.kept)
 
-    def combine_gradient(inputs: Any, upstream: Any) -> tuple[Any, Any]:
+    def combine_gradient(inputs: Any, slots: Slots, upstream: Any) -> tuple[Any, ...]:
         rows, weights = inputs
         s, c = ops.shape(rows)[:2]
         # The weight of a slot is that of the choice in it.
-        target = ops.where(kept, slots.slot_of_choice, s * c)
+        target = ops.where(slots.kept, slots.slot_of_choice, s * c)
         weight_of_slot = ops.scatter(
             ops.reshape(target, (-1, 1)), ops.reshape(weights, (-1,)), (s * c + 1,)
         )[:-1]
         by_rows = ops.take(ops.pad(upstream, ((0, 1), (0, 0))), slots.tokens, axis=0)
         by_rows = by_rows * ops.reshape(weight_of_slot, (s, c, 1))
-        by_weights = _products_of_rows(upstream, _flat(rows), slot)
-        return by_rows, ops.where(kept, by_weights, ops.zeros_like(by_weights))
+        by_weights = _products_of_rows(upstream, _flat(rows), slots.slot_of_choice)
+        none = ops.zeros_like(by_weights)
+        return by_rows, ops.where(slots.kept, by_weights, none)
 
-    rows = compute(_backend.with_gradient(fill, fill_gradient, tokens))
+    rows = compute(_backend.with_gradient(fill, fill_gradient, (tokens,), slots))
     if routing.combine_weights is None:
-        return routing_lib.rows_where(kept, ops.take(_flat(rows), slot, axis=0))
+        outputs = ops.take(_flat(rows), slots.slot_of_choice, axis=0)
+        return routing_lib.rows_where(slots.kept, outputs)
     weights = ops.cast(routing.combine_weights, rows.dtype)
-    return _backend.with_gradient(combine, combine_gradient, rows, weights)
+    return _backend.with_gradient(combine, combine_gradient, (rows, weights), slots)
 
 
 def _flat(rows: Any) -> Any:
@@ -490,7 +497,8 @@ def _grouped_dense(
     width = len(rows)
     e = weights[0].shape[0]
 
-    def forward(*inputs: Any) -> Any:
+    def forward(*inputs_and_runs: Any) -> Any:
+        *inputs, runs = inputs_and_runs
         rows, weights = inputs[:width], inputs[width:]
 
         def expert(k: Any, outputs: Any) -> Any:
@@ -511,7 +519,7 @@ def _grouped_dense(
         outputs = ops.zeros(shape, weights[0].dtype)
         return ops.while_loop(lambda k, _: k < e, expert, (_int(0), outputs))[1]
 
-    def gradient(inputs: Any, upstream: Any) -> Any:
+    def gradient(inputs: Any, runs: Runs, upstream: Any) -> Any:
         rows, weights = inputs[:width], inputs[width:]
         # Sums over many blocks stay float32 where the layer computes in less.
         dtype = keras.backend.standardize_dtype(weights[0].dtype)
@@ -560,7 +568,7 @@ def _grouped_dense(
         carry = [ops.zeros_like(x) for x in (*rows, *weights)]
         return ops.while_loop(lambda k, *_: k < e, expert, (_int(0), *carry))[1:]
 
-    return _backend.with_gradient(forward, gradient, *rows, *weights)
+    return _backend.with_gradient(forward, gradient, (*rows, *weights), runs)
 
 
 def _for_blocks(runs: Runs, k: Any, sizes: Any, step: Any, carry: Any) -> Any:

@@ -282,11 +282,15 @@ def _behind(preprocessing: Any, model: keras.Model) -> keras.Model:
 
 
 def _check_functional(argument: str, model: Any) -> None:
-    functional = isinstance(model, keras.Model) and getattr(model, "inputs", None)
-    if not functional or not getattr(model, "outputs", None):
+    # A `Sequential` has `inputs` once it is built, and never an `input`.
+    ports = ("inputs", "outputs", "input", "output")
+    if not isinstance(model, keras.Model) or not all(
+        getattr(model, port, None) is not None for port in ports
+    ):
         raise ValueError(
             f"`{argument}` must be a functional model, made of its inputs and outputs, "
-            f"so that its signature is known. Received: {argument}={model!r}"
+            "keras.Model(inputs, outputs), so that its signature is known. "
+            f"Received: {argument}={model!r}"
         )
 
 

@@ -49,8 +49,8 @@ def upcycle(
         Dense layer.
 
     Raises:
-        ValueError: if `layers` are no chain of Dense layers of the model that stacked
-            experts can hold.
+        ValueError: if `model` is not such a model, or `layers` are no chain of Dense
+            layers of the model that stacked experts can hold.
 
     Example:
 
@@ -65,6 +65,12 @@ def upcycle(
     References:
         - [Komatsuzaki et al., 2023: Sparse Upcycling](https://arxiv.org/abs/2212.05055)
     """
+    # Only these know which layer feeds which.
+    if not isinstance(model, keras.Model) or not getattr(model, "outputs", None):
+        raise ValueError(
+            "`model` must be a built functional or Sequential model. "
+            f"Received: model={model!r}"
+        )
     if isinstance(layers, str):
         raise ValueError(
             f"`layers` must be a sequence of layers or names. Received: {layers!r}"

@@ -22,6 +22,7 @@ CORE = {
         "test_initializers.py",
         "test_losses.py",
         "test_metrics.py",
+        "test_remat.py",
         "test_routers.py",
         "test_routing.py",
         "test_upcycling.py",

@@ -163,6 +163,12 @@ class _Subclassed(keras.Model):
         return {"score": inputs}
 
 
+def _called_sequential():
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model(np.ones((2, 8)))
+    return model
+
+
 REFUSED = {
     "must be a dict": lambda: _ports(_input(), keras.layers.Dense(1)),
     "type list": lambda: _ports(_input(), [keras.layers.Dense(1)] * 2),
@@ -182,6 +188,10 @@ REFUSED = {
         _input(), {"score": keras.layers.Dense(1, dtype="bfloat16")}
     ),
     "functional model": _Subclassed,
+    "functional model.*built=False": lambda: keras.Sequential([keras.layers.Dense(1)]),
+    # It has inputs and outputs, but no `input`: that was an AttributeError.
+    "functional model.*Sequential": _called_sequential,
+    "functional model.*None": lambda: None,
 }
 
 

@@ -139,6 +139,27 @@ def test_what_would_change_the_outputs_is_refused(dense, arguments):
         upcycle(dense, ["up", "down"], 4, **arguments)
 
 
+class _Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.up = keras.layers.Dense(4, name="up")
+
+    def call(self, inputs):
+        return self.up(inputs)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [None, keras.Sequential([keras.layers.Dense(4, name="up")]), _Subclassed()],
+    ids=["None", "unbuilt", "subclassed"],
+)
+def test_models_of_unknown_layers_are_named(model):
+    if model is not None and not isinstance(model, keras.Sequential):
+        model(np.ones((2, 3)))
+    with pytest.raises(ValueError, match="`model` must be a built functional or Seq"):
+        upcycle(model, ["up"], num_experts=4)
+
+
 def test_two_hidden_activations_are_refused():
     layers = [keras.layers.Dense(4, name) for name in ("relu", "tanh", "relu")]
     for layer in layers:
