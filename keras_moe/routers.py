@@ -463,8 +463,9 @@ class BiasBalancedRouter(_LinearRouter):
     A training step is one update by the optimizer. With gradient accumulation the load
     is that of all its batches, under `MirroredStrategy` that of all replicas, and the
     bias with which the step began routes all of them, so that `keras.remat` recomputes
-    the same choices. The router knows a new step by its kernel, which the optimizer
-    has changed; where the kernel is not trained, every call is a step.
+    the same choices (on JAX Keras lets no state out of what is recomputed, and fails).
+    The router knows a new step by its kernel, which the optimizer has changed; where
+    the kernel is not trained, every call is a step.
 
     Experts may stand in groups (on different devices, say): a token then first keeps
     the groups whose two best experts have the highest sum of `score + bias`, and
