@@ -115,7 +115,7 @@ class MoE(Layer):
     The router computes in float32 under any dtype policy; the weights are cast once.
 
     `keras.remat` recomputes the layer with the same choices where its router draws no
-    noise. Three limits there are those of Keras: on TensorFlow the losses that are added
+    noise. Three limits there are those of Keras: on TensorFlow losses that are added
     inside get no gradient, on JAX they and other state are refused, and dropout is
     drawn anew. A "bias_balanced" router needs no loss.
 
