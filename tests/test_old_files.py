@@ -1,0 +1,31 @@
+"""Models that an older version saved load, and give what they gave.
+
+`tests/fixtures/make_old_models.py` made them.
+"""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import keras_moe  # noqa: F401 (registers the layers)
+
+FOLDER = Path(__file__).parent / "fixtures"
+
+
+@pytest.mark.parametrize("name", ["tasks", "sparse"])
+def test_an_old_model_gives_what_it_gave(name):
+    with np.load(FOLDER / f"{name}.npz") as arrays:
+        known = {key: arrays[key] for key in arrays.files}
+    inputs = {key[3:]: known[key] for key in known if key.startswith("in_")}
+    model = keras.models.load_model(FOLDER / f"{name}.keras")
+    outputs = model.predict(inputs, verbose=0)
+    outputs = outputs if isinstance(outputs, dict) else {"score": outputs}
+
+    assert {f"out_{key}" for key in outputs} == {k for k in known if k[:4] == "out_"}
+    rounding = 1e-6 if keras.backend.backend() == "tensorflow" else 1e-5
+    for key, output in outputs.items():
+        expected = known[f"out_{key}"]
+        np.testing.assert_allclose(output, expected, rtol=rounding, atol=rounding)
+    assert model.compiled
