@@ -10,12 +10,13 @@ numbers, of which 0 is False and every other one True.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from keras import backend, ops
 
 from keras_moe import _checks
-from keras_moe.routing import expert_counts
+from keras_moe.routing import expert_counts, gates
 
 
 def load_balancing_loss(
@@ -193,6 +194,54 @@ def entropy_loss(router_probs: Any, mask: Any = None) -> Any:
     # right and its slope, in truth infinite, is large and finite.
     logs = ops.log(ops.maximum(probs, 1e-37))
     return _mean(-ops.sum(probs * logs, axis=-1), mask)
+
+
+def auxiliary_losses(routing: Any, weights: Mapping[str, float]) -> dict[str, Any]:
+    """Return the losses of a routing record that have a weight, each times its weight.
+
+    Args:
+        routing: a record of `keras_moe.routing`, with the fields that the losses need:
+            `router_probs`, for "router_z" `router_logits`, for "load" `choice_probs`.
+        weights: weight by name of the loss, names out of "load_balancing", "router_z",
+            "importance", "load" and "entropy".
+
+    Returns:
+        A dict of one scalar a name, in the order of `weights`.
+
+    Raises:
+        ValueError: if a name is unknown.
+
+    Example:
+
+    >>> record = keras_moe.routing.Routing(
+    ...     expert_indices=np.array([[0], [1]]),
+    ...     combine_weights=np.array([[1.0], [1.0]]),
+    ...     router_probs=np.array([[0.9, 0.1], [0.2, 0.8]]),
+    ... )
+    >>> weighted = keras_moe.losses.auxiliary_losses(record, {"load_balancing": 0.5})
+    >>> {name: float(loss) for name, loss in weighted.items()}
+    {'load_balancing': 0.5}
+    """
+    return {
+        name: weight * _OF_RECORD[_checks.one_of("weights", name, _OF_RECORD)](routing)
+        for name, weight in weights.items()
+    }
+
+
+def _importance_of(routing: Any) -> Any:
+    tokens, num_experts = ops.shape(routing.router_probs)
+    return importance_loss(gates(routing, num_experts, tokens), routing.mask)
+
+
+_OF_RECORD: dict[str, Callable[[Any], Any]] = {
+    "load_balancing": lambda r: load_balancing_loss(
+        r.router_probs, r.expert_indices, r.mask
+    ),
+    "router_z": lambda r: router_z_loss(r.router_logits, r.mask),
+    "importance": _importance_of,
+    "load": lambda r: load_loss(r.choice_probs, r.mask),
+    "entropy": lambda r: entropy_loss(r.router_probs, r.mask),
+}
 
 
 def cv_squared(values: Any) -> Any:

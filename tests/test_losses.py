@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_moe import losses
+from keras_moe import losses, routing
 from tests import backends, oracles, routing_oracles
 
 LOG2 = math.log(2.0)
@@ -252,8 +252,8 @@ def test_every_public_loss_is_tested_for_its_shapes():
         for name, function in inspect.getmembers(losses, inspect.isfunction)
         if function.__module__ == losses.__name__ and not name.startswith("_")
     }
-    assert public == set(LEGAL)
-    for name in public:
+    assert public == {*LEGAL, "auxiliary_losses"}  # That one takes a record.
+    for name in LEGAL:
         assert [*inspect.signature(getattr(losses, name)).parameters] == [*LEGAL[name]]
 
 
@@ -332,3 +332,35 @@ def test_unknown_sizes_are_no_error_in_a_graph(name):
     wrong = [*specs[:-1], tf.TensorSpec([None, 1], "bool")]
     with pytest.raises(ValueError, match=r"`mask` must have.*shape \(None, 1\)"):
         tf.function(loss, input_signature=wrong).get_concrete_function()
+
+
+RECORD = routing.Routing(
+    expert_indices=np.array([[0, 1], [0, 1], [1, 2], [2, 0]]),
+    combine_weights=np.array([[0.5, 0.5], [1.0, 0.0], [0.75, 0.25], [0.5, 0.5]]),
+    router_logits=np.log(PROBS),
+    router_probs=PROBS,
+    mask=MASK,
+    choice_probs=PROBS,
+)
+
+
+def test_the_weighted_losses_of_a_record():
+    gates = np.array([[0.5, 0.5, 0, 0], [1, 0, 0, 0], [0, 0.75, 0.25, 0], [0.5] * 4])
+    expected = {
+        "entropy": -0.5 * value(losses.entropy_loss(PROBS, MASK)),
+        "load_balancing": 2.0
+        * value(losses.load_balancing_loss(PROBS, RECORD.expert_indices, MASK)),
+        "importance": 3.0 * value(losses.importance_loss(gates, MASK)),
+        "load": 4.0 * value(losses.load_loss(PROBS, MASK)),
+        "router_z": 5.0 * value(losses.router_z_loss(np.log(PROBS), MASK)),
+    }
+    weights = dict(zip(expected, (-0.5, 2.0, 3.0, 4.0, 5.0), strict=True))
+    found = losses.auxiliary_losses(RECORD, weights)
+    assert list(found) == list(expected)
+    assert {name: value(found[name]) for name in found} == pytest.approx(expected)
+    assert losses.auxiliary_losses(RECORD, {}) == {}
+
+
+def test_a_weighted_loss_of_another_name_is_refused():
+    with pytest.raises(ValueError, match=r"`weights` must be one of.*'balance'"):
+        losses.auxiliary_losses(RECORD, {"balance": 1.0})

@@ -8,26 +8,20 @@ y_i = sum over the k experts that the router chose for token i of w_ik f_k(x_i)
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_moe import _backend, _checks, losses, routers
+from keras_moe import _checks, losses
 from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
 from keras_moe._layer import Layer
 from keras_moe.experts import MLPExperts, restored_axes
-from keras_moe.initializers import independent
-from keras_moe.layers._parts import (
-    check_experts,
-    check_leading_axes,
-    checked_batch,
-    default_name,
-)
-from keras_moe.metrics import RoutingMetrics
+from keras_moe.layers import _moe_inputs as flat
+from keras_moe.layers import _moe_parts as parts
+from keras_moe.layers._parts import check_experts, default_name
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -175,71 +169,28 @@ class MoE(Layer):
         self._top_k_given = top_k
         if top_k is not None:
             _checks.top_k(top_k, self.num_experts)
-        self.router = self._make_router(router, top_k, capacity_factor)
+        self.router = parts.make_router(
+            router, self.num_experts, top_k, capacity_factor, seed, self.dtype_policy
+        )
         self.top_k = self.router.top_k
         self.experts = self._make_experts()
-        self.num_shared_experts = _checks.count(
-            "num_shared_experts", num_shared_experts
-        )
-        self.shared_experts = self._make_shared_experts()
+        num_shared = _checks.count("num_shared_experts", num_shared_experts)
+        self.num_shared_experts = num_shared
+        self.shared_experts = parts.make_shared_experts(self.experts, num_shared)
         self.capacity_factor = capacity_factor
         self.dispatch = dispatch
-        self.loss_weights = self._checked_loss_weights(
+        self.loss_weights = parts.checked_loss_weights(
+            self.router,
             load_balancing=load_balancing_loss_weight,
             router_z=router_z_loss_weight,
             importance=importance_loss_weight,
             load=load_loss_weight,
             entropy=entropy_loss_weight,
         )
-        self.routing_metrics = self._make_metrics(routing_metrics)
-        self._metric_names = list(routing_metrics)
-
-    # The parts, and which of them go together.
-
-    def _make_router(
-        self, router: Any, top_k: int | None, capacity_factor: float | None
-    ) -> keras.layers.Layer:
-        router = "top_k" if router is None else router
-        if isinstance(router, keras.layers.Layer):
-            if getattr(router, "choice", None) not in dispatch_lib.SERVED:
-                raise ValueError(
-                    "`router` must be a layer of keras_moe.routers, or say like them "
-                    f"by its attribute `choice`, one of {list(dispatch_lib.SERVED)}, "
-                    f"who chooses. Received: router={router!r}"
-                )
-            if getattr(router, "num_experts", None) != self.num_experts:
-                raise ValueError(
-                    "`router` must route to `num_experts` experts. Received: "
-                    f"num_experts={self.num_experts}, router={router!r} with "
-                    f"num_experts={getattr(router, 'num_experts', None)}"
-                )
-            # A router of all experts has no k of its own.
-            own = self.num_experts if router.choice == "all" else router.top_k
-            if top_k not in (None, own):
-                raise ValueError(
-                    "`top_k` must be that of `router`, or None. "
-                    f"Received: top_k={top_k}, router.top_k={own}"
-                )
-            return router
-        kind = routers.KNOWN[_checks.one_of("router", router, routers.KNOWN)]
-        if kind.choice == "all" and top_k not in (None, self.num_experts):
-            raise ValueError(
-                f"`top_k` must be None for the router {router!r}, which sends every "
-                f"token to all experts. Received: top_k={top_k}"
-            )
-        arguments: dict[str, Any] = {"top_k": top_k or min(2, self.num_experts)}
-        if self.seed is not None:
-            # Not the stream of the experts' dropout, which has the seed itself.
-            arguments["seed"] = self.seed + 1
-        if kind.choice == "expert" and capacity_factor is not None:
-            arguments["capacity_factor"] = capacity_factor
-        known = inspect.signature(kind).parameters
-        return kind(
-            self.num_experts,
-            **{name: arguments[name] for name in arguments if name in known},
-            dtype=self.dtype_policy,
-            name="router",
+        self.routing_metrics = parts.make_metrics(
+            routing_metrics, self.router, self.name
         )
+        self._metric_names = list(routing_metrics)
 
     def _make_experts(self) -> keras.layers.Layer:
         check_experts(self._experts_given, self.num_experts, self.expert_units)
@@ -257,27 +208,6 @@ class MoE(Layer):
             dtype=self.dtype_policy,
             name="experts",
         )
-
-    def _make_shared_experts(self) -> keras.layers.Layer | None:
-        if self.num_shared_experts == 0:
-            return None
-        config = self.experts.get_config()
-        if "num_experts" not in config:
-            raise ValueError(
-                "`num_shared_experts` needs experts that can be made in any number. "
-                f"Received: num_shared_experts={self.num_shared_experts}, "
-                f"experts={self.experts!r}"
-            )
-        shared = {"num_experts": self.num_shared_experts, "name": "shared_experts"}
-        for name in ("kernel_initializer", "bias_initializer"):
-            if name in config:
-                # With one seed they would start as copies of the routed experts.
-                shared[name] = independent(
-                    getattr(self.experts, name), self.num_experts
-                )
-        if config.get("seed") is not None:
-            shared["seed"] = config["seed"] + 2  # The router has the one between.
-        return type(self.experts).from_config({**config, **shared})
 
     @property
     def capacity_factor(self) -> float | None:
@@ -305,94 +235,17 @@ class MoE(Layer):
 
     @dispatch.setter
     def dispatch(self, name: str) -> None:
-        _checks.one_of("dispatch", name, dispatch_lib.KNOWN)
-        served = ("auto", *dispatch_lib.SERVED[self.router.choice])
-        if name not in served:
-            raise ValueError(
-                f"`dispatch` must be one of {list(served)} for the router "
-                f"{type(self.router).__name__}. Received: dispatch={name!r}"
-            )
-        dispatch_lib.check_serves(name, self.experts)
-        self._check_capacity_factor(name)
-        self._check_priority(name)
+        factor, router = self.capacity_factor, self.router
+        parts.check_dispatch(name, router, self.experts)
+        parts.check_capacity_factor(factor, name, router, self._router_given is router)
+        parts.check_priority(self.priority, name, factor, router)
         self._dispatch = name
-
-    def _check_priority(self, dispatch: str) -> None:
-        full = dispatch == "capacity" or (
-            dispatch == "auto" and self.capacity_factor is not None
-        )
-        if self.priority != "position" and not (full and self.router.choice == "token"):
-            raise ValueError(
-                "`priority` needs experts that can be full, by a `capacity_factor` or "
-                'dispatch="capacity", and tokens that choose. Received: '
-                f"priority={self.priority!r}, dispatch={dispatch!r}, "
-                f"capacity_factor={self.capacity_factor}, "
-                f"router={type(self.router).__name__}"
-            )
-
-    def _check_capacity_factor(self, dispatch: str) -> None:
-        if self.capacity_factor is None:
-            return
-        full = self.router.choice == "expert" or dispatch in ("auto", "capacity")
-        if not full or self.router.choice == "all":
-            raise ValueError(
-                "`capacity_factor` needs experts that can be full, which is "
-                'dispatch="capacity". Received: '
-                f"capacity_factor={self.capacity_factor}, dispatch={dispatch!r}, "
-                f"router={type(self.router).__name__}"
-            )
-        if self.router.choice == "expert" and self._router_given is self.router:
-            raise ValueError(
-                "`capacity_factor` belongs to the router here, which says how many "
-                "tokens an expert chooses. Received: "
-                f"capacity_factor={self.capacity_factor}, router={self.router!r}"
-            )
-
-    def _checked_loss_weights(self, **weights: float | None) -> dict[str, float]:
-        for name, weight in weights.items():
-            if weight is None:
-                weights[name] = self.router.default_loss_weights.get(name, 0.0)
-                continue
-            argument = f"{name}_loss_weight"
-            weights[name] = _checks.finite_number(argument, weight)
-            if weight != 0.0 and name not in self.router.supported_losses:
-                raise ValueError(
-                    f"`{argument}` must be 0 for the router "
-                    f"{type(self.router).__name__}, for which this loss has no "
-                    f"meaning. Received: {argument}={weight}"
-                )
-        return {name: weight for name, weight in weights.items() if weight}
-
-    def _make_metrics(self, names: Sequence[str]) -> RoutingMetrics | None:
-        if isinstance(names, str) or not isinstance(names, Iterable):
-            raise ValueError(
-                "`routing_metrics` must be a sequence of names out of "
-                f"{sorted(RoutingMetrics.KNOWN)}. Received: routing_metrics={names!r}"
-            )
-        if not names:
-            return None
-        unknown = [name for name in names if name not in RoutingMetrics.KNOWN]
-        if unknown:
-            raise ValueError(
-                "`routing_metrics` must hold names out of "
-                f"{sorted(RoutingMetrics.KNOWN)}. Received: {unknown[0]!r} in "
-                f"routing_metrics={names!r}"
-            )
-        lost = sorted(RoutingMetrics.NEEDS_PROBS.intersection(names))
-        if lost and isinstance(self.router, routers.HashRouter):
-            raise ValueError(
-                f"`routing_metrics` must not hold {lost} for the router HashRouter, "
-                f"which has no probabilities. Received: routing_metrics={names!r}"
-            )
-        return RoutingMetrics(self.num_experts, names, prefix=self.name)
 
     @property
     def variables(self) -> list[Any]:
         """The weights, and the sums of the metrics, which JAX must hand to a step."""
         metrics = getattr(self, "routing_metrics", None)
         return [*super().variables, *(metrics.sums if metrics else [])]
-
-    # What the layer computes.
 
     def build(
         self,
@@ -405,22 +258,8 @@ class MoE(Layer):
             if experts is not None:
                 experts(tokens)  # A symbolic call builds experts of any kind.
         if not self.router.built:
-            self.router.build(self._router_shape(inputs_shape, router_inputs_shape))
-
-    def _router_shape(
-        self, inputs_shape: tuple[int | None, ...], router_inputs_shape: Any
-    ) -> tuple[int | None, ...]:
-        """Return the shape of what the router sees, flattened."""
-        if router_inputs_shape is None:
-            if isinstance(self.router, routers.HashRouter):
-                raise ValueError(
-                    "`router_inputs` must be given for the router HashRouter, which "
-                    "hashes integer ids and not features. Received: router_inputs=None"
-                )
-            return (None, inputs_shape[-1])
-        if len(router_inputs_shape) < len(inputs_shape):
-            return (None,)  # Ids.
-        return (None, router_inputs_shape[-1])
+            shapes = inputs_shape, router_inputs_shape
+            self.router.build(flat.router_shape(self.router, *shapes))
 
     def call(
         self,
@@ -430,24 +269,10 @@ class MoE(Layer):
         router_inputs: Any = None,
     ) -> Any:
         leading = ops.shape(inputs)[:-1]
-        tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
-        if mask is None:
-            # Keras hands it over only where the inputs are the one tensor of a call.
-            mask = _backend.keras_mask(inputs)
-        if mask is not None:
-            mask = ops.convert_to_tensor(mask)
-            check_leading_axes("mask", mask.shape, inputs.shape, features=0)
-            mask = ops.reshape(ops.cast(mask, "bool"), (-1,))
-            # Whatever stands in padding, NaN too, reaches no output and no gradient.
-            tokens = routing_lib.rows_where(mask, tokens)
+        tokens, mask = flat.tokens(inputs, mask)
         routed = tokens
         if router_inputs is not None:
-            ids = len(router_inputs.shape) < len(inputs.shape)
-            shapes = router_inputs.shape, inputs.shape
-            check_leading_axes("router_inputs", *shapes, features=0 if ids else 1)
-            router_inputs = checked_batch("router_inputs", router_inputs, inputs)
-            routed = _as_tokens(router_inputs, len(inputs.shape))
-
+            routed = flat.router_inputs(router_inputs, inputs)
         routing = self.router(routed, mask=mask, training=training)
         outputs = self._compute(tokens, routing, training)
         if self.shared_experts is not None:
@@ -481,17 +306,13 @@ class MoE(Layer):
         """Return outputs (n, u), and which choices (n, k) found a place."""
         # A token that is not finite takes no place from others; its output is NaN.
         finite = ops.all(ops.isfinite(routing.combine_weights), axis=-1)
-        mask = finite
-        if routing.mask is not None:
-            mask = ops.logical_and(finite, routing.mask)
+        mask = finite if routing.mask is None else ops.logical_and(finite, routing.mask)
         factor = 1.25 if self.capacity_factor is None else self.capacity_factor
+        places = routing_lib.expert_capacity(
+            ops.shape(tokens)[0], self.num_experts, self.top_k, factor
+        )
         slots = routing_lib.capacity_slots(
-            routing._replace(mask=mask),
-            self.num_experts,
-            routing_lib.expert_capacity(
-                ops.shape(tokens)[0], self.num_experts, self.top_k, factor
-            ),
-            self.priority,
+            routing._replace(mask=mask), self.num_experts, places, self.priority
         )
         outputs = dispatch_lib.capacity(
             tokens, routing, self.experts, training, slots=slots
@@ -510,24 +331,11 @@ class MoE(Layer):
 
     def _add_losses(self, routing: Any, training: bool | None) -> None:
         """Add the auxiliary losses, weighted. Only this layer does so."""
-        n = ops.shape(routing.router_probs)[0] if self.loss_weights else 0
-        formulas = {
-            "load_balancing": lambda: losses.load_balancing_loss(
-                routing.router_probs, routing.expert_indices, routing.mask
-            ),
-            "router_z": lambda: losses.router_z_loss(
-                routing.router_logits, routing.mask
-            ),
-            "importance": lambda: losses.importance_loss(
-                routing_lib.gates(routing, self.num_experts, n), routing.mask
-            ),
-            "load": lambda: losses.load_loss(routing.choice_probs, routing.mask),
-            "entropy": lambda: losses.entropy_loss(routing.router_probs, routing.mask),
-        }
-        for name, weight in self.loss_weights.items():
-            if name == "load" and not training:
-                continue  # Without noise it is a count, which has no gradient.
-            self.add_loss(weight * formulas[name]())
+        weights = dict(self.loss_weights)
+        if not training:
+            weights.pop("load", None)  # A count without noise: it has no gradient.
+        for loss in losses.auxiliary_losses(routing, weights).values():
+            self.add_loss(loss)
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         return mask
@@ -582,90 +390,10 @@ class MoE(Layer):
         return cls(**config)
 
 
-def _as_tokens(router_inputs: Any, rank: int) -> Any:
-    """Flatten the leading axes; ids have no feature axis."""
-    if len(router_inputs.shape) == rank - 1:
-        return ops.reshape(router_inputs, (-1,))
-    return ops.reshape(router_inputs, (-1, router_inputs.shape[-1]))
+def __getattr__(name: str) -> Any:
+    """Give `HierarchicalMoE`, which has a file of its own, under its first address."""
+    if name == "HierarchicalMoE":
+        from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 
-
-@keras.saving.register_keras_serializable("keras_moe")
-class HierarchicalMoE(MoE):
-    """Two levels of gates: a token chooses groups of experts, and experts in each.
-
-    A `MoE` whose router is a `keras_moe.routers.HierarchicalRouter`. Where there are
-    many experts, each gate has few of them to choose from.
-
-    Args:
-        num_groups: int, number of groups g.
-        experts_per_group: int, experts in each, so that there are
-            `e = num_groups * experts_per_group`.
-        expert_units: int or sequence of ints, the widths of an expert's layers. None
-            if `experts` is given.
-        top_k_groups: int, how many groups a token keeps.
-        top_k_experts: int, how many experts it keeps in each of them.
-        **kwargs: further arguments of `MoE`, but for `router`.
-
-    Call arguments:
-        inputs: tensor of shape `(..., d)`; further ones as in `MoE`.
-
-    Returns:
-        A tensor of shape `(..., u)`.
-
-    Raises:
-        ValueError: if an argument breaks its rule.
-
-    Example:
-
-    >>> moe = keras_moe.layers.HierarchicalMoE(4, 8, expert_units=(32, 16))
-    >>> moe(np.ones((4, 16))).shape == (4, 16), moe.num_experts, moe.top_k
-    (True, 32, 4)
-
-    References:
-        - [Jordan & Jacobs, 1994: Hierarchical Mixtures of Experts and the EM
-          Algorithm](https://doi.org/10.1162/neco.1994.6.2.181)
-        - [Shazeer et al., 2017: Outrageously Large Neural Networks, appendix B](
-          https://arxiv.org/abs/1701.06538)
-    """
-
-    def __init__(
-        self,
-        num_groups: int,
-        experts_per_group: int,
-        expert_units: int | Sequence[int] | None = None,
-        top_k_groups: int = 2,
-        top_k_experts: int = 2,
-        *,
-        name: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        for argument in ("router", "num_experts", "top_k"):
-            if argument in kwargs:
-                raise ValueError(
-                    f"`{argument}` follows from the groups in HierarchicalMoE; for "
-                    "another router use MoE(router=HierarchicalRouter(...)). "
-                    f"Received: {argument}={kwargs[argument]!r}"
-                )
-        self._levels = {
-            "num_groups": num_groups,
-            "experts_per_group": experts_per_group,
-            "top_k_groups": top_k_groups,
-            "top_k_experts": top_k_experts,
-        }
-        router = routers.HierarchicalRouter(
-            **self._levels, dtype=kwargs.get("dtype"), name="router"
-        )
-        super().__init__(
-            router.num_experts,
-            expert_units,
-            router.top_k,
-            router=router,
-            name=name or default_name("hierarchical_moe"),
-            **kwargs,
-        )
-
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        for name in ("num_experts", "top_k", "router"):
-            del config[name]
-        return {**config, **self._levels}
+        return HierarchicalMoE
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""One input, several tasks: the shared bottom, and mixtures of experts with gates.
+"""One input, several tasks: mixtures of experts, with a gate a task or one for all.
 
 Axis letters: n rows, d input features, e experts, t tasks, u expert output units.
 
@@ -17,8 +17,7 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
-from keras_moe._layer import Layer
-from keras_moe.experts import MLPExperts, restored_axes
+from keras_moe.experts import restored_axes
 from keras_moe.layers._mixture import GatedMixture
 from keras_moe.layers._parts import (
     check_expert_outputs,
@@ -26,8 +25,8 @@ from keras_moe.layers._parts import (
     checked_rows,
     default_name,
 )
-from keras_moe.layers._tasks import Tasks
-from keras_moe.layers._towers import towers_config
+# Under its first address, too.
+from keras_moe.layers.shared_bottom import SharedBottom as SharedBottom
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -293,95 +292,3 @@ def _checked_dispatch(dispatch: str, top_k: int | None, experts: Any) -> str:
         )
     dispatch_lib.check_serves(dispatch, experts)
     return dispatch
-
-
-@keras.saving.register_keras_serializable("keras_moe")
-class SharedBottom(Layer):
-    """One MLP whose output every task shares: the classical multi-task baseline.
-
-    Its outputs have the form of those of `MMoE`, so that one swaps for the other in
-    a line.
-
-    Args:
-        units: int or sequence of ints, the widths of the layers.
-        tasks: a sequence of task names (the outputs are a dict by name) or a number
-            of tasks (the outputs are a list).
-        activation: activation of every layer, the last one included.
-        dropout: float in [0, 1), dropped share of every hidden layer's units.
-        kernel_initializer: initializer of the kernels.
-        kernel_regularizer: regularizer of the kernels.
-        seed: int, the seed of the dropout.
-
-    Call arguments:
-        inputs: tensor of shape `(..., d)`.
-        training: bool, whether dropout is active.
-
-    Returns:
-        The same tensor of shape `(..., units[-1])` for each task: a dict by task
-        name if `tasks` is a sequence of names, a list if it is a number.
-
-    Raises:
-        ValueError: if an argument breaks its rule.
-
-    Example:
-
-    >>> bottom = keras_moe.layers.SharedBottom((32, 16), tasks=["click", "buy"])
-    >>> outputs = bottom(np.ones((2, 8)))
-    >>> outputs["click"].shape == (2, 16)
-    True
-
-    References:
-        - [Caruana, 1997: Multitask Learning](https://doi.org/10.1023/A:1007379606734)
-    """
-
-    def __init__(
-        self,
-        units: int | Sequence[int],
-        tasks: int | Sequence[str],
-        *,
-        activation: Any = "relu",
-        dropout: float = 0.0,
-        kernel_initializer: Any = "glorot_uniform",
-        kernel_regularizer: Any = None,
-        seed: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.supports_masking = True
-        self.tasks = Tasks(tasks)
-        # A shared bottom is a mixture of one expert, whose gate is always 1.
-        self.bottom = MLPExperts(
-            1,
-            _checks.unit_sizes("units", units),
-            activation,
-            final_activation=activation,
-            dropout=dropout,
-            kernel_initializer=kernel_initializer,
-            kernel_regularizer=kernel_regularizer,
-            seed=seed,
-            dtype=self.dtype_policy,
-            name="bottom",
-        )
-
-    def build(self, input_shape: tuple[int | None, ...]) -> None:
-        _checks.last_dimension(type(self).__name__, input_shape)
-        self.bottom.build(input_shape)
-
-    def call(
-        self, inputs: Any, training: bool | None = None
-    ) -> dict[str, Any] | list[Any]:
-        outputs = ops.squeeze(self.bottom(inputs, training=training), axis=-2)
-        return self.tasks.repeat(outputs)
-
-    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
-        return None if mask is None else self.tasks.repeat(mask)
-
-    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> Any:
-        return self.tasks.repeat((*input_shape[:-1], self.bottom.units[-1]))
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "tasks": self.tasks.config,
-            **towers_config(self.bottom),
-        }

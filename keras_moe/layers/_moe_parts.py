@@ -1,0 +1,193 @@
+"""The parts of a `MoE`: how they are made, and which of them go together.
+
+Pure functions of the arguments of `MoE`. Any router works with any dispatch that serves
+its choice; what does not go together is refused here, by the name of the argument.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import keras
+
+from keras_moe import _checks, routers
+from keras_moe import dispatch as dispatch_lib
+from keras_moe.initializers import independent
+from keras_moe.metrics import RoutingMetrics
+
+
+def make_router(
+    router: Any,
+    num_experts: int,
+    top_k: int | None,
+    capacity_factor: float | None,
+    seed: int | None,
+    dtype: Any,
+) -> keras.layers.Layer:
+    """Return the router that was given, checked, or one made by its name."""
+    router = "top_k" if router is None else router
+    if isinstance(router, keras.layers.Layer):
+        _check_router(router, num_experts, top_k)
+        return router
+    kind = routers.KNOWN[_checks.one_of("router", router, routers.KNOWN)]
+    if kind.choice == "all" and top_k not in (None, num_experts):
+        raise ValueError(
+            f"`top_k` must be None for the router {router!r}, which sends every "
+            f"token to all experts. Received: top_k={top_k}"
+        )
+    arguments: dict[str, Any] = {"top_k": top_k or min(2, num_experts)}
+    if seed is not None:
+        # Not the stream of the experts' dropout, which has the seed itself.
+        arguments["seed"] = seed + 1
+    if kind.choice == "expert" and capacity_factor is not None:
+        arguments["capacity_factor"] = capacity_factor
+    known = inspect.signature(kind).parameters
+    return kind(
+        num_experts,
+        **{name: arguments[name] for name in arguments if name in known},
+        dtype=dtype,
+        name="router",
+    )
+
+
+def _check_router(router: Any, num_experts: int, top_k: int | None) -> None:
+    if getattr(router, "choice", None) not in dispatch_lib.SERVED:
+        raise ValueError(
+            "`router` must be a layer of keras_moe.routers, or say like them "
+            f"by its attribute `choice`, one of {list(dispatch_lib.SERVED)}, "
+            f"who chooses. Received: router={router!r}"
+        )
+    if getattr(router, "num_experts", None) != num_experts:
+        raise ValueError(
+            "`router` must route to `num_experts` experts. Received: "
+            f"num_experts={num_experts}, router={router!r} with "
+            f"num_experts={getattr(router, 'num_experts', None)}"
+        )
+    # A router of all experts has no k of its own.
+    own = num_experts if router.choice == "all" else router.top_k
+    if top_k not in (None, own):
+        raise ValueError(
+            "`top_k` must be that of `router`, or None. "
+            f"Received: top_k={top_k}, router.top_k={own}"
+        )
+
+
+def make_shared_experts(
+    experts: keras.layers.Layer, num_shared_experts: int
+) -> keras.layers.Layer | None:
+    """Return experts of the shape of the routed ones, with other draws."""
+    if num_shared_experts == 0:
+        return None
+    config = experts.get_config()
+    if "num_experts" not in config:
+        raise ValueError(
+            "`num_shared_experts` needs experts that can be made in any number. "
+            f"Received: num_shared_experts={num_shared_experts}, experts={experts!r}"
+        )
+    shared = {"num_experts": num_shared_experts, "name": "shared_experts"}
+    for name in ("kernel_initializer", "bias_initializer"):
+        if name in config:
+            # With one seed they would start as copies of the routed experts.
+            shared[name] = independent(getattr(experts, name), config["num_experts"])
+    if config.get("seed") is not None:
+        shared["seed"] = config["seed"] + 2  # The router has the one between.
+    return type(experts).from_config({**config, **shared})
+
+
+def check_dispatch(dispatch: str, router: Any, experts: Any) -> None:
+    """Refuse a dispatch that cannot serve the router's choice or the experts."""
+    _checks.one_of("dispatch", dispatch, dispatch_lib.KNOWN)
+    served = ("auto", *dispatch_lib.SERVED[router.choice])
+    if dispatch not in served:
+        raise ValueError(
+            f"`dispatch` must be one of {list(served)} for the router "
+            f"{type(router).__name__}. Received: dispatch={dispatch!r}"
+        )
+    dispatch_lib.check_serves(dispatch, experts)
+
+
+def check_capacity_factor(
+    factor: float | None, dispatch: str, router: Any, router_is_given: bool
+) -> None:
+    """Refuse a capacity where no expert can be full, or where the router has its own.
+
+    `router_is_given` is whether the user made the router.
+    """
+    if factor is None:
+        return
+    full = router.choice == "expert" or dispatch in ("auto", "capacity")
+    if not full or router.choice == "all":
+        raise ValueError(
+            "`capacity_factor` needs experts that can be full, which is "
+            'dispatch="capacity". Received: '
+            f"capacity_factor={factor}, dispatch={dispatch!r}, "
+            f"router={type(router).__name__}"
+        )
+    if router.choice == "expert" and router_is_given:
+        raise ValueError(
+            "`capacity_factor` belongs to the router here, which says how many "
+            "tokens an expert chooses. Received: "
+            f"capacity_factor={factor}, router={router!r}"
+        )
+
+
+def check_priority(
+    priority: str, dispatch: str, capacity_factor: float | None, router: Any
+) -> None:
+    """Refuse an order of tokens where no expert can be full."""
+    full = dispatch == "capacity" or (
+        dispatch == "auto" and capacity_factor is not None
+    )
+    if priority != "position" and not (full and router.choice == "token"):
+        raise ValueError(
+            "`priority` needs experts that can be full, by a `capacity_factor` or "
+            'dispatch="capacity", and tokens that choose. Received: '
+            f"priority={priority!r}, dispatch={dispatch!r}, "
+            f"capacity_factor={capacity_factor}, router={type(router).__name__}"
+        )
+
+
+def checked_loss_weights(router: Any, **weights: float | None) -> dict[str, float]:
+    """Return the weights that are not 0; None is what the router suggests."""
+    for name, weight in weights.items():
+        if weight is None:
+            weights[name] = router.default_loss_weights.get(name, 0.0)
+            continue
+        argument = f"{name}_loss_weight"
+        weights[name] = _checks.finite_number(argument, weight)
+        if weight != 0.0 and name not in router.supported_losses:
+            raise ValueError(
+                f"`{argument}` must be 0 for the router "
+                f"{type(router).__name__}, for which this loss has no "
+                f"meaning. Received: {argument}={weight}"
+            )
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def make_metrics(
+    names: Sequence[str], router: Any, prefix: str
+) -> RoutingMetrics | None:
+    """Return the metrics of these names, or None where there is no name."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ValueError(
+            "`routing_metrics` must be a sequence of names out of "
+            f"{sorted(RoutingMetrics.KNOWN)}. Received: routing_metrics={names!r}"
+        )
+    if not names:
+        return None
+    unknown = [name for name in names if name not in RoutingMetrics.KNOWN]
+    if unknown:
+        raise ValueError(
+            "`routing_metrics` must hold names out of "
+            f"{sorted(RoutingMetrics.KNOWN)}. Received: {unknown[0]!r} in "
+            f"routing_metrics={names!r}"
+        )
+    lost = sorted(RoutingMetrics.NEEDS_PROBS.intersection(names))
+    if lost and isinstance(router, routers.HashRouter):
+        raise ValueError(
+            f"`routing_metrics` must not hold {lost} for the router HashRouter, "
+            f"which has no probabilities. Received: routing_metrics={names!r}"
+        )
+    return RoutingMetrics(router.num_experts, names, prefix=prefix)

@@ -1,0 +1,98 @@
+"""The sparse mixture with two levels of gates: groups of experts, and experts in each.
+
+Expert j of group i has the weight G_primary(x)_i G_i(x)_j (Shazeer et al. 2017,
+appendix B, equation 12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_moe import routers
+from keras_moe.layers._parts import default_name
+from keras_moe.layers.moe import MoE
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class HierarchicalMoE(MoE):
+    """Two levels of gates: a token chooses groups of experts, and experts in each.
+
+    A `MoE` whose router is a `keras_moe.routers.HierarchicalRouter`. Where there are
+    many experts, each gate has few of them to choose from.
+
+    Args:
+        num_groups: int, number of groups g.
+        experts_per_group: int, experts in each, so that there are
+            `e = num_groups * experts_per_group`.
+        expert_units: int or sequence of ints, the widths of an expert's layers. None
+            if `experts` is given.
+        top_k_groups: int, how many groups a token keeps.
+        top_k_experts: int, how many experts it keeps in each of them.
+        **kwargs: further arguments of `MoE`, but for `router`.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`; further ones as in `MoE`.
+
+    Returns:
+        A tensor of shape `(..., u)`.
+
+    Raises:
+        ValueError: if an argument breaks its rule.
+
+    Example:
+
+    >>> moe = keras_moe.layers.HierarchicalMoE(4, 8, expert_units=(32, 16))
+    >>> moe(np.ones((4, 16))).shape == (4, 16), moe.num_experts, moe.top_k
+    (True, 32, 4)
+
+    References:
+        - [Jordan & Jacobs, 1994: Hierarchical Mixtures of Experts and the EM
+          Algorithm](https://doi.org/10.1162/neco.1994.6.2.181)
+        - [Shazeer et al., 2017: Outrageously Large Neural Networks, appendix B](
+          https://arxiv.org/abs/1701.06538)
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        experts_per_group: int,
+        expert_units: int | Sequence[int] | None = None,
+        top_k_groups: int = 2,
+        top_k_experts: int = 2,
+        *,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for argument in ("router", "num_experts", "top_k"):
+            if argument in kwargs:
+                raise ValueError(
+                    f"`{argument}` follows from the groups in HierarchicalMoE; for "
+                    "another router use MoE(router=HierarchicalRouter(...)). "
+                    f"Received: {argument}={kwargs[argument]!r}"
+                )
+        self._levels = {
+            "num_groups": num_groups,
+            "experts_per_group": experts_per_group,
+            "top_k_groups": top_k_groups,
+            "top_k_experts": top_k_experts,
+        }
+        router = routers.HierarchicalRouter(
+            **self._levels, dtype=kwargs.get("dtype"), name="router"
+        )
+        super().__init__(
+            router.num_experts,
+            expert_units,
+            router.top_k,
+            router=router,
+            name=name or default_name("hierarchical_moe"),
+            **kwargs,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        for name in ("num_experts", "top_k", "router"):
+            del config[name]
+        return {**config, **self._levels}
