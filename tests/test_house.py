@@ -12,14 +12,13 @@ LEVELS = {
     "_backend": 0,
     "_checks": 0,
     "_layer": 0,
-    "_requests": 0,
     "_version": 0,
     "initializers": 1,
     "routing": 1,
-    "dispatch": 2,
     "experts": 2,
     "losses": 2,
     "routers": 2,
+    "dispatch": 3,
     "metrics": 3,
     "layers": 4,
     "multitask": 5,
@@ -58,6 +57,43 @@ def test_imports_point_down(path):
     for name in _imports(path):
         other = _room(name)
         assert other == room or LEVELS[other] < LEVELS[room], f"{room} -> {name}"
+
+
+def test_dispatches_import_the_protocol_of_experts_alone():
+    for path in (ROOT / "dispatch").glob("*.py"):
+        for name in _imports(path):
+            assert _room(name) != "routers"
+            assert _room(name) != "experts" or name == "keras_moe.experts._protocol"
+
+
+def _siblings(path: Path) -> set[str]:
+    """The modules that a module of a package imports from its own package."""
+    package = f"keras_moe.{path.parent.name}"
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            module = node.module.removeprefix(f"{package}.")
+            found |= {module} - {node.module}
+    return found
+
+
+@pytest.mark.parametrize("package", ["routers", "experts", "dispatch"])
+def test_a_package_has_no_circle_of_imports(package):
+    files = [p for p in (ROOT / package).glob("*.py") if p.stem != "__init__"]
+    waiting = {path.stem: _siblings(path) for path in files}
+    while waiting:
+        ready = {name for name, others in waiting.items() if not others & {*waiting}}
+        assert ready, f"a circle among {sorted(waiting)}"
+        for name in ready:
+            assert waiting.pop(name) <= {path.stem for path in files}
+
+
+def test_no_file_of_a_package_is_long():
+    for package in ("routers", "experts", "dispatch"):
+        for path in (ROOT / package).glob("*.py"):
+            assert len(path.read_text().splitlines()) <= 400, path
 
 
 def test_the_library_knows_no_example_and_no_test():

@@ -6,7 +6,7 @@ A request is a dict of one array a feature, with the batch as the first axis.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,21 @@ def refused(error: Exception) -> str | None:
     """Return what a graph says of a feature, as `without_nan` does, in an error."""
     found = re.search(r"feature `\w+` must [^\[\]]*", str(error))
     return found and found.group().strip()
+
+
+def answer(
+    function: Callable[[dict[str, Any]], dict[str, Any]], request: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Return what `function` answers, or say which feature its graph refuses."""
+    import tensorflow as tf
+
+    try:
+        return function({name: tf.constant(value) for name, value in request.items()})
+    except tf.errors.InvalidArgumentError as error:
+        message = refused(error)
+        if message is None:
+            raise
+        raise ValueError(message) from error
 
 
 def checked(specs: Mapping[str, Any], request: Any) -> dict[str, np.ndarray]:

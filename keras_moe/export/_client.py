@@ -1,0 +1,61 @@
+"""The client: a signature of a SavedModel as a function of a dict of features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keras_moe import _checks
+from keras_moe.export import _requests
+
+
+def load(path: str | Path, signature: str = "serving_default") -> Served:
+    """Return a signature of a SavedModel as a function of a dict of features.
+
+    Args:
+        path: the folder of a SavedModel.
+        signature: the name of the signature.
+
+    Raises:
+        ValueError: if the SavedModel has no such signature.
+    """
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(path))
+    _checks.one_of("signature", signature, loaded.signatures)
+    return Served(loaded, signature)
+
+
+class Served:
+    """A signature of a SavedModel; its errors name the feature that is wrong.
+
+    Args:
+        loaded: what `tf.saved_model.load` returns.
+        signature: the name of the signature.
+
+    Call arguments:
+        features: dict of one array a feature, with the batch as the first axis. An
+            array must have the dtype of the feature; a list is converted.
+
+    Returns:
+        A dict of one NumPy array a task.
+
+    Raises:
+        ValueError: if a feature is missing, unknown, of another dtype or shape, or
+            holds a NaN that the model refuses.
+    """
+
+    def __init__(self, loaded: Any, signature: str) -> None:
+        self._loaded = loaded  # The variables live as long as this does.
+        self._function = loaded.signatures[signature]
+        self.features = self._function.structured_input_signature[1]
+        self.tasks = tuple(sorted(self._function.structured_outputs))
+
+    def __call__(self, features: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Return the outputs of the signature for one batch."""
+        request = _requests.checked(self.features, features)
+        outputs = _requests.answer(lambda inputs: self._function(**inputs), request)
+        return {name: value.numpy() for name, value in outputs.items()}
