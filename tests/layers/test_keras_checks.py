@@ -50,8 +50,8 @@ ROUTERS = [
 WEIGHTING = Case(
     "UncertaintyWeighting", UncertaintyWeighting, shapes=((),), float32_output=True
 )
-# What a user gets from another one, or what is no layer.
-OTHERS = {"MultiTaskModel"}
+# What a user gets from another one, or what is no layer, or what computes nothing.
+OTHERS = {"MultiTaskModel", "Router"}
 
 
 # Keras' own training warns of these: it shuffles a generator, and trains a router by
