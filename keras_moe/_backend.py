@@ -106,6 +106,14 @@ def _jax_with_gradient(
     return call
 
 
+def restored_axes(leading: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the leading axes for a reshape, which can infer one: the batch.
+
+    A known batch stays as it is, because -1 cannot be inferred for an empty batch.
+    """
+    return (leading[0] if isinstance(leading[0], int) else -1, *leading[1:])
+
+
 def as_tensor(variable: Any) -> Any:
     """Return the value of a variable, in the dtype that autocast gives it."""
     value = ops.convert_to_tensor(variable)

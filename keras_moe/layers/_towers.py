@@ -15,7 +15,9 @@ from typing import Any
 
 from keras import ops
 
-from keras_moe.experts import MLPExperts, restored_axes
+from keras_moe import _backend
+from keras_moe.experts import MLPExperts
+from keras_moe.experts._protocol import apply_prologue
 
 
 def run_towers(
@@ -31,12 +33,12 @@ def run_towers(
     """
     steps = itertools.count()
 
-    def matmul(rows: Any, kernel: Any, bias: Any = None, before: Any = None) -> Any:
+    def matmul(rows: Any, kernel: Any, bias: Any = None, prologue: Any = None) -> Any:
         i = next(steps)
         if i == 0:
             rows = _shared_matmul(rows, kernel)
         else:
-            rows = rows if before is None else before(rows)
+            rows = apply_prologue(prologue, rows)
             rows = ops.matmul(between(i - 1, rows), kernel)
         return rows if bias is None else rows + ops.expand_dims(bias, 1)
 
@@ -44,7 +46,7 @@ def run_towers(
     rows = ops.reshape(inputs, (-1, inputs.shape[-1]))
     outputs = towers.on_rows(rows, matmul, training=training)
     outputs = between(len(towers.units) - 1, outputs)
-    shape = (*restored_axes(leading), towers.units[-1])
+    shape = (*_backend.restored_axes(leading), towers.units[-1])
     return [
         ops.reshape(output, shape)
         for output in ops.unstack(outputs, num=towers.num_experts)

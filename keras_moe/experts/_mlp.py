@@ -1,0 +1,202 @@
+"""Multi-layer perceptrons with stacked kernels (Jacobs et al. 1991).
+
+Axis letters: n rows, d input features, e experts, h hidden units, u output units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _backend, _checks
+from keras_moe.experts._protocol import GroupedMatmul, Prologue
+from keras_moe.experts._stacked import StackedExperts, activation_function
+from keras_moe.initializers import PerExpert
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class MLPExperts(StackedExperts):
+    """e multi-layer perceptrons of one shape, computed together.
+
+    Args:
+        num_experts: int, number of experts e.
+        units: int or sequence of ints, the width of every layer of an expert; the
+            last one is the output width u.
+        activation: activation of the hidden layers.
+        use_bias: bool, whether every layer adds a bias.
+        final_activation: activation of the last layer. Linear by default.
+        dropout: float in [0, 1), dropped share of every hidden layer's units.
+        kernel_initializer: initializer of one expert's kernel; each expert and each
+            layer has its own draw (see `keras_moe.initializers.PerExpert`).
+        bias_initializer: initializer of the biases.
+        kernel_regularizer: regularizer of every stacked kernel.
+        bias_regularizer: regularizer of every stacked bias.
+        seed: int, the seed of the dropout.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`: every expert computes every row.
+        training: bool, whether dropout is active.
+
+    Returns:
+        A tensor of shape `(..., e, u)`.
+
+    Attributes:
+        kernels: one variable a layer, of shape `(e, in, out)`.
+        biases: one variable a layer, of shape `(e, out)`; empty without bias.
+
+    Raises:
+        ValueError: if an argument breaks its rule, or the last axis of the inputs is
+            not known.
+
+    Example:
+
+    >>> experts = keras_moe.experts.MLPExperts(num_experts=4, units=(32, 8))
+    >>> outputs = experts(np.ones((2, 16)))
+    >>> outputs.shape == (2, 4, 8), experts.kernels[1].shape == (4, 32, 8)
+    (True, True)
+
+    References:
+        - [Jacobs et al., 1991: Adaptive Mixtures of Local Experts](
+          https://doi.org/10.1162/neco.1991.3.1.79)
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        units: int | Sequence[int],
+        activation: Any = "relu",
+        use_bias: bool = True,
+        *,
+        final_activation: Any = None,
+        dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        self.units = _checks.unit_sizes("units", units)
+        self.activation = activation_function("activation", activation)
+        self.use_bias = use_bias
+        self.final_activation = activation_function(
+            "final_activation", final_activation
+        )
+        self.dropout = _checks.rate("dropout", dropout)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.seed = seed
+        if self.dropout > 0.0:
+            self.seed_generator = keras.random.SeedGenerator(seed)
+        self.kernels: list[Any] = []
+        self.biases: list[Any] = []
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        features = _checks.last_dimension(type(self).__name__, input_shape)
+        # Without it, inputs of another width could fit the reshapes below by chance.
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
+        for i, units in enumerate(self.units):
+            self.kernels.append(
+                self.add_weight(
+                    name=f"kernel_{i}",
+                    shape=(self.num_experts, features, units),
+                    initializer=PerExpert(self.kernel_initializer, stream=i),
+                    regularizer=self.kernel_regularizer,
+                )
+            )
+            if self.use_bias:
+                self.biases.append(
+                    self.add_weight(
+                        name=f"bias_{i}",
+                        shape=(self.num_experts, units),
+                        initializer=PerExpert(
+                            self.bias_initializer, stream=len(self.units) + i
+                        ),
+                        regularizer=self.bias_regularizer,
+                    )
+                )
+            features = units
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        leading = ops.shape(inputs)[:-1]
+        rows = ops.reshape(inputs, (-1, inputs.shape[-1]))
+        outputs = self._first_layer(rows, training)
+        if len(self.units) > 1:
+            outputs = ops.transpose(outputs, (1, 0, 2))  # (e, n, h)
+            for i in range(1, len(self.units)):
+                outputs = self._later_layer(i, outputs, training)
+            outputs = ops.transpose(outputs, (1, 0, 2))  # (n, e, u)
+        # One unknown axis is all that a reshape can infer, hence -1 for the batch.
+        return ops.reshape(
+            outputs,
+            (*_backend.restored_axes(leading), self.num_experts, self.units[-1]),
+        )
+
+    def on_rows(
+        self, rows: Any, matmul: GroupedMatmul, training: bool | None = None
+    ) -> Any:
+        """The formula of one expert, by the matmul of a dispatch."""
+        prologue: Prologue | None = None
+        for i, kernel in enumerate(self.kernels):
+            rows = matmul(
+                rows, kernel, self.biases[i] if self.biases else None, prologue
+            )
+            prologue = self.activation
+            if training and self.dropout > 0.0 and i < len(self.units) - 1:
+                rows, prologue = self._activate(i, rows, training), None
+        return self.final_activation(rows)
+
+    def _first_layer(self, rows: Any, training: bool | None) -> Any:
+        """(n, d) -> (n, e, h): the experts share the rows, so one matmul does all."""
+        kernel = ops.transpose(self.kernels[0], (1, 0, 2))  # (d, e, h)
+        outputs = ops.matmul(rows, ops.reshape(kernel, (rows.shape[-1], -1)))
+        outputs = ops.reshape(outputs, (-1, self.num_experts, self.units[0]))
+        if self.use_bias:
+            outputs = outputs + ops.convert_to_tensor(self.biases[0])
+        return self._activate(0, outputs, training)
+
+    def _later_layer(self, i: int, outputs: Any, training: bool | None) -> Any:
+        """(e, n, in) -> (e, n, out): one matmul batched over the experts."""
+        outputs = ops.matmul(outputs, self.kernels[i])
+        if self.use_bias:
+            outputs = outputs + ops.expand_dims(self.biases[i], 1)
+        return self._activate(i, outputs, training)
+
+    def _activate(self, i: int, outputs: Any, training: bool | None) -> Any:
+        if i == len(self.units) - 1:
+            return self.final_activation(outputs)
+        outputs = self.activation(outputs)
+        if training and self.dropout > 0.0:
+            outputs = keras.random.dropout(
+                outputs, self.dropout, seed=self.seed_generator
+            )
+        return outputs
+
+    def compute_output_shape(
+        self, input_shape: tuple[int | None, ...]
+    ) -> tuple[int | None, ...]:
+        return (*input_shape[:-1], self.num_experts, self.units[-1])
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "units": self.units,
+            "activation": keras.activations.serialize(self.activation),
+            "use_bias": self.use_bias,
+            "final_activation": keras.activations.serialize(self.final_activation),
+            "dropout": self.dropout,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
+            "seed": self.seed,
+        }
