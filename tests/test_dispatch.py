@@ -18,6 +18,7 @@ from keras import ops
 from keras_moe import _backend
 from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
+from keras_moe.dispatch import _blocked
 from keras_moe.experts import MLPExperts
 from keras_moe.layers import MoE
 from keras_moe.routing import Routing
@@ -129,7 +130,7 @@ def test_sizes_as_they_are_shipped(way):
 
     def by(way):
         with ways.chosen(way) as _, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dispatch_lib, "block_sizes", lambda *_: sizes)
+            patch.setattr(_blocked, "block_sizes", lambda *_: sizes)
             layer = Moved(way, experts, indices, mask, 2000)
             found = backends.outputs_and_gradients(layer, inputs, [cotangent])
         return [mask[:, None] * found[0][0], *found[1], mask[:, None] * found[2][0]]
@@ -378,7 +379,7 @@ def test_the_rows_that_are_counted_are_the_rows_multiplied(counts, monkeypatch):
     record = Routing(indices, np.ones((n, 1)))
     experts = experts_of(len(counts), (U,))
     tokens = tf.ones((n, D), "float64")
-    monkeypatch.setattr(dispatch_lib.ops, "matmul", watched)
+    monkeypatch.setattr(ops, "matmul", watched)
     with tf.GradientTape() as tape:
         tape.watch(tokens)
         outputs = dispatch_lib.blocked_in_turn(tokens, record, experts)

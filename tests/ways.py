@@ -10,7 +10,7 @@ import keras
 import pytest
 
 from keras_moe import _backend
-from keras_moe import dispatch as dispatch_lib
+from keras_moe.dispatch import TABLE, _blocked
 
 BACKEND = keras.backend.backend()
 
@@ -19,14 +19,16 @@ TOKEN_CHOICE = ["dense", "capacity", *DROPLESS]
 EXPERT_CHOICE = ["dense", "capacity"]
 # LayerExperts have no kernels that could be multiplied together.
 UNSTACKED = [way for way in TOKEN_CHOICE if way in ("dense", "capacity", "split")]
-# What the compilers of the backend take.
-COMPILED = [way for way in TOKEN_CHOICE if way != "split"]
 
 
 def dispatch_of(way):
     """The argument `dispatch` of a layer that is to go this way."""
     names = {"in_turn": "blocked", "at_once": "blocked", "dropping": "capacity"}
     return names.get(way, way)
+
+
+# What XLA compiles.
+COMPILED = [way for way in TOKEN_CHOICE if TABLE[dispatch_of(way)].under_xla]
 
 
 @contextlib.contextmanager
@@ -36,5 +38,5 @@ def chosen(way, block_rows=4, tail_rows=2):
         patch.setattr(_backend, "on_accelerator", lambda: way == "at_once")
         patch.setattr(_backend, "has_grouped_matmul", lambda: way == "ragged")
         sizes = tuple(range(tail_rows, block_rows + 1, tail_rows))
-        patch.setattr(dispatch_lib, "block_sizes", lambda *_: sizes)
+        patch.setattr(_blocked, "block_sizes", lambda *_: sizes)
         yield

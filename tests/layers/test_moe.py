@@ -1254,7 +1254,7 @@ def test_top_k_is_that_of_a_router_that_was_given():
 
 @pytest.mark.skipif(ways.BACKEND == "jax", reason="there it is allowed")
 def test_ragged_is_refused_off_jax():
-    with pytest.raises(ValueError, match='"ragged" only on the JAX backend'):
+    with pytest.raises(ValueError, match="'ragged' only on.*'jax'"):
         MoE(E, U, dispatch="ragged")
 
 

@@ -1,0 +1,174 @@
+"""Dispatch: how rows move to the experts that a router chose for them, and back.
+
+Axis letters: n tokens, d input features, u expert output units, e experts, k choices
+a token, c capacity (slots an expert), m = n * k rows.
+
+Every dispatch maps tokens (n, d) to outputs (n, u), and all of them give the same
+numbers where nothing is dropped. They differ in the rows they compute and in what they
+need of experts and compilers: see `TABLE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_moe import _backend
+from keras_moe.dispatch._blocked import (
+    block_sizes,
+    blocked,
+    blocked_at_once,
+    blocked_in_turn,
+    rows_multiplied,
+)
+from keras_moe.dispatch._capacity import capacity, within_capacity
+from keras_moe.dispatch._dense import dense
+from keras_moe.dispatch._expert_choice import expert_choice
+from keras_moe.dispatch._ragged import ragged
+from keras_moe.dispatch._rows import nan_where
+from keras_moe.dispatch._split import split
+
+__all__ = [
+    "DROPLESS",
+    "KNOWN",
+    "SERVED",
+    "TABLE",
+    "Dispatch",
+    "block_sizes",
+    "blocked",
+    "blocked_at_once",
+    "blocked_in_turn",
+    "capacity",
+    "check_serves",
+    "checked_here",
+    "dense",
+    "dropless_here",
+    "expert_choice",
+    "nan_where",
+    "ragged",
+    "rows_multiplied",
+    "split",
+    "substitutes",
+    "within_capacity",
+]
+
+
+class Dispatch(NamedTuple):
+    """What a dispatch computes and needs.
+
+    Attributes:
+        rows: how many rows the experts compute.
+        choices: the `choice` of the routers that it serves.
+        experts_need: the method of the experts that it calls.
+        dropless: whether it computes the chosen rows, and all of them. For a `Routing`
+            without combine weights it returns the output of each choice, (n, k, u).
+        under_xla: whether XLA can compile it.
+        backends: the Keras backends that have it.
+        in_exports: by format, the dispatch that an exported file has in its place.
+    """
+
+    rows: str
+    choices: tuple[str, ...]
+    experts_need: str
+    dropless: bool = False
+    under_xla: bool = True
+    backends: tuple[str, ...] = ("tensorflow", "jax", "torch")
+    in_exports: Mapping[str, str] = {}
+
+
+TABLE = {
+    "dense": Dispatch(
+        rows="n * e: every expert on every token",
+        choices=("token", "expert", "all"),
+        experts_need="__call__",
+    ),
+    "capacity": Dispatch(
+        rows="e * c: the slots of every expert, whether they are filled or not",
+        choices=("token", "expert"),
+        experts_need="on_slots",
+    ),
+    "split": Dispatch(
+        rows="m: one piece an expert",
+        choices=("token",),
+        experts_need="on_pieces",
+        dropless=True,
+        under_xla=False,  # The sizes of the pieces are data-dependent.
+    ),
+    "blocked": Dispatch(
+        rows="m, and the padding of an expert's last block",
+        choices=("token",),
+        experts_need="on_rows",
+        dropless=True,
+        # ONNX and OpenVINO have no operation that writes into rows in a loop.
+        in_exports={"onnx": "split", "openvino": "split"},
+    ),
+    "ragged": Dispatch(
+        rows="m: one grouped matmul",
+        choices=("token",),
+        experts_need="on_rows",
+        dropless=True,
+        backends=("jax",),
+    ),
+}
+DROPLESS = tuple(name for name, row in TABLE.items() if row.dropless)
+KNOWN = ("auto", *TABLE)
+# By the `choice` of a router.
+SERVED = {
+    choice: tuple(name for name, row in TABLE.items() if choice in row.choices)
+    for choice in ("token", "expert", "all")
+}
+
+
+def substitutes(format: str) -> dict[str, str]:
+    """Return what takes the place of each dispatch that `format` cannot hold.
+
+    >>> from keras_moe.dispatch import substitutes
+    >>> substitutes("onnx"), substitutes("tf_saved_model")
+    ({'blocked': 'split'}, {})
+    """
+    return {
+        name: row.in_exports[format]
+        for name, row in TABLE.items()
+        if format in row.in_exports
+    }
+
+
+def check_serves(dispatch: str, experts: Any) -> None:
+    """Refuse a dispatch that cannot compute these experts, or not on this backend."""
+    if dispatch == "auto":
+        return
+    row = TABLE[dispatch]
+    if not hasattr(experts, row.experts_need):
+        fitting = [n for n, row in TABLE.items() if hasattr(experts, row.experts_need)]
+        raise ValueError(
+            f"`dispatch` must not be {dispatch!r} for the experts "
+            f"{type(experts).__name__}, which have no method `{row.experts_need}` and "
+            f"support {['auto', *fitting]}."
+        )
+    if keras.backend.backend() not in row.backends:
+        raise ValueError(
+            f"`dispatch` may be {dispatch!r} only on the backends {row.backends}. "
+            f"Received: dispatch={dispatch!r} on {keras.backend.backend()}"
+        )
+
+
+def checked_here(dispatch: str) -> str:
+    """Return `dispatch`, unless the device would expand it to every expert."""
+    if dispatch == "ragged" and not _backend.has_grouped_matmul():
+        raise ValueError(
+            'dispatch="ragged" needs a device with a grouped matmul, which XLA has '
+            "for TPUs; elsewhere it would compute every expert on every row. "
+            'Set `layer.dispatch = "auto"`.'
+        )
+    return dispatch
+
+
+def dropless_here(experts: Any) -> str:
+    """Return the dispatch for the graph that is being traced: what "auto" chooses."""
+    if not _backend.under_xla():
+        return "split"
+    if not hasattr(experts, TABLE["blocked"].experts_need):
+        return "dense"
+    return "ragged" if _backend.has_grouped_matmul() else "blocked"

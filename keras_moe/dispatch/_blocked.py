@@ -1,0 +1,151 @@
+"""Blocked dispatch: the rows of an expert in blocks of static size, for XLA.
+
+Axis letters: n tokens, d input features, u output units, e experts, k choices a token,
+b rows a block, m = n * k rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras import ops
+
+from keras_moe import _backend
+from keras_moe import routing as routing_lib
+from keras_moe.dispatch._grouped_matmul import grouped_dense
+from keras_moe.dispatch._slots import in_slots
+from keras_moe.dispatch._sorted import in_runs
+from keras_moe.experts._protocol import GroupedExperts, Prologue, apply_prologue
+from keras_moe.routing import Routing, Runs, Slots
+
+
+def blocked(
+    tokens: Any, routing: Routing, experts: GroupedExperts, training: bool | None = None
+) -> Any:
+    """Multiply the sorted rows in blocks of static size."""
+    if _backend.on_accelerator():
+        return blocked_at_once(tokens, routing, experts, training)
+    return blocked_in_turn(tokens, routing, experts, training)
+
+
+def blocked_at_once(
+    tokens: Any, routing: Routing, experts: GroupedExperts, training: bool | None = None
+) -> Any:
+    """All blocks in one batched matmul, each with its expert's kernel: GPU and TPU.
+
+    A loop with a data-dependent trip count would make a GPU wait for its host before
+    every block. The price is a copy of its expert's kernel for every block.
+    """
+    e, k = experts.num_experts, routing.expert_indices.shape[1]
+    n = ops.shape(tokens)[0]
+    b = _rows_a_block(n, k, e)
+    runs = routing_lib.sort_choices(routing, e)
+    of_block, slots = _block_slots(runs, b, n * k // b + e, n, k)
+
+    def matmul(
+        rows: Any, kernel: Any, bias: Any = None, prologue: Prologue | None = None
+    ) -> Any:
+        rows = ops.matmul(
+            apply_prologue(prologue, rows), ops.take(kernel, of_block, axis=0)
+        )
+        if bias is None:
+            return rows
+        return rows + ops.expand_dims(ops.take(bias, of_block, axis=0), 1)
+
+    return in_slots(
+        lambda rows: experts.on_rows(rows, matmul, training=training),
+        tokens,
+        routing,
+        slots,
+    )
+
+
+def _rows_a_block(n: Any, k: int, e: int) -> int:
+    """Return b: at most a quarter of an even load, at least 8 and at most 512.
+
+    Padding then adds a quarter at most, unless an even load is below 32 rows.
+    """
+    if not isinstance(n, int):
+        return 32
+    b = 8
+    while b < 512 and 8 * b * e <= n * k:
+        b *= 2
+    return b
+
+
+def _block_slots(runs: Runs, b: int, blocks: Any, n: Any, k: int) -> tuple[Any, Slots]:
+    """Return the expert of every block, and the blocks as slots."""
+    block_ends = ops.cumsum((runs.ends - runs.starts + (b - 1)) // b)
+    block_ends = ops.cast(block_ends, "int32")
+    # How far the rows of an expert move up to start with a block of their own.
+    shifts = routing_lib.shifted(block_ends) * b - runs.starts
+    block = ops.arange(blocks, dtype="int32")
+    of_block = ops.cast(ops.searchsorted(block_ends, block, side="right"), "int32")
+    of_block = ops.minimum(of_block, ops.shape(runs.ends)[0] - 1)
+    rows = ops.expand_dims(block * b - ops.take(shifts, of_block), -1)
+    rows = rows + ops.arange(b, dtype="int32")
+    filled = rows < ops.expand_dims(ops.take(runs.ends, of_block), -1)
+    of_choice = ops.searchsorted(
+        runs.ends, ops.reshape(runs.positions, (-1,)), side="right"
+    )
+    shift_of_choice = ops.take(ops.pad(shifts, ((0, 1),)), of_choice)
+    return of_block, Slots(
+        tokens=routing_lib.tokens_in_rows(runs, rows, filled, n, k),
+        slot_of_choice=runs.positions + ops.reshape(shift_of_choice, (-1, k)),
+        kept=runs.positions < runs.ends[-1],
+    )
+
+
+def blocked_in_turn(
+    tokens: Any, routing: Routing, experts: GroupedExperts, training: bool | None = None
+) -> Any:
+    """Blocks one after the other, as many as there are: CPU.
+
+    The last block of an expert may reach into the rows of the next expert, which are
+    then written again. So there are no gaps between experts, and the rows of one block
+    behind the last run.
+    """
+    num_rows = None
+    if tokens.shape[0] is not None:
+        num_rows = tokens.shape[0] * routing.expert_indices.shape[1]
+    sizes = block_sizes(num_rows, experts.num_experts)
+
+    def compute(rows: Any, runs: Runs) -> Any:
+        def matmul(
+            rows: Any, kernel: Any, bias: Any = None, prologue: Prologue | None = None
+        ) -> Any:
+            return grouped_dense(rows, kernel, bias, prologue, runs, sizes)
+
+        return experts.on_rows(rows, matmul, training=training)
+
+    return in_runs(compute, tokens, routing, experts.num_experts, sizes[-1])
+
+
+def block_sizes(num_rows: int | None, num_experts: int) -> tuple[int, ...]:
+    """Return the sizes that the last block of an expert may have, up to a whole one.
+
+    A whole block is as large as an even load or up to twice as large, so that most
+    experts need one block, but no more than 256 rows; or, where that is more, half an
+    even load, up to 1024 rows: fewer and longer turns of the loop. The next size that
+    holds the rest is at most an eighth of a whole block larger.
+    """
+    whole = 16
+    if num_rows is None:
+        return tuple(range(16, 129, 16))
+    while whole < 256 and whole * num_experts <= num_rows:
+        whole *= 2
+    while whole < 1024 and 4 * whole * num_experts <= num_rows:
+        whole *= 2
+    return tuple(range(whole // 8, whole + 1, whole // 8))
+
+
+def rows_multiplied(counts: Any) -> int:
+    """Return how many rows `blocked_in_turn` multiplies for `counts` rows an expert.
+
+    >>> from keras_moe.dispatch import rows_multiplied
+    >>> rows_multiplied([300, 0, 33])  # 128 + 128 + 48, nothing, and 48
+    352
+    """
+    counts = [int(count) for count in counts]
+    step, *_, whole = block_sizes(sum(counts), len(counts))
+    return sum(count + -(count % whole) % step for count in counts)

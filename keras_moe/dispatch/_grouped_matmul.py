@@ -1,0 +1,154 @@
+"""The grouped matmul of "blocked" in turn: a loop over blocks of sorted rows.
+
+Axis letters: e experts, m rows; k is here the expert of a loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe import _backend
+from keras_moe import routing as routing_lib
+from keras_moe.dispatch._rows import identity
+from keras_moe.experts._protocol import Prologue
+from keras_moe.routing import Runs
+
+
+def grouped_dense(
+    rows: Any, kernel: Any, bias: Any, prologue: Prologue | None, runs: Runs, sizes: Any
+) -> Any:
+    """(m, in), (e, in, out) -> (m, out): y_r = prologue(x_r) W_e + b_e for row r of e.
+
+    `prologue` is computed block by block as well, in the cache, and so is its gradient:
+    an activation as large as all rows is never stored.
+    """
+    rows = rows if isinstance(rows, tuple) else (rows,)
+    activate = prologue or identity
+    weights = [_backend.as_tensor(w) for w in (kernel, bias) if w is not None]
+    width = len(rows)
+    e = weights[0].shape[0]
+
+    def forward(*inputs_and_runs: Any) -> Any:
+        *inputs, runs = inputs_and_runs
+        rows, weights = inputs[:width], inputs[width:]
+
+        def expert(k: Any, outputs: Any) -> Any:
+            own = [_slice(w, k) for w in weights]
+
+            def step(first: Any, size: int, inside: Any, carry: Any) -> Any:
+                (outputs,) = carry
+                block = _affine(
+                    activate(*[_block(row, first, size) for row in rows]), *own
+                )
+                # On torch Keras multiplies float64 in float32.
+                block = ops.cast(block, outputs.dtype)
+                return (ops.slice_update(outputs, (first, _int(0)), block),)
+
+            return k + 1, *_for_blocks(runs, k, sizes, step, (outputs,))
+
+        shape = (ops.shape(rows[0])[0], weights[0].shape[-1])
+        outputs = ops.zeros(shape, weights[0].dtype)
+        return ops.while_loop(lambda k, _: k < e, expert, (_int(0), outputs))[1]
+
+    def gradient(inputs: Any, runs: Runs, upstream: Any) -> Any:
+        rows, weights = inputs[:width], inputs[width:]
+        # Sums over many blocks stay float32 where the layer computes in less.
+        dtype = keras.backend.standardize_dtype(weights[0].dtype)
+        sums_dtype = "float32" if dtype in ("float16", "bfloat16") else dtype
+
+        def expert(k: Any, *carry: Any) -> Any:
+            own_kernel = _slice(weights[0], k)
+
+            def step(first: Any, size: int, inside: Any, carry: Any) -> Any:
+                by_rows, by_weights = carry[:width], carry[width:]
+                blocks = [_block(row, first, size) for row in rows]
+                by_output = _block(upstream, first, size)
+                if inside is not None:
+                    # Rows of the next expert, NaN or not, do not count here.
+                    blocks = [routing_lib.rows_where(inside, block) for block in blocks]
+                    by_output = routing_lib.rows_where(inside, by_output)
+                hidden, pull = _backend.pullback(activate, blocks)
+                products = [
+                    ops.matmul(ops.transpose(hidden), by_output),
+                    ops.sum(by_output, axis=0),
+                ]
+                by_blocks = pull(ops.matmul(by_output, ops.transpose(own_kernel)))
+                return (
+                    *[
+                        ops.slice_update(whole, (first, _int(0)), block)
+                        for whole, block in zip(by_rows, by_blocks, strict=True)
+                    ],
+                    *[
+                        total + ops.cast(product, sums_dtype)
+                        for total, product in zip(by_weights, products, strict=False)
+                    ],
+                )
+
+            zeros = [ops.zeros(w.shape[1:], sums_dtype) for w in weights]
+            inner = _for_blocks(runs, k, sizes, step, (*carry[:width], *zeros))
+            updated = [
+                ops.slice_update(
+                    whole,
+                    (k, *[_int(0)] * (len(whole.shape) - 1)),
+                    ops.expand_dims(ops.cast(part, whole.dtype), 0),
+                )
+                for whole, part in zip(carry[width:], inner[width:], strict=True)
+            ]
+            return k + 1, *inner[:width], *updated
+
+        carry = [ops.zeros_like(x) for x in (*rows, *weights)]
+        return ops.while_loop(lambda k, *_: k < e, expert, (_int(0), *carry))[1:]
+
+    return _backend.with_gradient(forward, gradient, (*rows, *weights), runs)
+
+
+def _for_blocks(runs: Runs, k: Any, sizes: Any, step: Any, carry: Any) -> Any:
+    """Run `step(first_row, size, rows_inside, carry)` over the rows of expert k.
+
+    Whole blocks first, then one block of the smallest size that holds the rest: each
+    size has a loop, of which one runs. (A conditional would do the same, but XLA copies
+    the rows into every branch.)
+    """
+    whole, end = sizes[-1], runs.ends[k]
+
+    def run_whole(first: Any, *carry: Any) -> Any:
+        return first + whole, *step(first, whole, None, carry)
+
+    carry = ops.while_loop(
+        lambda first, *_: first + whole <= end, run_whole, (runs.starts[k], *carry)
+    )
+    for size in sizes:
+
+        def run_rest(first: Any, *carry: Any, size: int = size) -> Any:
+            inside = ops.arange(size, dtype="int32") < end - first
+            return first + size, *step(first, size, inside, carry)
+
+        def fits(first: Any, *carry: Any, size: int = size) -> Any:
+            return ops.logical_and(first < end, end - first <= size)
+
+        carry = ops.while_loop(fits, run_rest, carry)
+    return carry[1:]
+
+
+def _affine(rows: Any, kernel: Any, bias: Any = None) -> Any:
+    outputs = ops.matmul(rows, kernel)
+    return outputs if bias is None else outputs + bias
+
+
+def _int(value: int) -> Any:
+    """Return an int32 index: JAX needs one integer type for all indices of a slice."""
+    return ops.convert_to_tensor(value, "int32")
+
+
+def _slice(stacked: Any, k: Any) -> Any:
+    """Return `stacked[k]`."""
+    zeros = [_int(0)] * (len(stacked.shape) - 1)
+    part = ops.slice(stacked, (k, *zeros), (1, *stacked.shape[1:]))
+    return ops.reshape(part, stacked.shape[1:])
+
+
+def _block(rows: Any, first: Any, size: int) -> Any:
+    return ops.slice(rows, (first, _int(0)), (size, rows.shape[-1]))
