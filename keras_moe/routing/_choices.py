@@ -1,0 +1,182 @@
+"""Who chose whom: the best experts of a token, and what a record says of each expert.
+
+Axis letters: n tokens, e experts, k choices a token, t gates, d features of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras import ops
+
+from keras_moe import _backend, _checks
+from keras_moe.routing._records import (
+    DenseRouting,
+    ExpertChoiceRouting,
+    Routing,
+    checked_record,
+    tensor,
+)
+
+
+def top_k(scores: Any, k: int) -> Any:
+    """Return the indices of the k largest of `scores`, best first.
+
+    Equal scores go to the lower index.
+
+    Args:
+        scores: `(..., e)`, for tokens `(n, e)`.
+        k: int from 1 to e.
+
+    Returns:
+        Indices of shape `(..., k)`.
+
+    Raises:
+        ValueError: if `scores` is a scalar, or `k` breaks its rule.
+    """
+    _checks.axes(scores=(scores, "...e"))
+    scores = tensor(scores)
+    return _backend.top_k(scores, _checks.choices("k", k, scores.shape[-1]))[1]
+
+
+def choose(values: Any, indices: Any) -> Any:
+    """Return `values[i, indices[i, j]]`.
+
+    Args:
+        values: `(..., e)`, for tokens `(n, e)`.
+        indices: `(..., k)` int in [0, e), with the leading axes of `values`.
+
+    Returns:
+        A tensor of shape `(..., k)`.
+
+    Raises:
+        ValueError: if the leading axes do not agree, or `indices` are no integers.
+    """
+    _checks.axes(values=(values, "...e"), indices=(indices, "...k"))
+    _checks.integers(indices=indices)
+    return ops.take_along_axis(tensor(values), tensor(indices), axis=-1)
+
+
+def rows_where(kept: Any, rows: Any) -> Any:
+    """Return `rows` with zeros where not `kept`; unlike a product, also for NaN.
+
+    Args:
+        kept: `(...)` bool.
+        rows: `(..., d)`, with the leading axes of `kept`.
+
+    Returns:
+        A tensor of the shape of `rows`.
+
+    Raises:
+        ValueError: if the leading axes do not agree.
+    """
+    _checks.axes(rows=(rows, "...d"), kept=(kept, "..."))
+    kept, rows = tensor(kept), tensor(rows)
+    return ops.where(ops.expand_dims(kept, -1), rows, ops.zeros_like(rows))
+
+
+def gates(
+    routing: Routing | ExpertChoiceRouting | DenseRouting,
+    num_experts: int,
+    num_tokens: Any,
+) -> Any:
+    """Return the weight of every expert for every token, `(n, e)`, 0 if not chosen.
+
+    Args:
+        routing: a record of any kind, with combine weights.
+        num_experts: int, e.
+        num_tokens: int, n (or a tensor where only the run knows it).
+
+    Raises:
+        ValueError: if the record does not agree with itself or with `num_experts` and
+            `num_tokens`, or has no combine weights.
+    """
+    routing = checked_record(routing, num_experts, num_tokens)
+    if routing.combine_weights is None:
+        raise ValueError(
+            "`routing` must have combine weights. Received: "
+            "routing.combine_weights=None"
+        )
+    if isinstance(routing, DenseRouting):
+        return routing.combine_weights
+    weights = routing.combine_weights
+    if isinstance(routing, ExpertChoiceRouting):
+        # Slots without a token hold the index n, hence one row more.
+        shape = (num_tokens + 1, num_experts)
+        experts = ops.broadcast_to(
+            ops.expand_dims(ops.arange(num_experts, dtype="int32"), -1),
+            ops.shape(weights),
+        )
+        places = ops.stack([routing.token_indices, experts], axis=-1)
+        flat = ops.reshape(places, (-1, 2))
+        return ops.scatter(flat, ops.reshape(weights, (-1,)), shape)[:-1]
+    total = 0.0
+    for j in range(weights.shape[1]):  # One (n, e) at a time, never (n, k, e).
+        chosen = ops.one_hot(
+            routing.expert_indices[:, j], num_experts, dtype=weights.dtype
+        )
+        total = total + chosen * weights[:, j : j + 1]
+    return total
+
+
+def union(gates: Any, max_experts: int) -> tuple[Routing, Any]:
+    """Let each token be computed once by every expert that one of its gates chose.
+
+    Args:
+        gates: `(n, t, e)`, the weights of t gates, 0 where an expert is not chosen.
+        max_experts: int, the most experts that the t gates of a token can choose, k.
+
+    Returns:
+        A `Routing` without combine weights, whose choices are the experts of the
+        token, and the weights `(n, t, k)` of the gates for them.
+
+    Raises:
+        ValueError: if `gates` has another rank, or `max_experts` is not in [1, e].
+    """
+    _checks.axes(gates=(gates, "nte"))
+    gates = tensor(gates)
+    max_experts = _checks.choices("max_experts", max_experts, gates.shape[-1])
+    e = gates.shape[-1]
+    # NaN counts as chosen, so that what is not a number gives no number.
+    chosen = ops.any(gates != 0, axis=1)
+    # The chosen ones in their order: the first scores e, the last 1, the others 0.
+    scores = ops.where(chosen, e - ops.arange(e, dtype="int32"), 0)
+    best = ops.cast(ops.top_k(ops.cast(scores, "float32"), max_experts)[0], "int32")
+    indices = e - best
+    padded = ops.pad(gates, ((0, 0), (0, 0), (0, 1)))  # Weight 0 for no expert.
+    wanted = ops.broadcast_to(
+        ops.expand_dims(indices, 1), (*ops.shape(gates)[:2], max_experts)
+    )
+    return Routing(indices, None), ops.take_along_axis(padded, wanted, axis=-1)
+
+
+def expert_counts(
+    indices: Any, num_experts: int, counted: Any = None, dtype: Any = "float32"
+) -> Any:
+    """Return how often each expert was chosen, (n, k) -> (e,).
+
+    Args:
+        indices: `(n, k)` int32.
+        num_experts: int, e.
+        counted: `(n,)` bool, the tokens that count. All by default.
+        dtype: of the counts.
+
+    Raises:
+        ValueError: if a shape is another one, if the shapes do not agree in n, or if
+            `indices` are no integers.
+    """
+    _checks.positive_int("num_experts", num_experts)
+    _checks.axes(indices=(indices, "nk"), counted=(counted, "n?"))
+    _checks.integers(indices=indices)
+    indices = ops.convert_to_tensor(indices)
+    counts = ops.ones_like(indices, dtype=dtype)
+    if counted is not None:
+        counted = ops.expand_dims(ops.cast(counted, "bool"), -1)
+        counts = counts * ops.cast(counted, dtype)
+        # What stands in the row of a masked token may be no expert at all.
+        indices = ops.where(counted, indices, ops.zeros_like(indices))
+    return ops.segment_sum(
+        ops.reshape(counts, (-1,)),
+        ops.reshape(indices, (-1,)),
+        num_segments=num_experts,
+    )
