@@ -27,6 +27,8 @@ LEVELS = {
     "tfrs": 6,
     "upcycling": 6,
 }
+# These may have more than 400 lines.
+FILLED_BY_ONE_PAPER = ["keras_moe/layers/pepnet.py"]
 FILES = sorted(
     p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.stem != "__init__"
 )
@@ -79,7 +81,7 @@ def _siblings(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("package", ["routers", "experts", "dispatch"])
+@pytest.mark.parametrize("package", ["routing", "routers", "experts", "dispatch", "export"])
 def test_a_package_has_no_circle_of_imports(package):
     files = [p for p in (ROOT / package).glob("*.py") if p.stem != "__init__"]
     waiting = {path.stem: _siblings(path) for path in files}
@@ -90,10 +92,12 @@ def test_a_package_has_no_circle_of_imports(package):
             assert waiting.pop(name) <= {path.stem for path in files}
 
 
-def test_no_file_of_a_package_is_long():
-    for package in ("routers", "experts", "dispatch"):
-        for path in (ROOT / package).glob("*.py"):
-            assert len(path.read_text().splitlines()) <= 400, path
+@pytest.mark.parametrize("package", ["keras_moe", "recsys_examples"])
+def test_no_file_is_long(package):
+    for path in (ROOT.parent / package).rglob("*.py"):
+        lines = len(path.read_text().splitlines())
+        name = str(path.relative_to(ROOT.parent))
+        assert lines <= 400 or name in FILLED_BY_ONE_PAPER, f"{name} has {lines} lines"
 
 
 def test_the_library_knows_no_example_and_no_test():
