@@ -28,13 +28,12 @@ from keras_moe.experts import MLPExperts
 from keras_moe.layers import MMoE, MoE, SharedBottom, Tower
 from keras_moe.multitask import MultiTaskModel
 from recsys_examples.movielens.features import HISTORY_LENGTH, NO_MOVIE, Catalogue
+from recsys_examples.movielens.movies import CatalogueScores, MovieSide, normal
 
 TASKS = ("watch", "like", "rating")
 EVALUATION_NEGATIVES = 4  # unseen movies to a watched one, where watch is a probability
 
 _CHOSEN_EXPERTS = 2  # experts of the sparse MoE that a user goes to
-_FIRST_MOVIE = 2  # a lookup's 0 is padding and its 1 is every unknown movie
-_YEARS = tuple(range(1920, 2030, 3))
 _LAST_SEEN = tuple(range(1996, 2030))
 _RATING_STEPS = 11  # 0 to 5 stars by halves
 
@@ -149,7 +148,7 @@ def build_ranker(
         tasks: the tasks to learn, some of `TASKS`.
         calibration: of the watch scores, if it is known from an earlier fit.
     """
-    movies = _MovieSide(catalogue, popularity, settings, tasks)
+    movies = MovieSide(catalogue, popularity, settings.dimensions, tasks)
     user_inputs = {
         "user_id": keras.Input((), dtype="int64", name="user_id"),
         "history": keras.Input((HISTORY_LENGTH,), dtype="int64", name="history"),
@@ -252,7 +251,7 @@ def _user_features(
     movie_vectors = layers.Embedding(
         num_movie_rows,
         settings.dimensions,
-        embeddings_initializer=_normal(0.05),
+        embeddings_initializer=normal(0.05),
         name="history_movies",
     )(inputs["history_rows"])
     rating_vectors = layers.Embedding(
@@ -293,116 +292,12 @@ def _user_features(
 
 def _user_vector(task: str, shared: Any, pools: Any, settings: Settings) -> Any:
     vector = layers.Dense(
-        settings.dimensions, kernel_initializer=_normal(0.05), name=f"user_{task}"
+        settings.dimensions, kernel_initializer=normal(0.05), name=f"user_{task}"
     )(shared)
     if task != "watch":
         return vector
     # The item-to-item way: movies that follow each other find each other directly.
     return vector + ops.sum(pools, axis=1)
-
-
-class _MovieSide:
-    """Vectors and biases of movies, from raw values or for the whole catalogue."""
-
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        popularity: np.ndarray,
-        settings: Settings,
-        tasks: tuple[str, ...],
-    ) -> None:
-        self.lookup = layers.IntegerLookup(
-            vocabulary=catalogue.movie_ids, mask_token=NO_MOVIE, name="movie_lookup"
-        )
-        genres = np.unique(catalogue.genres[catalogue.genres != ""])
-        self._genre_lookup = layers.StringLookup(
-            vocabulary=genres if len(genres) else ["none at all"],  # it needs a word
-            mask_token="",
-            output_mode="multi_hot",
-            name="genres_hot",
-        )
-        self._year_bins = layers.Discretization(_YEARS, name="year_bins")
-        self._genres_per_movie = catalogue.genres.shape[1]
-        self._vectors = layers.Embedding(
-            self.lookup.vocabulary_size(),
-            settings.dimensions,
-            embeddings_initializer=_normal(0.05),
-            name="movies",
-        )
-        self._project = layers.Dense(
-            settings.dimensions,
-            use_bias=False,
-            kernel_initializer=_normal(0.025),
-            name="movie_content",
-        )
-        start = {"watch": np.log(popularity + 0.5) - 6, "rating": 3.5}
-        self._biases = {
-            task: self._bias(task, start.get(task, 0.0), len(catalogue))
-            for task in tasks
-        }
-        self._content = self._encode(catalogue.genres, catalogue.years)
-
-    def _bias(self, task: str, start: Any, num_movies: int) -> keras.layers.Layer:
-        bias = layers.Embedding(
-            self.lookup.vocabulary_size(), 1, name=f"movie_bias_{task}"
-        )
-        bias.build((None,))
-        values = np.broadcast_to(start, num_movies)
-        unknown = np.full(_FIRST_MOVIE, values.min())
-        bias.set_weights([np.concatenate([unknown, values])[:, None]])
-        return bias
-
-    def _encode(self, genres: Any, years: Any) -> Any:
-        hot = ops.cast(self._genre_lookup(genres), "float32")
-        period = ops.one_hot(self._year_bins(years), len(_YEARS) + 1)
-        return ops.concatenate([hot, period], axis=-1)
-
-    def inputs(self) -> dict[str, Any]:
-        return {
-            "movie_id": keras.Input((), dtype="int64", name="movie_id"),
-            "genres": keras.Input(
-                (self._genres_per_movie,), dtype="string", name="genres"
-            ),
-            "year": keras.Input((), dtype="int64", name="year"),
-        }
-
-    def score_of_one(self, task: str, movie: dict[str, Any], user: Any) -> Any:
-        """(b, d) user vectors -> (b,) scores, each with the movie of its row."""
-        row = self.lookup(movie["movie_id"])
-        content = self._encode(movie["genres"], movie["year"])
-        vector = self._vectors(row) + self._project(content)
-        return ops.sum(user * vector, -1) + ops.squeeze(self._biases[task](row), -1)
-
-    def scores_of_all(self, task: str) -> CatalogueScores:
-        """Return a layer, (b, d) user vectors -> (b, i) scores."""
-        return CatalogueScores(
-            self._vectors,
-            self._project,
-            self._biases[task],
-            self._content,
-            name=f"catalogue_{task}",  # TensorFlow takes no scope like "__catalogue"
-        )
-
-
-class CatalogueScores(layers.Layer):
-    """User vectors against all movies: one matmul."""
-
-    def __init__(
-        self, vectors: Any, project: Any, biases: Any, content: Any, name: str
-    ) -> None:
-        super().__init__(name=name)
-        self.vectors, self.project, self.biases = vectors, project, biases
-        self.content = ops.convert_to_tensor(content)
-        self.rows = np.arange(len(content)) + _FIRST_MOVIE
-
-    def call(self, users: Any) -> Any:
-        vectors, biases = self.all_movies()
-        return ops.matmul(users, ops.transpose(vectors)) + biases
-
-    def all_movies(self) -> tuple[Any, Any]:
-        """Return the vectors (i, d) and the biases (i,) of the catalogue."""
-        vectors = self.vectors(self.rows) + self.project(self.content)
-        return vectors, ops.squeeze(self.biases(self.rows), -1)
 
 
 def _recency_weights(recency: tuple[float, ...]) -> np.ndarray:
@@ -411,7 +306,3 @@ def _recency_weights(recency: tuple[float, ...]) -> np.ndarray:
     weights = np.exp(-ago / np.array(recency))
     # Ten times a mean: many histories are shorter than the full length.
     return 10 * weights / weights.sum(0)
-
-
-def _normal(stddev: float) -> keras.initializers.Initializer:
-    return keras.initializers.RandomNormal(stddev=stddev)

@@ -22,10 +22,11 @@ from recsys_examples.movielens.evaluation import (
     sample_rows,
 )
 from recsys_examples.movielens.features import Catalogue, Sequences
+from recsys_examples.movielens.fusion import fused_scorer
 from recsys_examples.movielens.model import TASKS, Settings
 from recsys_examples.movielens.ranking import RankingTask, rank
 from recsys_examples.movielens.split import Split, split_by_time
-from recsys_examples.movielens.training import Fit, Validation, fit_ranker, fused_scorer
+from recsys_examples.movielens.training import Fit, Validation, fit_ranker
 
 
 @dataclass(frozen=True)

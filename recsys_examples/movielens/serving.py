@@ -3,7 +3,7 @@
 Signatures:
     serving_default  raw features of users and movies -> one named output a task
     recommend        user ids and k -> movies that the user has not seen, best first by
-                     `score`, which is `training.fuse` and not made of the other columns
+                     `score`, which is `fusion.fuse` and not made of the other columns
 
 Axis letters: b batch, u known users, i movies, k length of a list.
 """
@@ -19,8 +19,8 @@ import tensorflow as tf
 
 from recsys_examples.errors import InputError
 from recsys_examples.movielens.features import NO_MOVIE, Catalogue, Sequences
+from recsys_examples.movielens.fusion import fuse
 from recsys_examples.movielens.model import Ranker, prediction
-from recsys_examples.movielens.training import fuse
 from recsys_examples.runs import find_saved_model
 
 

@@ -17,10 +17,10 @@ import keras
 import numpy as np
 
 from recsys_examples.movielens import baselines
+from recsys_examples.movielens.fusion import fused_scorer
 from recsys_examples.movielens.model import TASKS, Settings, build_ranker
 from recsys_examples.movielens.pipeline import Windows, run_ranker
 from recsys_examples.movielens.ranking import Scorer, rank
-from recsys_examples.movielens.training import fused_scorer
 from recsys_examples.movielens.tuning import tune
 from recsys_examples.runs import versions, write_json
 

@@ -24,8 +24,9 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from recsys_examples.movielens.features import Catalogue, Sequences
+from recsys_examples.movielens.labels import Examples
 from recsys_examples.movielens.model import Towers, build_ranker
-from recsys_examples.movielens.training import Examples, Validation
+from recsys_examples.movielens.training import Validation
 from recsys_examples.two_stage.settings import Settings
 from recsys_examples.two_stage.towers import (
     Retrieval,

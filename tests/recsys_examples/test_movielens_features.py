@@ -11,9 +11,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from recsys_examples.movielens.features import HISTORY_LENGTH, Catalogue, Sequences
+from recsys_examples.movielens.labels import Examples
 from recsys_examples.movielens.model import build_ranker
 from recsys_examples.movielens.pipeline import make_windows
-from recsys_examples.movielens.training import Examples, Validation, fit_ranker
+from recsys_examples.movielens.training import Validation, fit_ranker
 
 # Rows 0 to 3 of the catalogue; the frame need not be sorted.
 CATALOGUE = Catalogue.from_movies(

@@ -10,9 +10,10 @@ import pytest
 
 from recsys_examples.errors import InputError
 from recsys_examples.movielens.evaluation import predict_pairs, raw_pairs
+from recsys_examples.movielens.fusion import fuse
 from recsys_examples.movielens.model import TASKS, prediction
 from recsys_examples.movielens.serving import export_saved_model, load_recommender
-from recsys_examples.movielens.training import fit_ranker, fuse
+from recsys_examples.movielens.training import fit_ranker
 from tests import processes
 
 BATCHES = (1, 7, 100)

@@ -12,18 +12,15 @@ from keras import ops
 
 from recsys_examples.errors import InputError
 from recsys_examples.movielens.features import Catalogue, Sequences
+from recsys_examples.movielens.fusion import fuse, fused_scorer
+from recsys_examples.movielens.labels import UNKNOWN_USER, Examples, LookedUp
 from recsys_examples.movielens.model import TASKS, Settings, build_ranker
 from recsys_examples.movielens.ranking import rank
 from recsys_examples.movielens.training import (
-    UNKNOWN_USER,
-    Examples,
-    LookedUp,
     Validation,
     WatchLoss,
     compile_ranker,
     fit_ranker,
-    fuse,
-    fused_scorer,
 )
 
 

@@ -1,0 +1,168 @@
+"""Examples and their labels: users at moments of their past.
+
+An example is a user at a moment of the past: the history until then, and the next few
+movies that the user watched. Every movie that the user had not rated by then and does
+not watch next is unseen, and `watch` is learned against all of them. `like` and
+`rating` are learned on the watched movies alone.
+
+Axis letters: b batch, u users, i movies of the catalogue, c movies watched next.
+"""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+
+from recsys_examples.errors import InputError
+from recsys_examples.movielens.features import Catalogue, Sequences
+from recsys_examples.movielens.model import TASKS, Settings
+from recsys_examples.movielens.ranking import LIKED
+
+UNKNOWN_USER = 0  # MovieLens ids start at 1
+_HIDDEN_USERS = 0.2  # share of examples without the user id, so that "unknown" is known
+_ALREADY_SEEN = -1.0
+
+
+class Examples(keras.utils.PyDataset):
+    """Cuts each user's ratings into blocks, at another offset every epoch.
+
+    Item j is a batch (features, labels, sample weights). The label of `watch` is
+    (b, i): 1 watched next, 0 unseen, -1 already seen and no candidate. Those of `like`
+    and `rating` are (b, c, 1), with a sample weight (b, c) of 0 where the user's
+    ratings end before the block does.
+
+    Args:
+        sequences: the ratings to cut.
+        catalogue: all movies.
+        settings: sizes of block and batch.
+        tasks: the tasks to give labels for.
+        seed: seed of the offsets, the order and the hidden user ids.
+        known: (u,) how many of each user's first ratings are only history. If given,
+            the examples are for validation: the same ones every time, no id hidden.
+        equal_batches: whether all batches have one size, in every epoch, as XLA
+            wants it, which compiles anew for each size. Then a few examples of an
+            epoch may come twice, or not at all.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        catalogue: Catalogue,
+        settings: Settings,
+        tasks: tuple[str, ...] = TASKS,
+        seed: int = 0,
+        known: np.ndarray | None = None,
+        equal_batches: bool = False,
+    ) -> None:
+        super().__init__()
+        self._sequences, self._catalogue = sequences, catalogue
+        self._settings, self._tasks = settings, tasks
+        self._rng = np.random.default_rng(seed)
+        self._known = known
+        self._cut()
+        # Keras asks once for the number of batches, while the number of examples
+        # differs a little from epoch to epoch: so the size of a batch gives way.
+        self._num_batches = -(-len(self._users) // settings.batch_size)
+        self._equal_size = None
+        if equal_batches and self._num_batches:
+            self._equal_size = -(-len(self._users) // self._num_batches)
+        if known is None and not len(self._users):
+            raise InputError(
+                "nothing to learn from: no user has two ratings in the training window"
+            )
+
+    def _cut(self) -> None:
+        block = self._settings.block
+        lengths = self._sequences.lengths
+        # The first movie has no history; from there every `block`-th rating starts one.
+        if self._known is None:
+            offsets = self._rng.integers(1, block + 1, len(lengths))
+            # Whoever has a second rating gives an example, wherever the cut falls.
+            offsets = np.minimum(offsets, np.maximum(lengths - 1, 1))
+        else:
+            offsets = np.maximum(self._known, 1)
+        counts = np.maximum(0, -(-(lengths - offsets) // block))
+        users = np.repeat(np.arange(len(lengths)), counts)
+        nth = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
+        order = self._rng.permutation(len(users))
+        self._users = users[order]
+        self._ends = (offsets[users] + nth * block)[order]
+
+    def on_epoch_end(self) -> None:
+        if self._known is None:
+            self._cut()
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __getitem__(self, index: int) -> tuple[dict, dict, dict]:
+        batch = self._batch(index)
+        users, ends = self._users[batch], self._ends[batch]
+        features = self._sequences.histories(self._catalogue, users, ends)
+        if self._known is None:
+            hidden = self._rng.random(len(users)) < _HIDDEN_USERS
+            features["user_id"] = np.where(hidden, UNKNOWN_USER, features["user_id"])
+
+        starts = self._sequences.starts[users]
+        steps = ends[:, None] + np.arange(self._settings.block)
+        watched = steps < self._sequences.lengths[users][:, None]
+        at = np.where(watched, starts[:, None] + steps, 0)
+        movies = np.where(watched, self._sequences.movies[at], 0)
+        stars = self._sequences.ratings[at]
+        features["next_movies"] = movies.astype(np.int32)
+        ones = np.ones(len(users), np.float32)
+        defined = watched.astype(np.float32)
+        labels = {
+            "watch": self._watch_labels(starts, ends, movies, watched),
+            "like": (stars >= LIKED).astype(np.float32)[..., None],
+            "rating": stars[..., None],
+        }
+        weights = {"watch": ones, "like": defined, "rating": defined}
+        return (
+            features,
+            {task: labels[task] for task in self._tasks},
+            {task: weights[task] for task in self._tasks},
+        )
+
+    def _batch(self, index: int) -> slice | np.ndarray:
+        if self._equal_size is not None:
+            first = index * self._equal_size
+            return np.arange(first, first + self._equal_size) % len(self._users)
+        first, end = (len(self._users) * i // len(self) for i in (index, index + 1))
+        return slice(first, end)
+
+    def _watch_labels(
+        self,
+        starts: np.ndarray,
+        ends: np.ndarray,
+        movies: np.ndarray,
+        watched: np.ndarray,
+    ) -> np.ndarray:
+        labels = np.zeros((len(starts), len(self._catalogue)), np.float32)
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            labels[row, self._sequences.movies[start : start + end]] = _ALREADY_SEEN
+            labels[row, movies[row, watched[row]]] = 1.0
+        return labels
+
+
+class LookedUp(keras.utils.PyDataset):
+    """Examples for `Ranker.behind_lookups`: the same, with ids looked up.
+
+    Args:
+        examples: the examples.
+        lookups: `Ranker.lookups`.
+    """
+
+    def __init__(self, examples: Examples, lookups: keras.Model) -> None:
+        super().__init__()
+        self._examples, self._lookups = examples, lookups
+
+    def on_epoch_end(self) -> None:
+        self._examples.on_epoch_end()
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> tuple[tuple, dict, dict]:
+        features, labels, weights = self._examples[index]
+        return tuple(self._lookups.predict_on_batch(features)), labels, weights
