@@ -11,7 +11,6 @@ expert and calls one of the three methods in `_protocol`: `on_pieces`, `on_slots
 `on_rows`, which only experts with stacked kernels have.
 """
 
-from keras_moe._backend import restored_axes as restored_axes
 from keras_moe.experts._glu import GLUExperts
 from keras_moe.experts._layers import LayerExperts
 from keras_moe.experts._mlp import MLPExperts

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 
 from keras_moe import _checks, routers
+from keras_moe import dispatch as dispatch_lib
 from keras_moe.export._files import whole
 from keras_moe.export._ports import (
     as_inputs,
@@ -27,8 +28,6 @@ FORMATS = {
     "litert": ".tflite",
     "openvino": ".xml",
 }
-# "blocked" writes into its rows in a loop, for which these two have no operation.
-_DISPATCH_SUBSTITUTES = {"onnx": {"blocked": "split"}, "openvino": {"blocked": "split"}}
 # What a converter turns into other numbers: OpenVINO's integers do not wrap around.
 _CHANGED_ROUTERS = {"openvino": routers.HashRouter}
 
@@ -110,7 +109,7 @@ def export_model(model: keras.Model, path: str | Path, format: str) -> None:
 @contextmanager
 def _dispatches(model: keras.Model, format: str) -> Iterator[None]:
     """Give the layers of `model` dispatches that the format can carry, for a while."""
-    substitutes = _DISPATCH_SUBSTITUTES.get(format, {})
+    substitutes = dispatch_lib.substitutes(format)
     layers = [
         (layer, layer.dispatch)
         for layer in model._flatten_layers(include_self=False)

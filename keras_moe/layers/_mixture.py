@@ -14,9 +14,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks, routing
+from keras_moe import _backend, _checks, routing
 from keras_moe._layer import Layer
-from keras_moe.experts import MLPExperts, restored_axes
+from keras_moe.experts import MLPExperts
 from keras_moe.initializers import independent, is_seeded
 from keras_moe.layers._parts import check_experts
 from keras_moe.layers._tasks import Tasks
@@ -116,7 +116,7 @@ class Mixture(Layer):
         """(..., t, m), (..., t * m, u) -> (..., t, u): each task its own m experts."""
         leading = ops.shape(expert_outputs)[:-2]
         t, m = gates.shape[-2:]
-        blocks = (*restored_axes(leading), t, m, expert_outputs.shape[-1])
+        blocks = (*_backend.restored_axes(leading), t, m, expert_outputs.shape[-1])
         own = ops.reshape(expert_outputs, blocks)
         return ops.squeeze(self.mix(ops.expand_dims(gates, -2), own), axis=-2)
 
@@ -294,7 +294,7 @@ def from_slots(outputs: Any, leading: Sequence[Any]) -> Any:
     """(e, n, u) -> (..., e, u), with the leading axes restored."""
     e, u = outputs.shape[0], outputs.shape[-1]
     outputs = ops.transpose(outputs, (1, 0, 2))  # (n, e, u)
-    return ops.reshape(outputs, (*restored_axes(leading), e, u))
+    return ops.reshape(outputs, (*_backend.restored_axes(leading), e, u))
 
 
 def _of_level(initializer: Any, level: int) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_moe import _backend, routers
+from keras_moe import _backend
 from keras_moe import routing as routing_lib
 from keras_moe.layers._parts import check_leading_axes, checked_batch
 
@@ -41,12 +41,14 @@ def router_inputs(given: Any, inputs: Any) -> Any:
 def router_shape(
     router: Any, inputs_shape: tuple[int | None, ...], router_inputs_shape: Any
 ) -> tuple[int | None, ...]:
-    """Return the shape of what the router sees, flattened."""
+    """Return the shape of the router's inputs, flattened."""
     if router_inputs_shape is None:
-        if isinstance(router, routers.HashRouter):
+        # Routers that are no subclass of `Router` need not have this attribute.
+        if getattr(router, "reads_ids", False):
             raise ValueError(
-                "`router_inputs` must be given for the router HashRouter, which "
-                "hashes integer ids and not features. Received: router_inputs=None"
+                "`router_inputs` must be given for the router "
+                f"{type(router).__name__}, which reads integer ids instead of "
+                "features. Received: router_inputs=None"
             )
         return (None, inputs_shape[-1])
     if len(router_inputs_shape) < len(inputs_shape):

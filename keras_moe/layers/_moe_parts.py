@@ -6,7 +6,6 @@ its choice; what does not go together is refused here, by the name of the argume
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -41,14 +40,10 @@ def make_router(
     if seed is not None:
         # Not the stream of the experts' dropout, which has the seed itself.
         arguments["seed"] = seed + 1
-    if kind.choice == "expert" and capacity_factor is not None:
-        arguments["capacity_factor"] = capacity_factor
-    known = inspect.signature(kind).parameters
-    return kind(
-        num_experts,
-        **{name: arguments[name] for name in arguments if name in known},
-        dtype=dtype,
-        name="router",
+    if capacity_factor is not None:
+        arguments["capacity_factor"] = capacity_factor  # Of an expert choice.
+    return routers.get(
+        router, num_experts=num_experts, **arguments, dtype=dtype, name="router"
     )
 
 
@@ -185,9 +180,11 @@ def make_metrics(
             f"routing_metrics={names!r}"
         )
     lost = sorted(RoutingMetrics.NEEDS_PROBS.intersection(names))
-    if lost and isinstance(router, routers.HashRouter):
+    # Routers that are no subclass of `Router` need not have this attribute.
+    if lost and not getattr(router, "has_probs", True):
         raise ValueError(
-            f"`routing_metrics` must not hold {lost} for the router HashRouter, "
-            f"which has no probabilities. Received: routing_metrics={names!r}"
+            f"`routing_metrics` must not hold {lost} for the router "
+            f"{type(router).__name__}, which has no probabilities. Received: "
+            f"routing_metrics={names!r}"
         )
     return RoutingMetrics(router.num_experts, names, prefix=prefix)

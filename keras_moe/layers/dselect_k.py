@@ -22,7 +22,7 @@ import keras
 from keras import ops
 
 from keras_moe import _backend, _checks, losses
-from keras_moe.experts import MLPExperts, restored_axes
+from keras_moe.experts import MLPExperts
 from keras_moe.initializers import PerExpert
 from keras_moe.layers._mixture import Mixture
 from keras_moe.layers._parts import (
@@ -242,7 +242,7 @@ class DSelectK(Mixture):
             ops.reshape(self.selectors(rows), bits),
             self.mixing(rows) if self.top_k > 1 else None,
         )
-        shape = (*restored_axes(leading), self.tasks.count, self.num_experts)
+        shape = (*_backend.restored_axes(leading), self.tasks.count, self.num_experts)
         return ops.reshape(weights, shape), selected
 
     def _mix(self, selector_logits: Any, mixing_logits: Any) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ import keras
 from keras import ops
 
 from keras_moe import _backend, _checks
-from keras_moe.experts import MLPExperts, restored_axes
+from keras_moe.experts import MLPExperts
 from keras_moe.initializers import independent
 from keras_moe.layers._mixture import GatedMixture, from_slots, on_streams, to_slots
 from keras_moe.layers._parts import default_name
@@ -299,7 +299,7 @@ class HoME(GatedMixture):
         leading, (e, u) = ops.shape(outputs)[:-2], outputs.shape[-2:]
         flat = ops.reshape(outputs, (-1, e * u))
         normal = ops.silu(norm(flat, training=training, mask=mask))
-        return ops.reshape(normal, (*restored_axes(leading), e, u))
+        return ops.reshape(normal, (*_backend.restored_axes(leading), e, u))
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> Any:
         return self.tasks.repeat((*input_shape[:-1], self.experts[0].units[-1]))

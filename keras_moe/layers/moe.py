@@ -14,11 +14,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks, losses
+from keras_moe import _backend, _checks, losses
 from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
 from keras_moe._layer import Layer
-from keras_moe.experts import MLPExperts, restored_axes
+from keras_moe.experts import MLPExperts
 from keras_moe.layers import _moe_inputs as flat
 from keras_moe.layers import _moe_parts as parts
 from keras_moe.layers._parts import check_experts, default_name
@@ -282,13 +282,22 @@ class MoE(Layer):
         self._add_losses(routing, training)
         if mask is not None:
             outputs = routing_lib.rows_where(mask, outputs)
-        return ops.reshape(outputs, (*restored_axes(leading), outputs.shape[-1]))
+        return ops.reshape(
+            outputs, (*_backend.restored_axes(leading), outputs.shape[-1])
+        )
 
     def _compute(self, tokens: Any, routing: Any, training: bool | None) -> Any:
         """(n, d) -> (n, u) through the experts of every token."""
         name, kept = self._dispatch_now(), None
         if name == "capacity" and self.router.choice == "token":
-            outputs, kept = self._within_capacity(tokens, routing, training)
+            outputs, kept = dispatch_lib.within_capacity(
+                tokens,
+                routing,
+                self.experts,
+                training,
+                capacity_factor=self.capacity_factor,
+                priority=self.priority,
+            )
         elif name == "capacity":
             outputs = dispatch_lib.expert_choice(
                 tokens, routing, self.experts, training
@@ -299,25 +308,6 @@ class MoE(Layer):
         if self.routing_metrics is not None:
             self.routing_metrics.update_state(routing, kept)
         return ops.cast(outputs, self.compute_dtype)
-
-    def _within_capacity(
-        self, tokens: Any, routing: Any, training: bool | None
-    ) -> tuple[Any, Any]:
-        """Return outputs (n, u), and which choices (n, k) found a place."""
-        # A token that is not finite takes no place from others; its output is NaN.
-        finite = ops.all(ops.isfinite(routing.combine_weights), axis=-1)
-        mask = finite if routing.mask is None else ops.logical_and(finite, routing.mask)
-        factor = 1.25 if self.capacity_factor is None else self.capacity_factor
-        places = routing_lib.expert_capacity(
-            ops.shape(tokens)[0], self.num_experts, self.top_k, factor
-        )
-        slots = routing_lib.capacity_slots(
-            routing._replace(mask=mask), self.num_experts, places, self.priority
-        )
-        outputs = dispatch_lib.capacity(
-            tokens, routing, self.experts, training, slots=slots
-        )
-        return dispatch_lib.nan_where(ops.logical_not(finite), outputs), slots.kept
 
     def _dispatch_now(self) -> str:
         """The dispatch of the graph that is being traced; the rule is in the docs."""

@@ -14,10 +14,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe import _backend, _checks
 from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
-from keras_moe.experts import restored_axes
 from keras_moe.layers._mixture import GatedMixture
 from keras_moe.layers._parts import (
     check_expert_outputs,
@@ -25,6 +24,7 @@ from keras_moe.layers._parts import (
     checked_rows,
     default_name,
 )
+
 # Under its first address, too.
 from keras_moe.layers.shared_bottom import SharedBottom as SharedBottom
 
@@ -198,7 +198,8 @@ class MMoE(GatedMixture):
         outputs = compute(tokens, routing, self.experts, training)  # (n, k, u)
         mixtures = self.mix(weights, outputs)
         return ops.reshape(
-            mixtures, (*restored_axes(leading), self.num_gates, mixtures.shape[-1])
+            mixtures,
+            (*_backend.restored_axes(leading), self.num_gates, mixtures.shape[-1]),
         )
 
     def compute_output_shape(

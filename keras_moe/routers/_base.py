@@ -79,6 +79,11 @@ class Router(Layer):
         self.top_k = _checks.top_k(top_k, self.num_experts)
 
     @property
+    def least_rank(self) -> int:  # type: ignore[override]
+        """The smallest rank of tokens: ids have no feature axis."""
+        return 1 if self.reads_ids else 2
+
+    @property
     def _routing_dtype(self) -> str:
         return "float64" if self.compute_dtype == "float64" else "float32"
 

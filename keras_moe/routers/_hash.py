@@ -65,7 +65,6 @@ class HashRouter(Router):
     supported_losses = frozenset()
     reads_ids = True
     has_probs = False
-    least_rank = 1
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from keras import ops
 from keras_moe import routers
 from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
 from keras_moe.layers import HierarchicalMoE, MoE
+from keras_moe.routing import Routing
 from tests import backends, moe_oracles, oracles, processes, routing_oracles, ways
 from tests.family import not_on_jax
 
@@ -1233,6 +1234,27 @@ def test_bad_inputs_are_named():
         hashed(x)
 
 
+class ByParity(routers.Router):
+    """A router of one's own: even ids go to one expert, odd ids to another."""
+
+    reads_ids, has_probs = True, False
+
+    def call(self, tokens, mask=None, training=None):
+        indices = ops.expand_dims(ops.mod(tokens, 2), -1)
+        return Routing(indices, ops.ones_like(indices, dtype="float32"), mask=mask)
+
+
+def test_the_attributes_of_a_router_of_ones_own_are_read():
+    layer, x, ids = moe(ByParity(E, 1)), tokens(5), np.array([0, 1, 3, 2, 4])
+    with pytest.raises(ValueError, match=r"`router_inputs` must be given.*ByParity"):
+        layer(x)
+    with pytest.raises(ValueError, match=r"`routing_metrics` must not hold.*ByParity"):
+        moe(ByParity(E, 1), routing_metrics=["router_entropy"])
+    every = array(layer.experts(x))  # (n, e, u)
+    found = array(layer(x, router_inputs=ids.astype("int32")))
+    np.testing.assert_allclose(found, every[np.arange(5), ids % 2], rtol=1e-6)
+
+
 def test_a_dispatch_that_does_not_fit_is_refused_later_too():
     layer = MoE(E, U, capacity_factor=1.5)
     with pytest.raises(ValueError, match=r"`capacity_factor`.*dispatch='dense'"):
@@ -1254,7 +1276,7 @@ def test_top_k_is_that_of_a_router_that_was_given():
 
 @pytest.mark.skipif(ways.BACKEND == "jax", reason="there it is allowed")
 def test_ragged_is_refused_off_jax():
-    with pytest.raises(ValueError, match="'ragged' only on.*'jax'"):
+    with pytest.raises(ValueError, match=r"'ragged' only on.*'jax'"):
         MoE(E, U, dispatch="ragged")
 
 
