@@ -301,6 +301,9 @@ def _with_entry(value: Any, tasks: list[str]) -> list[str]:
     """Return the tasks to which an argument of `compile` gives something."""
     if value is None:
         return []
+    if isinstance(value, list | tuple) and len(value) == len(tasks) > 1:
+        # One for each output, in the order of Keras.
+        value = keras.tree.pack_sequence_as(dict.fromkeys(tasks), list(value))
     if isinstance(value, dict):
         return [task for task in tasks if value.get(task) is not None]
     return tasks
