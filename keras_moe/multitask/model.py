@@ -102,6 +102,9 @@ class MultiTaskModel(keras.Model):
         if loss_weighting is not None:
             if not loss_weighting.built:
                 loss_weighting.build((tasks.count,))
+            # Keras 3.12 tracks no layer that a functional model is given later.
+            if all(layer is not loss_weighting for layer in self.layers):
+                self._layers.append(loss_weighting)
             self._task_losses = TaskLosses(self.task_names)
 
     @property
