@@ -84,7 +84,8 @@ def update_metrics(
     )
     for metrics, labels, weight in kinds:
         order = compiled._resolved_output_names or list(y_pred)
-        for metric, task in zip(metrics, order, strict=True):
+        # Not strictly: Keras 3.12 has an empty list where there are no metrics.
+        for metric, task in zip(metrics, order, strict=False):
             if metric:
                 metric.update_state(
                     labels[task], y_pred[task], weight[task] if weight else None

@@ -102,6 +102,9 @@ class MultiTaskModel(keras.Model):
         if loss_weighting is not None:
             if not loss_weighting.built:
                 loss_weighting.build((tasks.count,))
+            # Keras 3.12 tracks no layer that a functional model is given later.
+            if all(layer is not loss_weighting for layer in self.layers):
+                self._layers.append(loss_weighting)
             self._task_losses = TaskLosses(self.task_names)
 
     @property
@@ -301,6 +304,9 @@ def _with_entry(value: Any, tasks: list[str]) -> list[str]:
     """Return the tasks to which an argument of `compile` gives something."""
     if value is None:
         return []
+    if isinstance(value, list | tuple) and len(value) == len(tasks) > 1:
+        # One for each output, in the order of Keras.
+        value = keras.tree.pack_sequence_as(dict.fromkeys(tasks), list(value))
     if isinstance(value, dict):
         return [task for task in tasks if value.get(task) is not None]
     return tasks

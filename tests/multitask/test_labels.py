@@ -11,6 +11,8 @@ from tests.family import not_on_jax
 
 TASKS = ["click", "stars"]
 MEAN = "mean_with_sample_weight"
+# Tracing a step takes TensorFlow a second; what is checked before it needs no graph.
+EAGER = keras.backend.backend() == "tensorflow"
 WEIGHTINGS = pytest.mark.parametrize(
     "weighted", [False, True], ids=["sum", "weighting"]
 )
@@ -269,6 +271,17 @@ def test_an_output_may_be_predicted_only(weighted, loss, labels):
     assert set(model.predict(x, verbose=0)) == {"ctr", "cvr", "ctcvr"}
 
 
+@WEIGHTINGS
+def test_a_loss_of_none_may_stand_in_a_list(weighted):
+    """In the order of Keras, which sorts the outputs by name: ctcvr, ctr, cvr."""
+    x, y, _ = _rows()
+    model = _esmm(UncertaintyWeighting() if weighted else None)
+    model.compile("sgd", ["mse", "mse", None])
+    y = dict.fromkeys(["ctr", "ctcvr"], y["click"])
+    found = model.evaluate(x, y, verbose=0, return_dict=True)
+    assert set(found) == {"loss", "ctr_loss", "ctcvr_loss"}
+
+
 def test_partial_losses_survive_a_file(tmp_path):
     x, y, _ = _rows()
     model = _esmm(UncertaintyWeighting())
@@ -308,7 +321,7 @@ def test_what_compile_takes_it_takes_beside_a_weighting(loss, rank):
     found = []
     for weighting in (None, UncertaintyWeighting()):
         model = _model(weighting)
-        model.compile("sgd", loss)
+        model.compile("sgd", loss, run_eagerly=EAGER)
         found.append(model.evaluate(x, y, verbose=0, return_dict=True))
     plain, weighted = found
     losses = [key for key in weighted if key.endswith("_loss")]
@@ -367,6 +380,7 @@ def test_weights_of_some_tasks_leave_the_others_at_one(weighted, fit):
             keras.optimizers.SGD(0.1),
             _losses(MEAN),
             weighted_metrics={"click": ["mae"]},
+            run_eagerly=EAGER,
         )
         fit(model, x, y, given)
         measured = model.evaluate(
