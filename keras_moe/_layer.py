@@ -1,7 +1,7 @@
-"""What every layer of keras_moe asks of its inputs, in the words of its caller.
+"""The base layer, which checks its inputs before Keras does.
 
-Without it, a wrong input fails far inside, in a message that names a part the user has
-never heard of.
+A wrong input otherwise fails in a layer inside, in a message that names that one. Here
+the message names the layer and the argument that the user wrote.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _OTHERS = ("self", "mask", "training")
 
 
 class Layer(keras.layers.Layer):
-    """A Keras layer that looks at its inputs before Keras does.
+    """A Keras layer that checks its inputs first.
 
     Class attributes:
         least_rank: the smallest rank of its first input.
@@ -27,17 +27,22 @@ class Layer(keras.layers.Layer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer, or say which input it cannot take."""
-        names = _inputs_of(type(self))  # type: ignore[arg-type]
-        given = dict(zip(names, args, strict=False)) | {
-            name: kwargs[name] for name in names if name in kwargs
-        }
+        places = _inputs_of(type(self))  # type: ignore[arg-type]
+        given = {name: args[i] for name, i in places.items() if i < len(args)}
+        given |= {name: kwargs[name] for name in places if name in kwargs}
         for name, value in given.items():
             _check_input(type(self).__name__, name, value)
-        if names and names[0] in given:
-            self._check_rank(names[0], given[names[0]])
+        first = next(iter(places))
+        if first in given:
+            self._check_first(first, given[first])
         return super().__call__(*args, **kwargs)
 
-    def _check_rank(self, name: str, value: Any) -> None:
+    def _check_first(self, name: str, value: Any) -> None:
+        if value is None:
+            raise ValueError(
+                f"{type(self).__name__} expects one tensor or array as `{name}`. "
+                f"Received: {name}=None"
+            )
         shape = getattr(value, "shape", None)
         if shape is None or getattr(shape, "rank", 0) is None:
             return
@@ -53,9 +58,10 @@ def _axes(rank: int) -> str:
 
 
 @cache
-def _inputs_of(layer: type) -> tuple[str, ...]:
+def _inputs_of(layer: type) -> dict[str, int]:
+    """Return the inputs of a layer's call, and their places behind `self`."""
     names = inspect.signature(layer.call).parameters  # type: ignore[attr-defined]
-    return tuple(name for name in names if name not in _OTHERS)
+    return {name: i - 1 for i, name in enumerate(names) if name not in _OTHERS}
 
 
 def _check_input(layer: str, name: str, value: Any) -> None:

@@ -101,6 +101,30 @@ def run_halves(strategy: tf.distribute.Strategy) -> dict:
     }
 
 
+def run_one_sided(strategy: tf.distribute.Strategy) -> dict:
+    """A task that only the rows of the first replica know."""
+    x = np.random.default_rng(1).normal(size=(2 * ROWS, 6)).astype("float32")
+    known = np.repeat([1.0, 0.0], ROWS)
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((6,))
+        outputs = {task: Tower((), name=task)(inputs) for task in ("all", "half")}
+        model = MultiTaskModel(inputs, outputs, UncertaintyWeighting())
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+    y = {"all": x[:, :1], "half": 3 + x[:, 1:2]}
+    history = model.fit(
+        x,
+        y,
+        sample_weight={"half": known},
+        batch_size=2 * ROWS,
+        epochs=3,
+        shuffle=False,
+        verbose=0,
+    ).history
+    weights = [np.asarray(w).tolist() for w in model.get_weights()]
+    return {"history": history, "weights": weights}
+
+
 def main() -> None:
     processor = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(
@@ -116,6 +140,7 @@ def main() -> None:
         for weighting in (False, True)
         for router in ("top_k", "bias_balanced")
     }
+    found["one-sided"] = [run_one_sided(strategy) for strategy in both]
     found["halves"] = [run_halves(strategy) for strategy in both]
     json.dump(found, sys.stdout)
 

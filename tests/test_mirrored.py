@@ -40,6 +40,15 @@ def test_two_replicas_train_as_one_device(found, weighting, router):
     assert one["history"]["seen_loss"] == [0.0] * 3
 
 
+def test_a_task_that_one_replica_knows_is_known(found):
+    """Its "+ s" was counted for the replicas with rows alone."""
+    one, two = found["one-sided"]
+    for name, values in one["history"].items():
+        np.testing.assert_allclose(two["history"][name], values, rtol=1e-5)
+    for a, b in zip(one["weights"], two["weights"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_a_bias_follows_the_load_of_all_replicas(found):
     """Each replica had moved its own bias, and the mean of them was kept."""
     one, two = found["halves"]

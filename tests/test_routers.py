@@ -1009,6 +1009,9 @@ def test_a_single_renormalised_weight_is_for_inference(name, arguments):
     rule = "`top_k` must be >= 2" if name == "noisy_top_k" else "`renormalize` must be"
     with pytest.raises(ValueError, match=f"{rule}.*{type(router).__name__}.*top_k=1"):
         router(tokens(), training=True)
+    router.kernel.trainable = False
+    router(tokens(), training=True)
+    router.kernel.trainable = True
     router.trainable = False
     found = router(tokens(), training=True).combine_weights
     np.testing.assert_allclose(array(found), 1, rtol=1e-6)
@@ -1019,8 +1022,6 @@ def test_a_router_stands_in_a_functional_model(name):
     router = make(name)
     shape, dtype = ((), "int32") if name == "hash" else ((5,), "float32")
     inputs = keras.Input(shape, dtype=dtype)
-    if name == "expert_choice" and keras.backend.backend() != "tensorflow":
-        inputs = keras.Input(shape, batch_size=7)
     record = router(inputs)
     model = keras.Model(inputs, {n: getattr(record, n) for n in record._fields})
     x = np.arange(7, dtype="int32") if name == "hash" else tokens()
@@ -1032,6 +1033,24 @@ def test_a_router_stands_in_a_functional_model(name):
         found = functional.predict(x, verbose=0)
         for field, value in expected.items():
             np.testing.assert_allclose(found[field], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Layer 'functional:UserWarning"
+)  # No mask leaves it.
+@pytest.mark.parametrize(
+    ("name", "field"), [("noisy_top_k", "choice_probs"), ("expert_choice", "invalid")]
+)
+def test_a_mask_that_comes_later_moves_no_field(name, field):
+    """A functional model takes the fields of a record by their places."""
+    router = make(name)
+    inputs = keras.Input((5,))
+    inner = keras.Model(inputs, {"field": getattr(router(inputs), field)})
+    outer_inputs = keras.Input((5,))
+    masked = keras.layers.Masking()(outer_inputs)
+    outer = keras.Model(outer_inputs, inner(masked))
+    expected = array(inner(tokens())["field"])
+    np.testing.assert_array_equal(array(outer(tokens())["field"]), expected)
 
 
 def test_tokens_of_another_shape_are_refused():
@@ -1072,7 +1091,7 @@ def test_get_takes_a_class_a_config_and_an_object():
 @pytest.mark.parametrize(
     "value",
     [None, "top-k", 3, keras.layers.Dense, keras.layers.Dense(4), lambda x: x],
-    ids=str,
+    ids=["None", "misspelt", "number", "class", "layer", "function"],
 )
 def test_get_refuses_what_is_no_router(value):
     message = r"`identifier` must be one of.*'top_k'.*Received: identifier="

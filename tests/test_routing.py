@@ -1,6 +1,8 @@
 """Records: capacity and who gets it, by hand and against a literal queue."""
 
+import copy
 import inspect
+import pickle
 import re
 from fractions import Fraction
 
@@ -482,3 +484,16 @@ def test_unknown_sizes_are_no_error_in_a_graph():
     )
     expected = array(routing.top_k(SCORES, K))
     np.testing.assert_array_equal(array(unknown_rank(SCORES)), expected)
+
+
+def test_a_record_survives_copies_and_pickles():
+    record = routing.Routing(
+        np.zeros((3, 2), "int32"), np.ones((3, 2)), mask=np.ones(3, bool)
+    )
+    for again in (pickle.loads(pickle.dumps(record)), copy.deepcopy(record)):
+        assert type(again) is type(record)
+        assert again._fields == ("expert_indices", "combine_weights", "mask")
+        np.testing.assert_array_equal(again.mask, record.mask)
+    assert record._replace(mask=None).mask is None
+    with pytest.raises(TypeError, match="Routing takes expert_indices"):
+        routing.Routing(np.zeros((3, 2)))

@@ -89,6 +89,8 @@ class SoftMoE(Layer):
           https://arxiv.org/abs/2308.00951)
     """
 
+    least_rank = 3
+
     def __init__(
         self,
         num_experts: int,

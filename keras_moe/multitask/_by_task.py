@@ -30,6 +30,22 @@ def check_keys(argument: str, value: Any, tasks: Sequence[str]) -> None:
         )
 
 
+def aligned(
+    y: Any, y_pred: dict[str, Any], sample_weight: Any, needed: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return labels, weights and which rows are defined, each by task.
+
+    Args:
+        y: as in `labels_by_task`.
+        y_pred: dict of predictions by task.
+        sample_weight: as in `weights_by_task`.
+        needed: the tasks that must have labels.
+    """
+    weights = as_wide_as_masks(weights_by_task(sample_weight, y_pred), y_pred)
+    defined = {task: defined_rows(y_pred[task], weights[task]) for task in weights}
+    return labels_by_task(y, y_pred, needed), weights, defined
+
+
 def labels_by_task(
     y: Any, y_pred: dict[str, Any], needed: Collection[str]
 ) -> dict[str, Any]:
@@ -42,6 +58,10 @@ def labels_by_task(
     """
     tasks = list(y_pred)
     check_keys("y", y, tasks)
+    if y is None and needed:
+        raise ValueError(
+            f"`y` must be a dict of labels by task, {tasks}. Received: y=None"
+        )
     if not isinstance(y, dict):
         flat = keras.tree.flatten(y)
         if len(flat) != len(tasks):
@@ -93,24 +113,45 @@ def as_wide_as_masks(weights: dict[str, Any], y_pred: dict[str, Any]) -> dict[st
     }
 
 
-def completed(sample_weight: Any, y: Any, tasks: Sequence[str]) -> Any:
-    """Return a dict of weights with ones for the tasks of `y` that it leaves out."""
-    check_keys("sample_weight", sample_weight, tasks)
+def completed(sample_weight: Any, y: Any, outputs: dict[str, Any]) -> Any:
+    """Return a dict of weights with ones for the tasks of `y` that it leaves out.
+
+    Args:
+        sample_weight: the argument of `fit`.
+        y: its labels.
+        outputs: dict of the model's outputs by task.
+    """
+    check_keys("sample_weight", sample_weight, list(outputs))
     if not isinstance(sample_weight, dict) or not isinstance(y, dict):
         return sample_weight
-    check_keys("y", y, tasks)
+    check_keys("y", y, list(outputs))
     return {
-        task: _ones_for(labels)
+        task: _ones_for(labels, outputs[task].shape)
         if sample_weight.get(task) is None
-        else sample_weight[task]
+        else _flat_if_one_a_row(sample_weight[task], outputs[task].shape)
         for task, labels in y.items()
     }
 
 
-def _ones_for(labels: Any) -> np.ndarray:
-    """Return one weight a row, of the rank of the labels, which masks need."""
-    rows, *others = np.shape(labels)
-    return np.ones((rows, *[1] * len(others)), "float32")
+def _ones_for(labels: Any, output_shape: Sequence[int | None]) -> np.ndarray:
+    """Return a weight for every value of the loss: all axes but the last.
+
+    One weight a row would be the divisor of a mean over all steps of a sequence.
+    """
+    given = np.shape(labels)
+    axes = [
+        given[i] if size is None and i < len(given) else size
+        for i, size in enumerate(output_shape[:-1])
+    ]
+    return np.ones((given[0], *axes[1:]), "float32")
+
+
+def _flat_if_one_a_row(weight: Any, output_shape: Sequence[int | None]) -> Any:
+    """Return (n,) for (n, 1): with another rank every time, TensorFlow forgets it."""
+    shape = np.shape(weight)
+    if len(output_shape) == 2 and len(shape) == 2 and shape[1] == 1:
+        return np.reshape(ops.convert_to_numpy(weight), (-1,))
+    return weight
 
 
 def defined_rows(prediction: Any, weight: Any) -> Any:
@@ -131,16 +172,22 @@ def defined_rows(prediction: Any, weight: Any) -> Any:
 
 
 def without_undefined(labels: Any, defined: Any) -> Any:
-    """Return `labels` with 1 in the rows that are not `defined`.
+    """Return `labels` with numbers for NaN and infinity in rows that are not `defined`.
 
-    Any label would do, as its loss is multiplied by 0; it must have a finite one. That
-    of 0 is not in a loss that takes the logarithm of the label.
+    Any label will do whose loss is finite, since it is multiplied by 0. It is that of
+    the first defined row, for which the loss was made; a loss of the logarithm of the
+    label has none at 0.
     """
     if labels is None or defined is None:
         return labels
     labels = ops.convert_to_tensor(labels)
+    if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(labels.dtype)):
+        return labels
     defined = _of_rank(defined, len(labels.shape))
-    return ops.where(defined, labels, ops.ones_like(labels))
+    of_row = ops.any(defined, axis=tuple(range(1, len(labels.shape))))
+    filler = ops.take(labels, ops.argmax(ops.cast(of_row, "int32"), axis=0), axis=0)
+    filler = ops.where(ops.isfinite(filler), filler, ops.ones_like(filler))
+    return ops.where(ops.logical_or(defined, ops.isfinite(labels)), labels, filler)
 
 
 def _of_rank(flags: Any, rank: int) -> Any:

@@ -23,8 +23,8 @@ class MultiTaskModel(keras.Model):
     needs no labels: leave it out of `loss`, or give it None there.
 
     A task that is not defined on some rows (a rating exists only where the movie was
-    watched) is masked by sample weights: 0 for such a row, whose label may then be
-    anything, NaN too. For the row to add exactly nothing, give the loss
+    watched) is masked by sample weights: 0 for such a row, whose label may then be NaN
+    or infinite. For the row to add exactly nothing, give the loss
     `reduction="mean_with_sample_weight"`, which divides by the sum of the weights, and
     list the task's metrics under `weighted_metrics`: those under `metrics` count every
     row with the label it has, as Keras has it, so that a NaN there gives NaN. Tasks
@@ -99,6 +99,9 @@ class MultiTaskModel(keras.Model):
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self.tasks = tasks
         self.loss_weighting = loss_weighting
+        self._weighting_takes_mask = loss_weighting is not None and (
+            "mask" in inspect.signature(loss_weighting.call).parameters
+        )
         if loss_weighting is not None:
             if not loss_weighting.built:
                 loss_weighting.build((tasks.count,))
@@ -127,10 +130,12 @@ class MultiTaskModel(keras.Model):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        _by_task.check_keys("loss", loss, self.task_names)
-        _by_task.check_keys("loss_weights", loss_weights, self.task_names)
-        for argument in ("metrics", "weighted_metrics"):
-            _by_task.check_keys(argument, kwargs.get(argument), self.task_names)
+        bound = inspect.signature(super().compile).bind(
+            optimizer, loss, loss_weights, *args, **kwargs
+        )
+        given = bound.arguments
+        for argument in ("loss", "loss_weights", "metrics", "weighted_metrics"):
+            _by_task.check_keys(argument, given.get(argument), self.task_names)
         if self.loss_weighting is not None and loss_weights is not None:
             raise ValueError(
                 "`loss_weights` must be None with a `loss_weighting`, which learns "
@@ -148,17 +153,11 @@ class MultiTaskModel(keras.Model):
             self._task_losses.compile(
                 self._compile_loss, loss, self.output_names, self._with_loss
             )
-        bound = inspect.signature(super().compile).bind(
-            optimizer, loss, loss_weights, *args, **kwargs
-        )
-        self._with_metrics = [
+        self._with_metrics = {
             task
-            for task in self.task_names
-            if any(
-                task in _with_entry(bound.arguments.get(argument), self.task_names)
-                for argument in ("metrics", "weighted_metrics")
-            )
-        ]
+            for argument in ("metrics", "weighted_metrics")
+            for task in _with_entry(given.get(argument), self.task_names)
+        }
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         # Keras skips this step for a model with a `compile` of its own.
@@ -192,15 +191,15 @@ class MultiTaskModel(keras.Model):
         """
         arguments = dict(inspect.signature(method).bind(*args, **kwargs).arguments)
         arguments |= arguments.pop("kwargs", {})
-        names = self.task_names
         if arguments.get("sample_weight") is not None:
             arguments["sample_weight"] = _by_task.completed(
-                arguments["sample_weight"], arguments.get("y"), names
+                arguments["sample_weight"], arguments.get("y"), self.output
             )
         held_out = arguments.get("validation_data")
         if isinstance(held_out, list | tuple) and len(held_out) == 3:
             x, y, weight = held_out
-            arguments["validation_data"] = x, y, _by_task.completed(weight, y, names)
+            weight = _by_task.completed(weight, y, self.output)
+            arguments["validation_data"] = x, y, weight
         return arguments
 
     def compute_loss(
@@ -213,12 +212,11 @@ class MultiTaskModel(keras.Model):
     ) -> Any:
         if self._compile_loss is None:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
-        weights = _by_task.weights_by_task(sample_weight, y_pred)
-        weights = _by_task.as_wide_as_masks(weights, y_pred)
-        y = _by_task.labels_by_task(y, y_pred, self._with_loss)
-        defined = {
-            task: _by_task.defined_rows(y_pred[task], weights[task]) for task in y
-        }
+        # Before anything waits for other replicas, whose calls clear these.
+        further = [self._aggregate_additional_loss(loss) for loss in self.losses]
+        y, weights, defined = _by_task.aligned(
+            y, y_pred, sample_weight, self._with_loss
+        )
         y = {
             # Keras wants a label for each output, of whatever value without a loss.
             task: _by_task.without_undefined(label, defined[task])
@@ -231,7 +229,8 @@ class MultiTaskModel(keras.Model):
             return super().compute_loss(
                 x, y, y_pred, weights if given else None, training
             )
-        return self._weighted_loss(y, y_pred, weights, defined)
+        total = self._weighted_loss(y, y_pred, weights, defined)
+        return sum(further, start=total)
 
     def _weighted_loss(
         self,
@@ -240,7 +239,7 @@ class MultiTaskModel(keras.Model):
         weights: dict[str, Any],
         defined: dict[str, Any],
     ) -> Any:
-        """Return the total over the batch of a replica, scaled as Keras scales it.
+        """Return the weighed loss of a replica's batch, scaled as Keras scales it.
 
         Keras' losses are divided by the number of replicas, since the optimizer adds
         up their gradients. A weighting is given the losses as they are without, and
@@ -248,33 +247,28 @@ class MultiTaskModel(keras.Model):
         """
         replicas = _backend.num_replicas()
         found = self._task_losses(y, y_pred, weights, replicas)
-        nothing = 0.0 * found[self._with_loss[0]]
+        nothing = ops.zeros_like(found[self._with_loss[0]])
         # Not in the order of `y_pred`, which JAX and torch sort by name.
         task_losses = [found.get(task, nothing) for task in self.task_names]
         weighting: Any = self.loss_weighting
         arguments = {}
-        if "mask" in inspect.signature(weighting.call).parameters:
+        if self._weighting_takes_mask:
             rows = {task: defined[task] for task in self.task_names}
             arguments["mask"] = _tasks_defined(rows, self._with_loss)
-        total = weighting(ops.stack(task_losses), **arguments) / replicas
-        for loss in self.losses:
-            total = total + self._aggregate_additional_loss(loss)
-        return total
+        return weighting(ops.stack(task_losses), **arguments) / replicas
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
     ) -> dict[str, Any]:
         if self._compile_metrics is not None:
-            weights = _by_task.weights_by_task(sample_weight, y_pred)
-            weights = _by_task.as_wide_as_masks(weights, y_pred)
-            y = _by_task.labels_by_task(y, y_pred, self._with_metrics)
-            defined = {
-                task: _by_task.without_undefined(
-                    y[task], _by_task.defined_rows(y_pred[task], weights[task])
-                )
-                for task in y
+            y, weights, defined = _by_task.aligned(
+                y, y_pred, sample_weight, self._with_metrics
+            )
+            known = {
+                task: _by_task.without_undefined(label, defined[task])
+                for task, label in y.items()
             }
-            update_metrics(self._compile_metrics, y, defined, y_pred, weights)
+            update_metrics(self._compile_metrics, y, known, y_pred, weights)
         return self.get_metrics_result()
 
     def get_config(self) -> dict[str, Any]:
@@ -316,9 +310,11 @@ def _tasks_defined(defined: dict[str, Any], with_loss: list[str]) -> Any:
     """Return (t,) bool: the tasks that have a loss and a defined row; None if all."""
     if len(with_loss) == len(defined) and all(d is None for d in defined.values()):
         return None
-    flags = []
-    for task, rows in defined.items():
-        known = rows is None or task not in with_loss
-        flag = ops.convert_to_tensor(task in with_loss, "bool") if known else None
-        flags.append(ops.any(rows) if flag is None else flag)
-    return ops.stack(flags)
+    rows_of = [
+        ops.convert_to_tensor(float(task in with_loss), "float32")
+        if rows is None or task not in with_loss
+        else ops.cast(ops.any(rows), "float32")
+        for task, rows in defined.items()
+    ]
+    # A task that is defined on one replica is defined in the batch of all.
+    return _backend.sum_over_replicas(ops.stack(rows_of)) > 0

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe import _checks
 from keras_moe._layer import Layer
 
 
@@ -34,6 +35,9 @@ class UncertaintyWeighting(Layer):
 
     Returns:
         The total loss, a scalar.
+
+    Raises:
+        ValueError: if the shapes of the losses and the mask are not `(t,)`.
 
     Attributes:
         log_variances: variable of shape `(t,)`, the s_t.
@@ -66,7 +70,12 @@ class UncertaintyWeighting(Layer):
 
     def call(self, task_losses: Any, mask: Any = None) -> Any:
         s = ops.convert_to_tensor(self.log_variances)
-        terms = ops.exp(-s) * ops.cast(task_losses, s.dtype) + s
+        task_losses = ops.cast(task_losses, s.dtype)
+        _checks.axes(task_losses=(task_losses, "t"), mask=(mask, "t?"))
+        if mask is not None:
+            # Before the product, whose gradient a NaN would reach.
+            task_losses = ops.where(mask, task_losses, ops.zeros_like(s))
+        terms = ops.exp(-s) * task_losses + s
         if mask is not None:
             terms = ops.where(mask, terms, ops.zeros_like(terms))
         return 0.5 * ops.sum(terms)

@@ -89,7 +89,9 @@ class Router(Layer):
 
     def _check_learns(self, training: bool | None, rule: str) -> None:
         """Refuse to train a router whose one weight is always 1: it has no gradient."""
-        if training and self.trainable and self.top_k == 1:
+        kernel = getattr(self, "kernel", None)
+        trained = self.trainable and (kernel is None or kernel.trainable)
+        if training and trained and self.top_k == 1:
             raise ValueError(
                 f"{rule} to train {type(self).__name__} with `top_k=1`: the one weight "
                 "is always 1, and the router gets no gradient. Inference, and training "

@@ -31,8 +31,10 @@ class BiasBalancedRouter(LinearRouter):
     is that of all its batches, under `MirroredStrategy` that of all replicas, and the
     bias with which the step began routes all of them, so that `keras.remat` recomputes
     the same choices (on JAX Keras lets no state out of what is recomputed, and fails).
-    A new step is recognised by the kernel, which the optimizer has changed; where the
-    kernel is not trained, every call is a step.
+    A new step is recognised by the kernel, which the optimizer has changed. The router
+    keeps a copy of it, and compares the two in every call of training. An unchanged
+    kernel means the same step: with a learning rate of 0, or without an optimizer, the
+    bias moves once. Where `kernel.trainable` is False, every call is a step.
 
     Experts may stand in groups (on different devices, say): a token then first keeps
     the groups whose two best experts have the highest sum of `score + bias`, and
@@ -179,8 +181,9 @@ class BiasBalancedRouter(LinearRouter):
     def _follow_load(self, bias: Any, load: Any, indices: Any, counted: Any) -> None:
         """b_i += rate * sign(mean load - load_i), with what the step has chosen.
 
-        A recomputation counts its batch again. As it does so for every batch of the
-        step, the loads keep their proportions, and the sign is the same.
+        A recomputation counts its batch again. Where every batch of the step is
+        recomputed equally often, the loads keep their proportions, and the sign is the
+        same.
         """
         chosen = routing.expert_counts(indices, self.num_experts, counted)
         load = load + _backend.sum_over_replicas(chosen)

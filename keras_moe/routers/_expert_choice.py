@@ -107,6 +107,23 @@ class ExpertChoiceRouter(LinearRouter):
             invalid if mask is None else ops.logical_and(invalid, mask),
         )
 
+    def compute_output_spec(
+        self, tokens: Any, mask: Any = None, training: bool | None = None
+    ) -> routing.ExpertChoiceRouting:
+        """Return the shapes, also for n that only the run decides."""
+        n = tokens.shape[0]
+        c = None if n is None else self._capacity(n)
+        by_expert, by_token = (self.num_experts, c), (n, self.num_experts)
+        dtype = self._routing_dtype
+        return routing.ExpertChoiceRouting(
+            keras.KerasTensor(by_expert, "int32"),
+            keras.KerasTensor(by_expert, dtype),
+            keras.KerasTensor(by_token, dtype),
+            keras.KerasTensor(by_token, dtype),
+            None if mask is None else keras.KerasTensor((n,), "bool"),
+            keras.KerasTensor((n,), "bool"),
+        )
+
     def _capacity(self, n: Any) -> Any:
         """`routing.expert_capacity`, where n can be known at all."""
         if not isinstance(n, int) and not ops.is_tensor(n):

@@ -46,13 +46,27 @@ class Record:
                 f"{len(values)} positional arguments and {sorted(named)}."
             )
         present = tuple(n for n in cls._fields if fields.get(n) is not None)
+        if "mask" in present:
+            # The last one: a functional model takes outputs by position, and a mask may
+            # be attached to its inputs after the model was made.
+            present = (*[n for n in present if n != "mask"], "mask")
         kind = _record_type(cls, present)  # type: ignore[arg-type]
         return kind(*[fields[name] for name in present])
 
     def _replace(self, **changes: Any) -> Any:
         """Return the record with other values; None takes a field away."""
-        fields = {name: getattr(self, name) for name in self.kind._fields}
-        return self.kind(**{**fields, **changes})
+        return self.kind(**{**self._given(), **changes})
+
+    def _given(self) -> dict[str, Any]:
+        """Return all fields by name, None for those that are missing."""
+        return {name: getattr(self, name) for name in self.kind._fields}
+
+    def __reduce__(self) -> Any:
+        return _remade, (self.kind, self._given())
+
+
+def _remade(kind: type[Record], fields: dict[str, Any]) -> Any:
+    return kind(**fields)
 
 
 @cache
@@ -64,7 +78,12 @@ def _record_type(kind: type[Record], present: tuple[str, ...]) -> Any:
     return type(
         kind.__name__,
         bases,
-        {"__slots__": (), "_replace": Record._replace, **missing},
+        {
+            "__slots__": (),
+            "_replace": Record._replace,
+            "__reduce__": Record.__reduce__,
+            **missing,
+        },
     )
 
 

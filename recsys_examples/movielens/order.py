@@ -21,7 +21,9 @@ users of the default data (a `--quick` run):
     ml-100k, by movie id                0.00           0.99
 
 The default file is sorted by movie id within each user; that of ml-100k is not sorted.
-Not detected is an order that differs from user to user, such as one by stars.
+Not detected is an order that differs from user to user, such as one by stars. Real
+timestamps that cause a warning all the same: those by the day (many ties), and ratings
+that all users give in the order of release.
 """
 
 from __future__ import annotations

@@ -55,8 +55,9 @@ def test_what_is_no_tensor_of_numbers_is_named(case, built):
     message = _message(layer, *_with_first(case, np.array([["a", "b"]])))
     assert "keras.layers.StringLookup" in message
     message = _message(layer, *_with_first(case, x.ravel()[:6]))
-    assert f"`{name}` of rank >= 2" in message
+    assert f"`{name}` of rank >= {layer.least_rank}" in message
     assert "(6,)" in message
+    assert f"{name}=None" in _message(layer, *_with_first(case, None))
 
 
 @every_router

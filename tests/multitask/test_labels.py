@@ -67,7 +67,7 @@ def test_an_undefined_label_may_be_anything(weighted, reduction):
         },
     )
     start, found = _arrays(model.weights), []
-    for filler in (0.0, 5.0, 3e38, np.inf, np.nan):
+    for filler in (0.0, 5.0, 1e9, np.inf, np.nan):
         for variable, value in zip(model.weights, start, strict=True):
             variable.assign(value)
         labels = {**y, "stars": np.where(undefined, filler, y["stars"])}
@@ -188,6 +188,8 @@ def test_uncertainty_weighting_with_a_mask_by_hand():
     weighting.build((2,))
     weighting.log_variances.assign([1.0, 2.0])
     mask = np.array([True, False])
+    found = ops.convert_to_numpy(weighting(np.array([4.0, np.nan]), mask=mask))
+    np.testing.assert_allclose(found, 0.5 * (4 / np.e + 1), rtol=1e-9)
 
     class Masked(keras.layers.Layer):
         def __init__(self):
@@ -200,9 +202,19 @@ def test_uncertainty_weighting_with_a_mask_by_hand():
 
     total = ops.convert_to_numpy(Masked()(np.array([4.0, 7.0])))
     np.testing.assert_allclose(total, 0.5 * (4 / np.e + 1), rtol=1e-9)
-    (by_s,), (by_loss,) = backends.gradients(Masked(), [np.array([4.0, 7.0])], [1.0])
+    losses = [np.array([4.0, np.nan])]
+    (by_s,), (by_loss,) = backends.gradients(Masked(), losses, [1.0])
     np.testing.assert_allclose(by_s, [0.5 * (1 - 4 / np.e), 0.0], rtol=1e-9)
     np.testing.assert_allclose(by_loss, [0.5 / np.e, 0.0], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("losses", "mask"),
+    [(np.ones((2, 3)), None), (np.ones(3), np.ones(1, bool)), (np.ones(3), True)],
+)
+def test_other_shapes_of_losses_are_refused(losses, mask):
+    with pytest.raises(ValueError, match=r"`(task_losses|mask)` must have the shape"):
+        UncertaintyWeighting()(losses, mask=mask)
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -392,6 +404,84 @@ def test_weights_of_some_tasks_leave_the_others_at_one(weighted, fit):
 
 
 @WEIGHTINGS
+def test_a_sequence_without_weights_is_a_mean_over_all_steps(weighted):
+    """Weights of 1 for rows alone made it a sum over the steps of a row."""
+    inputs = keras.Input((5, 4))
+    steps = keras.layers.Dense(1, name="steps")(inputs)
+    outputs = {"seq": steps, "one": keras.layers.Flatten()(steps)[:, :1]}
+    model = MultiTaskModel(
+        inputs, outputs, UncertaintyWeighting() if weighted else None
+    )
+    mean = keras.losses.MeanSquaredError(reduction=MEAN)
+    model.compile("sgd", {"seq": mean, "one": mean}, run_eagerly=EAGER)
+    x = np.random.default_rng(0).normal(size=(6, 5, 4)).astype("float32")
+    y = {"seq": x[..., :1], "one": x[:, 0, :1]}
+    found = [
+        model.evaluate(x, y, sample_weight=weight, verbose=0, return_dict=True)
+        for weight in (None, {"one": np.ones(6)}, {"seq": np.ones((6, 5))})
+    ]
+    for measured in found[1:]:
+        for name, value in found[0].items():
+            np.testing.assert_allclose(measured[name], value, rtol=1e-6)
+
+
+def test_partial_weights_of_any_task_in_turn():
+    """TensorFlow gives up the rank of what changes it between calls."""
+    x, y, _ = _rows()
+    model = _model()
+    model.compile("sgd", _losses(MEAN), weighted_metrics={"stars": ["mae"]})
+    some = (x[:, 2] > 0).astype("float32")
+    given = [{"stars": some}, {"click": some}, {"stars": some[:, None]}, None]
+    for weight in given:
+        measured = model.evaluate(
+            x, y, sample_weight=weight, verbose=0, return_dict=True
+        )
+        weight = {k: v.reshape(-1) for k, v in (weight or {}).items()}
+        full = {task: weight.get(task, np.ones(12, "float32")) for task in TASKS}
+        expected = model.evaluate(x, y, sample_weight=full, verbose=0, return_dict=True)
+        for name, value in expected.items():
+            np.testing.assert_allclose(measured[name], value, rtol=1e-6)
+
+
+def test_known_labels_of_weight_0_are_left_to_losses_that_compare_rows():
+    """As in a plain Keras model: such a loss reads them, whatever their weight."""
+
+    def spread(y_true, y_pred):
+        centred = y_true - ops.mean(y_true, axis=0)
+        return ops.mean(ops.square(centred - y_pred), axis=-1)
+
+    x, y, weights = _rows()
+    inputs = keras.Input((4,))
+    head = keras.layers.Dense(1)
+    plain = keras.Model(inputs, head(inputs))
+    plain.compile("sgd", spread, run_eagerly=EAGER)
+    model = MultiTaskModel(inputs, {"stars": head(inputs)})
+    model.compile("sgd", {"stars": spread}, run_eagerly=EAGER)
+    expected = plain.evaluate(x, y["stars"], sample_weight=weights["stars"], verbose=0)
+    found = model.evaluate(x, {"stars": y["stars"]}, sample_weight=weights, verbose=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_the_number_for_an_unknown_label_is_one_that_the_loss_can_take():
+    """log(y) has no value at 0, log(1 - y) none at 1."""
+
+    def logs(y_true, y_pred):
+        logs = ops.log(y_true) + ops.log1p(-y_true)
+        return ops.mean(ops.square(y_pred - logs), axis=-1)
+
+    x, _, weights = _rows()
+    label = np.where(weights["stars"] > 0, 0.5, np.nan)[:, None]
+    model = _model(tasks=["stars"])
+    model.compile("sgd", {"stars": logs}, run_eagerly=EAGER)
+    found = model.evaluate(x, {"stars": label}, sample_weight=weights, verbose=0)
+    assert np.isfinite(found)
+    some = model.evaluate(
+        x, {"stars": np.full((12, 1), 0.5)}, sample_weight=weights, verbose=0
+    )
+    assert found == some
+
+
+@WEIGHTINGS
 def test_keys_that_are_no_tasks_are_named(weighted):
     x, y, _ = _rows()
     model = _model(UncertaintyWeighting() if weighted else None)
@@ -409,6 +499,10 @@ def test_keys_that_are_no_tasks_are_named(weighted):
         model.fit(x, {"click": y["click"]}, verbose=0)
     with pytest.raises(ValueError, match=r"`sample_weight` must be tasks.*'spent'"):
         model.fit(x, y, sample_weight={"spent": np.ones(12)}, verbose=0)
+    with pytest.raises(ValueError, match=r"`metrics` must be tasks.*'spent'"):
+        model.compile("sgd", {"stars": "mse"}, None, {"spent": ["mae"]})
+    with pytest.raises(ValueError, match=r"`y` must be a dict of labels.*y=None"):
+        model.compute_loss(x, None, model(x))
     with pytest.raises(ValueError, match="as many labels as tasks"):
         model.evaluate(x, y["click"], verbose=0)
     with pytest.raises(ValueError, match="as many weights as tasks"):
