@@ -1,16 +1,16 @@
 """Mixture-of-Experts and multi-task recommender layers for Keras 3.
 
-Layers: `keras_moe.layers`. Sparse: MoE, HierarchicalMoE, SoftMoE. For several tasks:
+Layers: `keras_moe.layers`. Sparse: MoE, HierarchicalMoE, SoftMoE. Multi-task:
         SharedBottom, OMoE, MMoE, CGC, PLE, AdaTT, STEM, HoME, CrossStitch, DSelectK,
-        PEPNet (with its parts EPNet, PPNet, GateNU), and Tower, the head of a task.
-Parts:  `keras_moe.routers` (who goes where), `keras_moe.experts` (what computes),
-        `keras_moe.losses` (what keeps routers balanced), `keras_moe.metrics` (what
-        tells how they do), `keras_moe.initializers` (PerExpert).
+        PEPNet (with its parts EPNet, PPNet, GateNU), and Tower, a task head.
+Parts:  `keras_moe.routers` (assign tokens to experts), `keras_moe.experts` (expert
+        networks), `keras_moe.losses` (auxiliary losses of routers), `keras_moe.metrics`
+        (task and routing metrics), `keras_moe.initializers` (PerExpert).
 Models: `keras_moe.multitask` (MultiTaskModel, UncertaintyWeighting),
-        `keras_moe.upcycling` (a trained MLP becomes a mixture), `keras_moe.export`
-        (SavedModel with a signature a task, ONNX, LiteRT, OpenVINO).
-Sight:  `keras_moe.plots` (gate heatmap, expert usage), imported on demand because it
-        needs matplotlib.
+        `keras_moe.upcycling` (convert a trained MLP to a MoE), `keras_moe.export`
+        (SavedModel with one signature per task, ONNX, LiteRT, OpenVINO).
+Plots:  `keras_moe.plots` (gate heatmap, expert usage), not imported by default because
+        it needs matplotlib.
 """
 
 from keras_moe import (

@@ -1,4 +1,4 @@
-"""The few things that keras.ops does not offer and each backend does in its own way."""
+"""Backend-specific functions that keras.ops does not provide."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def name() -> str:
 
 
 def under_xla() -> bool:
-    """Whether what is being traced now will be compiled by XLA."""
+    """Whether XLA will compile the graph that is being traced."""
     if name() == "jax":
         return True
     if name() != "tensorflow":
@@ -25,7 +25,7 @@ def under_xla() -> bool:
 
     if tf.executing_eagerly():
         return False
-    # jit_compile=True is told to nested functions and loops by their outer graphs.
+    # Nested functions and loops inherit jit_compile=True from their outer graphs.
     graph = tf.compat.v1.get_default_graph()
     return bool(control_flow_util.GraphOrParentsInXlaContext(graph))
 
@@ -47,7 +47,7 @@ def on_accelerator() -> bool:
 
 
 def has_grouped_matmul() -> bool:
-    """Whether `jax.lax.ragged_dot` computes only the rows of each expert here."""
+    """Whether `jax.lax.ragged_dot` has a native kernel on this device (TPU)."""
     if name() != "jax":
         return False
     import jax
@@ -64,13 +64,13 @@ def with_gradient(
     """Return `function(*inputs, constants)` with the gradient `gradient(inputs, up)`.
 
     Args:
-        function: of the inputs and the constants.
-        gradient: of `inputs`, `constants` and the gradient of the outcome. Returns a
-            tuple of one gradient for each of `inputs`, and must say the same as
-            automatic differentiation would: torch takes that one.
+        function: function of the inputs and the constants.
+        gradient: function of `inputs`, `constants` and the upstream gradient. Returns
+            a tuple of one gradient for each of `inputs`, equal to that of automatic
+            differentiation, which torch uses instead.
         inputs: float tensors.
         constants: tensors without a gradient, in any structure. On JAX neither function
-            may use other tensors: what is recomputed would not know them.
+            may close over other tensors: `jax.checkpoint` would fail.
     """
     if name() == "torch":
         return function(*inputs, constants)
@@ -121,14 +121,14 @@ def as_tensor(variable: Any) -> Any:
         return value
     import tensorflow as tf
 
-    # Eagerly Keras hands out the tf.Variable, which a custom gradient refuses.
+    # In eager mode Keras returns the tf.Variable; a custom gradient needs a tensor.
     return tf.convert_to_tensor(value)
 
 
 def pullback(
     function: Callable[..., Any], inputs: Sequence[Any]
 ) -> tuple[Any, Callable[[Any], Sequence[Any]]]:
-    """Return `function(*inputs)` and the function from its gradient to theirs."""
+    """Return `function(*inputs)` and its vector-Jacobian product (`jax.vjp`)."""
     if name() == "jax":
         import jax
 
@@ -153,7 +153,7 @@ def pullback(
 def top_k(scores: Any, k: int) -> tuple[Any, Any]:
     """Return the k largest of the last axis and their indices, best first.
 
-    Equal scores go to the lower index, which torch's own top-k does not promise.
+    Ties go to the lower index, which `torch.topk` does not guarantee.
     """
     if name() != "torch":
         return ops.top_k(scores, k)
@@ -164,7 +164,7 @@ def top_k(scores: Any, k: int) -> tuple[Any, Any]:
 
 
 def split_rows(rows: Any, sizes: Any, count: int) -> Sequence[Any]:
-    """Cut the first axis into `count` parts of `sizes`, which only the run knows."""
+    """Split the first axis into `count` parts of data-dependent `sizes`."""
     if name() == "torch":
         import torch
 
@@ -175,18 +175,18 @@ def split_rows(rows: Any, sizes: Any, count: int) -> Sequence[Any]:
 
 
 def ragged_dot(rows: Any, kernels: Any, sizes: Any) -> Any:
-    """(m, in), (e, in, out) -> (m, out): runs of `sizes` rows, one kernel each."""
+    """(m, in), (e, in, out) -> (m, out): kernel k for the k-th `sizes[k]` rows."""
     import jax
 
     return jax.lax.ragged_dot(rows, kernels, sizes)
 
 
 def assert_same_rows(first: Any, second: Any, message: str) -> Any:
-    """Return `first`; to use it fails if the first axes differ when it runs.
+    """Return `first`, with a runtime check that the first axes are equal.
 
-    Only TensorFlow without XLA has axes that the run alone knows. Nothing orders the
-    operations of its graph but what they use: an assertion that nobody uses may come
-    after an operation that fails in its own words.
+    Only TensorFlow without XLA has data-dependent shapes. The result must be used: in a
+    graph, an assertion without a control dependency may run after the operation that it
+    guards.
     """
     if name() != "tensorflow" or under_xla():
         return first
@@ -194,7 +194,7 @@ def assert_same_rows(first: Any, second: Any, message: str) -> Any:
 
     sizes = tf.shape(first)[0], tf.shape(second)[0]
     same = tf.debugging.assert_equal(*sizes, message=message)
-    # Run at once, it has failed already and is no operation.
+    # In eager mode the assertion has already run and returns None.
     with tf.control_dependencies([] if same is None else [same]):
         return tf.identity(first)
 
@@ -202,7 +202,7 @@ def assert_same_rows(first: Any, second: Any, message: str) -> Any:
 def keras_mask(tensor: Any) -> Any:
     """Return the mask that Keras has attached to a tensor, or None.
 
-    It is an attribute, but on JAX, whose tensors take none.
+    On JAX, whose tensors accept no attributes, Keras stores masks elsewhere.
     """
     from keras.src.backend import get_keras_mask  # Keras does not export it.
 
@@ -210,7 +210,7 @@ def keras_mask(tensor: Any) -> Any:
 
 
 def num_replicas() -> int:
-    """Return how many replicas of `tf.distribute` compute a step together."""
+    """Return the number of `tf.distribute` replicas in sync."""
     if name() != "tensorflow":
         return 1
     import tensorflow as tf
@@ -219,7 +219,7 @@ def num_replicas() -> int:
 
 
 def sum_over_replicas(value: Any) -> Any:
-    """Return the sum of what every replica of `tf.distribute` has as `value`."""
+    """Return the sum of `value` over all `tf.distribute` replicas."""
     if num_replicas() == 1:
         return value
     import tensorflow as tf

@@ -19,7 +19,7 @@ def positive_int(name: str, value: Any) -> int:
 
 
 def top_k(top_k: Any, num_experts: int) -> int:
-    """Return `top_k` if there are so many experts."""
+    """Return `top_k` if it is in [1, num_experts], else raise ValueError."""
     checked = positive_int("top_k", top_k)
     if checked > num_experts:
         raise ValueError(
@@ -70,10 +70,10 @@ def flag(name: str, value: Any) -> bool:
 
 
 def last_dimension(layer: str, shape: Any) -> int:
-    """Return the size of the last axis, which a layer's weights are built from."""
+    """Return the size of the last axis, which determines the weight shapes."""
     if isinstance(shape, dict):
         raise ValueError(
-            f"{layer} expects one tensor as its inputs, of one task say. "
+            f"{layer} expects one tensor as its input (for example, of one task). "
             f"Received a dict of {sorted(shape)}"
         )
     if len(shape) < 2:
@@ -83,7 +83,7 @@ def last_dimension(layer: str, shape: Any) -> int:
         )
     if shape[-1] is None:
         raise ValueError(
-            f"{layer} needs the last axis of its inputs to be known. "
+            f"{layer} needs inputs whose last axis has a static size. "
             f"Received an input of shape {shape}"
         )
     return shape[-1]
@@ -117,7 +117,7 @@ def finite_number(name: str, value: Any) -> float:
 
 
 def scalar(name: str, value: Any, allow_zero: bool = False) -> Any:
-    """Return `value` if it is an int >= 1 (or 0), or a scalar tensor of integers."""
+    """Return `value` if it is an int >= 1 (or >= 0), or a scalar integer tensor."""
     if value is None or isinstance(value, numbers.Real):
         return count(name, value) if allow_zero else positive_int(name, value)
     if hasattr(value, "shape"):
@@ -127,14 +127,14 @@ def scalar(name: str, value: Any, allow_zero: bool = False) -> Any:
 
 
 def axes(**arguments: tuple[Any, str]) -> None:
-    """Raise ValueError unless the ranks and the sizes of the arguments agree.
+    """Raise ValueError unless the shapes of the arguments are consistent.
 
-    Each argument is a pair of its value and its axes, a letter for every axis:
+    Each argument is a pair of its value and its axes, one letter per axis:
     `probs=(probs, "ne")`. A leading "..." stands for any further axes, the same in all
-    arguments. "?" at the end allows None. "=e" says that the value is no tensor but the
-    size of the axis e itself.
+    arguments. "?" at the end allows None. "=e" marks a value that is the size of the
+    axis e instead of a tensor.
 
-    Only static shapes are read. An unknown rank or size agrees with everything.
+    Only static shapes are checked. Unknown ranks and sizes always pass.
     """
     known: dict[str, tuple[Any, str]] = {}
     for name, (value, spec) in arguments.items():
@@ -154,7 +154,7 @@ def axes(**arguments: tuple[Any, str]) -> None:
                 if axis == "...":
                     rule = f"the leading axes {first} of"
                 raise ValueError(
-                    f"`{name}` must have the shape {_written(letters)} with {rule} "
+                    f"`{name}` must have the shape {_format_axes(letters)} with {rule} "
                     f"`{where}`. {_received(name, value)}"
                 )
 
@@ -171,7 +171,7 @@ def integers(**arguments: Any) -> None:
 
 
 def choices(name: str, value: Any, num_experts: int | None) -> int:
-    """Return `value` if it is an int from 1 to `num_experts`, if that is known."""
+    """Return `value` if it is an int in [1, num_experts], else raise ValueError."""
     checked = positive_int(name, value)
     if num_experts is not None and checked > num_experts:
         raise ValueError(
@@ -182,7 +182,7 @@ def choices(name: str, value: Any, num_experts: int | None) -> int:
 
 
 def _sizes(name: str, value: Any, letters: str) -> dict[str, Any]:
-    """Return the size of every axis; nothing for an unknown rank."""
+    """Return the size of every axis, or an empty dict if the rank is unknown."""
     shape = None if value is None else _static_shape(value)
     if value is not None and shape is None:
         return {}
@@ -190,7 +190,7 @@ def _sizes(name: str, value: Any, letters: str) -> dict[str, Any]:
     free = tail != letters
     if shape is None or len(shape) < len(tail) or (len(shape) > len(tail) and not free):
         raise ValueError(
-            f"`{name}` must have the shape {_written(letters)}. "
+            f"`{name}` must have the shape {_format_axes(letters)}. "
             f"{_received(name, value)}"
         )
     split = len(shape) - len(tail)
@@ -200,12 +200,12 @@ def _sizes(name: str, value: Any, letters: str) -> dict[str, Any]:
 
 def _static_shape(value: Any) -> tuple[Any, ...] | None:
     tensor = value if hasattr(value, "shape") else ops.convert_to_tensor(value)
-    # TensorFlow's shapes of unknown rank have no length.
+    # `len` fails for a TensorFlow shape of unknown rank.
     return None if getattr(tensor.shape, "rank", 0) is None else tuple(tensor.shape)
 
 
 def _is_known(size: Any) -> bool:
-    # Compilers have symbols as sizes, which must not be compared.
+    # Compilers use symbolic sizes, which must not be compared.
     return isinstance(size, int | tuple)
 
 
@@ -215,7 +215,7 @@ def _agree(first: Any, second: Any) -> bool:
     return not (_is_known(first) and _is_known(second)) or first == second
 
 
-def _written(letters: str) -> str:
+def _format_axes(letters: str) -> str:
     tail = letters.removeprefix("...")
     names = [*(["..."] if tail != letters else []), *tail]
     return f"({', '.join(names)}{',' if letters in tail and len(tail) == 1 else ''})"

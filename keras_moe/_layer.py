@@ -1,7 +1,7 @@
-"""The base layer, which checks its inputs before Keras does.
+"""The base layer: input checks before `keras.layers.Layer.__call__`.
 
-A wrong input otherwise fails in a layer inside, in a message that names that one. Here
-the message names the layer and the argument that the user wrote.
+Without them an invalid input fails in an inner layer. These errors name the layer and
+the argument of the user's own call.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any, ClassVar
 
 import keras
 
-# Arguments of a call that are no inputs.
-_OTHERS = ("self", "mask", "training")
+# Arguments of `call` that are not inputs.
+_NON_INPUTS = ("self", "mask", "training")
 
 
 class Layer(keras.layers.Layer):
-    """A Keras layer that checks its inputs first.
+    """A Keras layer that validates its inputs.
 
     Class attributes:
-        least_rank: the smallest rank of its first input.
+        least_rank: the minimum rank of the first input.
     """
 
     least_rank: ClassVar[int] = 2
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the layer, or say which input it cannot take."""
+        """Call the layer; raise ValueError for an unsupported input."""
         places = _inputs_of(type(self))  # type: ignore[arg-type]
         given = {name: args[i] for name, i in places.items() if i < len(args)}
         given |= {name: kwargs[name] for name in places if name in kwargs}
@@ -59,13 +59,13 @@ def _axes(rank: int) -> str:
 
 @cache
 def _inputs_of(layer: type) -> dict[str, int]:
-    """Return the inputs of a layer's call, and their places behind `self`."""
+    """Return the inputs of `layer.call` and their positions, not counting `self`."""
     names = inspect.signature(layer.call).parameters  # type: ignore[attr-defined]
-    return {name: i - 1 for i, name in enumerate(names) if name not in _OTHERS}
+    return {name: i - 1 for i, name in enumerate(names) if name not in _NON_INPUTS}
 
 
 def _check_input(layer: str, name: str, value: Any) -> None:
-    """Refuse what Keras would let through to the first operation that fails."""
+    """Raise ValueError for inputs that would fail later, in an inner operation."""
     if isinstance(value, dict | list | tuple):
         kind = type(value).__name__
         what = f"with the keys {sorted(value, key=str)}"
@@ -78,14 +78,14 @@ def _check_input(layer: str, name: str, value: Any) -> None:
     if type(value).__name__ == "RaggedTensor" or getattr(value, "ragged", False):
         raise ValueError(
             f"{layer} expects a dense tensor as `{name}`: pad the rows with "
-            "`to_tensor()`, and give a mask where padding must not count. Received: "
+            "`to_tensor()`, and pass a mask to ignore the padding. Received: "
             f"{name} is a RaggedTensor of shape {tuple(value.shape)}"
         )
     dtype = getattr(value, "dtype", None)
     if dtype is not None and _is_text(dtype):
         raise ValueError(
-            f"{layer} expects numbers as `{name}`: turn strings into ids with "
-            "keras.layers.StringLookup, and ids into features with "
+            f"{layer} expects numbers as `{name}`: convert strings to ids with "
+            "keras.layers.StringLookup, and ids to features with "
             f"keras.layers.Embedding. Received: {name} of dtype {_dtype_name(dtype)}"
         )
 

@@ -1,10 +1,10 @@
-"""Initial values for stacked kernels: an independent draw for every expert.
+"""Initializers for stacked kernels: per-expert, with correct fan-in and fan-out.
 
 Axis letters: e experts.
 
 A stacked kernel has the shape (e, in, out). Keras computes the fans of a
-variance-scaling initializer from the whole shape and would count e as a part of the
-receptive field, so that every expert starts sqrt(e) too small.
+variance-scaling initializer from the whole shape and counts e as part of the receptive
+field, which makes the initial weights too small by a factor of sqrt(e).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from keras import ops
 
 
 def independent(initializer: Any, *key: int) -> Callable[..., Any]:
-    """Return a copy of `initializer` whose draws differ for every `key`.
+    """Return a copy of `initializer` with a seed derived from its seed and `key`.
 
-    A seeded Keras initializer gives the same values each time, so one that serves
-    several kernels would start them alike. An unseeded one draws a new seed here,
-    and one without randomness is returned as it is.
+    A seeded Keras initializer returns the same values on every call, which would give
+    several kernels identical values. A copy of an unseeded initializer has a new random
+    seed. An initializer without randomness is returned unchanged.
     """
     if not isinstance(initializer, keras.initializers.Initializer):
         return initializer
@@ -30,18 +30,18 @@ def independent(initializer: Any, *key: int) -> Callable[..., Any]:
     if "seed" not in config:
         return initializer
     if isinstance(config["seed"], int):
-        # A SeedSequence keeps neighbours apart: (seed 0, key 1) is not (1, 0). It takes
-        # zeros at the end for nothing, so the end is the length of the key.
+        # A SeedSequence distinguishes (seed 0, key 1) from (1, 0), but ignores trailing
+        # zeros, hence the length of the key at the end.
         words = [config["seed"], *key, len(key) + 1]
         state = np.random.SeedSequence(words).generate_state(1)
         config["seed"] = int(state[0] >> 1)
     elif config["seed"] is not None:
-        return initializer  # A SeedGenerator: every draw already moves it on.
+        return initializer  # A SeedGenerator: every draw advances it.
     return type(initializer).from_config(config)
 
 
 def is_seeded(initializer: Any) -> bool:
-    """Return whether `initializer` draws the same values each time."""
+    """Return whether `initializer` returns the same values on every call."""
     if not isinstance(initializer, keras.initializers.Initializer):
         return False
     return isinstance(initializer.get_config().get("seed"), int)
@@ -49,18 +49,17 @@ def is_seeded(initializer: Any) -> bool:
 
 @keras.saving.register_keras_serializable("keras_moe")
 class PerExpert(keras.initializers.Initializer):
-    """Draws every expert of a stacked kernel on its own, with its true fans.
+    """Per-expert initialization of a stacked kernel with correct fan-in and fan-out.
 
-    Each slice of the first axis is drawn by its own copy of `initializer`, so no two
-    experts start alike even where `initializer` carries a fixed seed, and every
-    expert starts as the single layer would.
+    Each slice of the first axis is initialized by its own copy of `initializer`:
+    experts get different values even with a fixed seed, and the distribution is that of
+    a single layer.
 
     Args:
         initializer: a Keras initializer, its name, its config, or a function of
-            `(shape, dtype)`. It draws one expert.
+            `(shape, dtype)`. It initializes one expert.
         stream: int or sequence of ints, distinguishes kernels that share one seeded
-            initializer. Two `PerExpert` of the same seed and another `stream` draw
-            other values.
+            initializer: with the same seed, different streams give different values.
 
     Example:
 
@@ -76,7 +75,7 @@ class PerExpert(keras.initializers.Initializer):
         self.stream = stream if isinstance(stream, int) else list(stream)
 
     def __call__(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
-        """Returns a tensor of `shape`, whose first axis is the experts."""
+        """Return a tensor of `shape`, whose first axis is the experts."""
         num_experts, *expert_shape = shape
         stream = [self.stream] if isinstance(self.stream, int) else self.stream
         draws = [

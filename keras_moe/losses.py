@@ -1,11 +1,11 @@
-"""Auxiliary losses: what a router is asked for besides the task.
+"""Auxiliary losses of routers: load balancing, importance, load, z loss, entropy.
 
-Axis letters: n tokens, e experts, k choices a token.
+Axis letters: n tokens, e experts, k choices per token.
 
 Pure functions of the tensors in a routing record. Each returns a scalar, computed in
-float32 (float64 for float64 tensors). Tokens outside the mask count nowhere, not even
-with a NaN in their row; where no token is left, a loss is 0. A mask may also be made of
-numbers, of which 0 is False and every other one True.
+float32 (float64 for float64 tensors). Tokens outside the mask are ignored, even if
+their rows hold NaN; if no token is left, a loss is 0. A mask may also be numeric: 0 is
+False, any other number True.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from keras_moe.routing import expert_counts, gates
 def load_balancing_loss(
     router_probs: Any, expert_indices: Any, mask: Any = None
 ) -> Any:
-    """How unevenly tokens and probability fall on the experts; 1 in perfect balance.
+    """Load balancing loss of the Switch Transformer; 1 for a perfect balance.
 
     `e * sum_e f_e P_e`, where f_e is the share of the n * k choices that went to
     expert e and P_e the mean probability of e: equations 4 to 6 of Fedus et al. The
     gradient flows through P alone, as f counts choices.
 
-    Unlike in the paper, the weight of the loss is left to the caller, and f is a share
-    of all k choices of a token, so that 1 means balance for every k.
+    Unlike in the paper, the loss is not scaled by a weight, and f is a share of all k
+    choices of a token, which makes 1 the balanced value for every k.
 
     Args:
         router_probs: `(n, e)` float, each row sums to 1.
         expert_indices: `(n, k)` int in [0, e).
-        mask: `(n,)` bool, False for tokens that do not count. All count by default.
+        mask: `(n,)` bool, False for ignored tokens. All tokens count by default.
 
     Returns:
-        A scalar: 1 if either f or P is uniform, e if one expert gets everything.
+        A scalar: 1 if f or P is uniform, e if one expert gets all tokens.
 
     Raises:
-        ValueError: if a shape is another one, if the shapes do not agree in n, or if
-            `expert_indices` are no integers.
+        ValueError: if a shape is wrong, the shapes differ in n, or `expert_indices` are
+            not integers.
 
     Example:
 
@@ -59,8 +59,8 @@ def load_balancing_loss(
         mask=(mask, "n?"),
     )
     _checks.integers(expert_indices=expert_indices)
-    expert_indices, mask = ops.convert_to_tensor(expert_indices), _flags(mask)
-    probs = _counted(router_probs, mask)
+    expert_indices, mask = ops.convert_to_tensor(expert_indices), _bool_mask(mask)
+    probs = _masked(router_probs, mask)
     num_experts, top_k = probs.shape[-1], expert_indices.shape[-1]
     tokens = _number_of_tokens(probs, mask)
     choices = expert_counts(expert_indices, num_experts, mask, probs.dtype)
@@ -70,20 +70,20 @@ def load_balancing_loss(
 
 
 def importance_loss(gate_weights: Any, mask: Any = None) -> Any:
-    """CV² of the experts' importance, the sum of an expert's gate over the tokens.
+    """CV² of the experts' importance, the sum of an expert's gates over the tokens.
 
-    Equations 6 and 7 of Shazeer et al., without the weight of the loss. The variance
-    in CV² is that of the population.
+    Equations 6 and 7 of Shazeer et al., without the loss weight. The variance in CV² is
+    the population variance.
 
     Args:
         gate_weights: `(n, e)` float, 0 where an expert was not chosen.
-        mask: `(n,)` bool, False for tokens that do not count. All count by default.
+        mask: `(n,)` bool, False for ignored tokens. All tokens count by default.
 
     Returns:
         A scalar: 0 if all experts are equally important, e - 1 if one has all.
 
     Raises:
-        ValueError: if a shape is another one, or if the shapes do not agree in n.
+        ValueError: if a shape is wrong, or the shapes differ in n.
 
     Example:
 
@@ -95,26 +95,26 @@ def importance_loss(gate_weights: Any, mask: Any = None) -> Any:
           Mixture-of-Experts Layer](https://arxiv.org/abs/1701.06538)
     """
     _checks.axes(gate_weights=(gate_weights, "ne"), mask=(mask, "n?"))
-    mask = _flags(mask)
-    return cv_squared(ops.sum(_counted(gate_weights, mask), axis=0))
+    mask = _bool_mask(mask)
+    return cv_squared(ops.sum(_masked(gate_weights, mask), axis=0))
 
 
 def load_loss(choice_probs: Any, mask: Any = None) -> Any:
-    """CV² of the experts' load, a smooth estimate of the tokens an expert gets.
+    """CV² of the experts' load, a smooth estimate of the tokens per expert.
 
-    Equations 8 to 11 of Shazeer et al. (appendix A), without the weight of the loss.
-    Only a router with noise has a load of this kind.
+    Equations 8 to 11 of Shazeer et al. (appendix A), without the loss weight. It needs
+    a router with noise, such as `NoisyTopKRouter`.
 
     Args:
         choice_probs: `(n, e)` float, the probability that a token chooses an expert
-            if its noise for that expert is drawn anew.
-        mask: `(n,)` bool, False for tokens that do not count. All count by default.
+            if its noise for that expert is resampled.
+        mask: `(n,)` bool, False for ignored tokens. All tokens count by default.
 
     Returns:
         A scalar: 0 if all experts have the same load, e - 1 if one has all.
 
     Raises:
-        ValueError: if a shape is another one, or if the shapes do not agree in n.
+        ValueError: if a shape is wrong, or the shapes differ in n.
 
     Example:
 
@@ -126,24 +126,24 @@ def load_loss(choice_probs: Any, mask: Any = None) -> Any:
           Mixture-of-Experts Layer](https://arxiv.org/abs/1701.06538)
     """
     _checks.axes(choice_probs=(choice_probs, "ne"), mask=(mask, "n?"))
-    mask = _flags(mask)
-    return cv_squared(ops.sum(_counted(choice_probs, mask), axis=0))
+    mask = _bool_mask(mask)
+    return cv_squared(ops.sum(_masked(choice_probs, mask), axis=0))
 
 
 def router_z_loss(router_logits: Any, mask: Any = None) -> Any:
-    """The mean over tokens of `logsumexp(logits)²`, which keeps logits small.
+    """The mean over tokens of `logsumexp(logits)²`, which penalizes large logits.
 
     Equation 5 of Zoph et al.
 
     Args:
         router_logits: `(n, e)` float.
-        mask: `(n,)` bool, False for tokens that do not count. All count by default.
+        mask: `(n,)` bool, False for ignored tokens. All tokens count by default.
 
     Returns:
         A scalar >= 0.
 
     Raises:
-        ValueError: if a shape is another one, or if the shapes do not agree in n.
+        ValueError: if a shape is wrong, or the shapes differ in n.
 
     Example:
 
@@ -156,26 +156,26 @@ def router_z_loss(router_logits: Any, mask: Any = None) -> Any:
           Models](https://arxiv.org/abs/2202.08906)
     """
     _checks.axes(router_logits=(router_logits, "ne"), mask=(mask, "n?"))
-    mask = _flags(mask)
-    logits = _counted(router_logits, mask)
+    mask = _bool_mask(mask)
+    logits = _masked(router_logits, mask)
     return _mean(ops.square(ops.logsumexp(logits, axis=-1)), mask)
 
 
 def entropy_loss(router_probs: Any, mask: Any = None) -> Any:
     """The mean entropy, in nats, of a token's distribution over the experts.
 
-    `-sum_e p_e log p_e`, the conditional entropy that Grandvalet and Bengio minimise.
-    With a positive weight the router becomes confident, with a negative one undecided.
+    `-sum_e p_e log p_e`, the conditional entropy that Grandvalet and Bengio minimize.
+    A positive weight makes the distributions sharper, a negative one flatter.
 
     Args:
         router_probs: `(n, e)` float, each row sums to 1. Zeros are allowed.
-        mask: `(n,)` bool, False for tokens that do not count. All count by default.
+        mask: `(n,)` bool, False for ignored tokens. All tokens count by default.
 
     Returns:
         A scalar from 0 (one expert has all the probability) to log e (uniform).
 
     Raises:
-        ValueError: if a shape is another one, or if the shapes do not agree in n.
+        ValueError: if a shape is wrong, or the shapes differ in n.
 
     Example:
 
@@ -188,25 +188,25 @@ def entropy_loss(router_probs: Any, mask: Any = None) -> Any:
           Minimization](https://papers.nips.cc/paper/2740)
     """
     _checks.axes(router_probs=(router_probs, "ne"), mask=(mask, "n?"))
-    mask = _flags(mask)
-    probs = _counted(router_probs, mask)
-    # The smallest number that is normal in float32, about: at p = 0 the entropy is
-    # right and its slope, in truth infinite, is large and finite.
+    mask = _bool_mask(mask)
+    probs = _masked(router_probs, mask)
+    # About the smallest normal float32. At p = 0 the entropy is exact, and its
+    # gradient, infinite in theory, is large and finite.
     logs = ops.log(ops.maximum(probs, 1e-37))
     return _mean(-ops.sum(probs * logs, axis=-1), mask)
 
 
 def auxiliary_losses(routing: Any, weights: Mapping[str, float]) -> dict[str, Any]:
-    """Return the losses of a routing record that have a weight, each times its weight.
+    """Return the weighted auxiliary losses of a routing record.
 
     Args:
         routing: a record of `keras_moe.routing`, with the fields that the losses need:
             `router_probs`, for "router_z" `router_logits`, for "load" `choice_probs`.
-        weights: weight by name of the loss, names out of "load_balancing", "router_z",
-            "importance", "load" and "entropy".
+        weights: dict from the name of a loss to its weight. Names: "load_balancing",
+            "router_z", "importance", "load", "entropy".
 
     Returns:
-        A dict of one scalar a name, in the order of `weights`.
+        A dict of one scalar per name, in the order of `weights`.
 
     Raises:
         ValueError: if a name is unknown.
@@ -223,22 +223,23 @@ def auxiliary_losses(routing: Any, weights: Mapping[str, float]) -> dict[str, An
     {'load_balancing': 0.5}
     """
     return {
-        name: weight * _OF_RECORD[_checks.one_of("weights", name, _OF_RECORD)](routing)
+        name: weight
+        * _RECORD_LOSSES[_checks.one_of("weights", name, _RECORD_LOSSES)](routing)
         for name, weight in weights.items()
     }
 
 
-def _importance_of(routing: Any) -> Any:
+def _record_importance_loss(routing: Any) -> Any:
     tokens, num_experts = ops.shape(routing.router_probs)
     return importance_loss(gates(routing, num_experts, tokens), routing.mask)
 
 
-_OF_RECORD: dict[str, Callable[[Any], Any]] = {
+_RECORD_LOSSES: dict[str, Callable[[Any], Any]] = {
     "load_balancing": lambda r: load_balancing_loss(
         r.router_probs, r.expert_indices, r.mask
     ),
     "router_z": lambda r: router_z_loss(r.router_logits, r.mask),
-    "importance": _importance_of,
+    "importance": _record_importance_loss,
     "load": lambda r: load_loss(r.choice_probs, r.mask),
     "entropy": lambda r: entropy_loss(r.router_probs, r.mask),
 }
@@ -247,8 +248,8 @@ _OF_RECORD: dict[str, Callable[[Any], Any]] = {
 def cv_squared(values: Any) -> Any:
     """Return the squared coefficient of variation, `variance / mean²`; 0 for zeros.
 
-    The variance is that of the population. The scale of the values does not matter,
-    as long as their mean is well above 1e-9.
+    The variance is the population variance. The result does not depend on the scale of
+    the values if their mean is well above 1e-9.
 
     Args:
         values: `(e,)` float.
@@ -257,7 +258,7 @@ def cv_squared(values: Any) -> Any:
         A scalar.
 
     Raises:
-        ValueError: if the shape is another one.
+        ValueError: if `values` has another rank.
 
     Example:
 
@@ -266,10 +267,10 @@ def cv_squared(values: Any) -> Any:
     """
     _checks.axes(values=(values, "e"))
     values = _as_float(values)
-    # Not `ops.mean`, which Keras rounds to float32 on JAX.
+    # `ops.mean` would round to float32 on JAX.
     mean = ops.sum(values) / values.shape[0]
     variance = ops.sum(ops.square(values - mean)) / values.shape[0]
-    # Not smaller: JAX squares the divisor in the gradient, and that must not be 0.
+    # 1e-18 at least: JAX squares the divisor in the gradient, which must not be 0.
     return variance / (ops.square(mean) + 1e-18)
 
 
@@ -279,14 +280,14 @@ def _as_float(values: Any) -> Any:
     return ops.cast(values, "float64" if wide else "float32")
 
 
-def _flags(mask: Any) -> Any:
+def _bool_mask(mask: Any) -> Any:
     return None if mask is None else ops.cast(mask, "bool")
 
 
-def _counted(values: Any, mask: Any) -> Any:
-    """Return `values` with zeros in the rows that do not count.
+def _masked(values: Any, mask: Any) -> Any:
+    """Return `values` with zeros in the masked rows.
 
-    A product with the mask would let the NaN of a padded row through.
+    Multiplying by the mask would keep a NaN of a padded row.
     """
     values = _as_float(values)
     if mask is None:
@@ -295,7 +296,7 @@ def _counted(values: Any, mask: Any) -> Any:
 
 
 def _number_of_tokens(values: Any, mask: Any) -> Any:
-    """Return how many tokens count, as a divisor: 1 where none does."""
+    """Return the number of tokens in the mask, at least 1, as a divisor."""
     if mask is None:
         count = ops.cast(ops.shape(values)[0], values.dtype)
     else:
@@ -304,7 +305,7 @@ def _number_of_tokens(values: Any, mask: Any) -> Any:
 
 
 def _mean(values: Any, mask: Any) -> Any:
-    """(n,) -> the mean over the tokens that count."""
+    """(n,) -> the mean over the tokens in the mask."""
     tokens = _number_of_tokens(values, mask)
     if mask is not None:
         values = ops.where(mask, values, ops.zeros_like(values))

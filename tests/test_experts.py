@@ -176,12 +176,12 @@ def test_training_reaches_the_layers():
         (lambda: GLUExperts(2, 4, dropout=1.0), "`dropout`.*1.0"),
         (lambda: LayerExperts([]), "`layers` must be a sequence of at least one"),
         (lambda: LayerExperts([3]), "`layers` must be a sequence.*3"),
-        (lambda: LayerExperts([keras.layers.Dense(2)] * 2), "a layer of its own"),
+        (lambda: LayerExperts([keras.layers.Dense(2)] * 2), "must be distinct layers"),
         (
             lambda: LayerExperts([keras.layers.Dense(k) for k in (2, 3)])(
                 np.ones((1, 4))
             ),
-            r"with one u.*\(None, 2\), \(None, 3\)",
+            r"with the same u.*\(None, 2\), \(None, 3\)",
         ),
     ],
 )

@@ -125,7 +125,7 @@ def test_hashed_ids_are_refused_for_openvino(tmp_path):
 def test_one_name_for_an_input_and_an_output_is_refused(tmp_path):
     inputs = keras.Input((8,), name="features")
     model = keras.Model(inputs, {"features": keras.layers.Dense(1)(inputs)})
-    with pytest.raises(ValueError, match=r"must not have one name.*'features'"):
+    with pytest.raises(ValueError, match=r"must not have the same name.*'features'"):
         export.export_model(model, tmp_path / "f.onnx", "onnx")
     assert list(tmp_path.iterdir()) == []
 

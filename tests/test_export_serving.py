@@ -129,7 +129,7 @@ WRONG = {
         "age": [[1.0], [1.0, 2.0]]
     },
     "feature `age` must be of shape (None, 1)": {"age": RAW["age"][:, 0]},
-    "one batch size. Received: {'age': 2, 'city': 4": {"age": RAW["age"][:2]},
+    "same batch size. Received: {'age': 2, 'city': 4": {"age": RAW["age"][:2]},
     "feature `age` must hold no NaN": {"age": np.full((4, 1), np.nan, "float32")},
     "feature `age` must hold no NaN and no infinity": {
         "age": np.full((4, 1), np.inf, "float32")

@@ -394,7 +394,7 @@ def test_arguments_that_are_swapped_or_have_no_meaning_are_refused():
     refused("shifted", "`ends` must hold integers.", ends=SCORES[0])
     refused("sort_choices", "`queue` must hold integers.", queue=np.ones(N * K))
     refused("tokens_in_rows", "`rows` must hold integers.", rows=ROWS + 0.5)
-    refused("tokens_in_rows", "`runs` must be the Runs", runs=CHOSEN)
+    refused("tokens_in_rows", "`runs` must be SortedChoices", runs=CHOSEN)
     refused("tokens_in_rows", "n=4 as in `n`", n=N + 1)
     refused("tokens_in_rows", "k=1 as in `k`", k=1)
     message = "`priority` must be one of ['position', 'probability']. Received: "

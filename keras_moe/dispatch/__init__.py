@@ -1,11 +1,11 @@
-"""Dispatch: how rows move to the experts that a router chose for them, and back.
+"""Dispatch: move tokens to their experts, and combine the expert outputs.
 
 Axis letters: n tokens, d input features, u expert output units, e experts, k choices
-a token, c capacity (slots an expert), m = n * k rows.
+per token, c capacity (slots per expert), m = n * k rows.
 
-Every dispatch maps tokens (n, d) to outputs (n, u), and all of them give the same
-numbers where nothing is dropped. They differ in the rows they compute and in what they
-need of experts and compilers: see `TABLE`.
+Every dispatch maps tokens (n, d) to outputs (n, u), and all give the same outputs if no
+choice is dropped. They differ in the number of computed rows and in the requirements on
+experts and compilers: see `TABLE`.
 """
 
 from __future__ import annotations
@@ -56,17 +56,18 @@ __all__ = [
 
 
 class Dispatch(NamedTuple):
-    """What a dispatch computes and needs.
+    """Cost and requirements of a dispatch.
 
     Attributes:
-        rows: how many rows the experts compute.
-        choices: the `choice` of the routers that it serves.
+        rows: number of rows that the experts compute.
+        choices: supported values of a router's `choice`.
         experts_need: the method of the experts that it calls.
-        dropless: whether it computes the chosen rows, and all of them. For a `Routing`
-            without combine weights it returns the output of each choice, (n, k, u).
+        dropless: whether it computes exactly the chosen rows, without drops. For a
+            `Routing` without combine weights it returns the output of each choice,
+            (n, k, u).
         under_xla: whether XLA can compile it.
-        backends: the Keras backends that have it.
-        in_exports: by format, the dispatch that an exported file has in its place.
+        backends: supported Keras backends.
+        in_exports: by export format, the dispatch that replaces it.
     """
 
     rows: str
@@ -85,23 +86,23 @@ TABLE = {
         experts_need="__call__",
     ),
     "capacity": Dispatch(
-        rows="e * c: the slots of every expert, whether they are filled or not",
+        rows="e * c: all slots, filled or empty",
         choices=("token", "expert"),
         experts_need="on_slots",
     ),
     "split": Dispatch(
-        rows="m: one piece an expert",
+        rows="m: one piece per expert",
         choices=("token",),
         experts_need="on_pieces",
         dropless=True,
         under_xla=False,  # The sizes of the pieces are data-dependent.
     ),
     "blocked": Dispatch(
-        rows="m, and the padding of an expert's last block",
+        rows="m, plus the padding of each expert's last block",
         choices=("token",),
         experts_need="on_rows",
         dropless=True,
-        # ONNX and OpenVINO have no operation that writes into rows in a loop.
+        # ONNX and OpenVINO cannot update slices of a tensor in a loop.
         in_exports={"onnx": "split", "openvino": "split"},
     ),
     "ragged": Dispatch(
@@ -122,7 +123,7 @@ SERVED = {
 
 
 def substitutes(format: str) -> dict[str, str]:
-    """Return what takes the place of each dispatch that `format` cannot hold.
+    """Return the replacement of each dispatch that `format` does not support.
 
     >>> from keras_moe.dispatch import substitutes
     >>> substitutes("onnx"), substitutes("tf_saved_model")
@@ -136,7 +137,7 @@ def substitutes(format: str) -> dict[str, str]:
 
 
 def check_serves(dispatch: str, experts: Any) -> None:
-    """Refuse a dispatch that cannot compute these experts, or not on this backend."""
+    """Raise ValueError if `dispatch` does not support the experts or the backend."""
     if dispatch == "auto":
         return
     row = TABLE[dispatch]
@@ -144,8 +145,8 @@ def check_serves(dispatch: str, experts: Any) -> None:
         fitting = [n for n, row in TABLE.items() if hasattr(experts, row.experts_need)]
         raise ValueError(
             f"`dispatch` must not be {dispatch!r} for the experts "
-            f"{type(experts).__name__}, which have no method `{row.experts_need}` and "
-            f"support {['auto', *fitting]}."
+            f"{type(experts).__name__}, which have no method `{row.experts_need}`. "
+            f"They support {['auto', *fitting]}."
         )
     if keras.backend.backend() not in row.backends:
         raise ValueError(
@@ -155,18 +156,18 @@ def check_serves(dispatch: str, experts: Any) -> None:
 
 
 def checked_here(dispatch: str) -> str:
-    """Return `dispatch`, unless the device would expand it to every expert."""
+    """Return `dispatch`; raise ValueError for "ragged" without a grouped matmul."""
     if dispatch == "ragged" and not _backend.has_grouped_matmul():
         raise ValueError(
-            'dispatch="ragged" needs a device with a grouped matmul, which XLA has '
-            "for TPUs; elsewhere it would compute every expert on every row. "
+            'dispatch="ragged" needs a device with a grouped matmul (TPU); on other '
+            "devices XLA computes every expert on every row. "
             'Set `layer.dispatch = "auto"`.'
         )
     return dispatch
 
 
 def dropless_here(experts: Any) -> str:
-    """Return the dispatch for the graph that is being traced: what "auto" chooses."""
+    """Return the dispatch that "auto" selects for the graph that is being traced."""
     if not _backend.under_xla():
         return "split"
     if not hasattr(experts, TABLE["blocked"].experts_need):

@@ -1,7 +1,7 @@
-"""Blocked dispatch: the rows of an expert in blocks of static size, for XLA.
+"""Blocked dispatch: each expert's rows in blocks of static size, for XLA.
 
-Axis letters: n tokens, d input features, u output units, e experts, k choices a token,
-b rows a block, m = n * k rows.
+Axis letters: n tokens, d input features, u output units, e experts, k choices per
+token, b rows per block, m = n * k rows.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from keras_moe import _backend
 from keras_moe import routing as routing_lib
 from keras_moe.dispatch._grouped_matmul import grouped_dense
 from keras_moe.dispatch._slots import in_slots
-from keras_moe.dispatch._sorted import in_runs
+from keras_moe.dispatch._sorted import in_sorted_rows
 from keras_moe.experts._protocol import GroupedExperts, Prologue, apply_prologue
-from keras_moe.routing import Routing, Runs, Slots
+from keras_moe.routing import Routing, Slots, SortedChoices
 
 
 def blocked(
@@ -31,14 +31,14 @@ def blocked(
 def blocked_at_once(
     tokens: Any, routing: Routing, experts: GroupedExperts, training: bool | None = None
 ) -> Any:
-    """All blocks in one batched matmul, each with its expert's kernel: GPU and TPU.
+    """All blocks in one batched matmul, each with its expert's kernel (GPU, TPU).
 
-    A loop with a data-dependent trip count would make a GPU wait for its host before
-    every block. The price is a copy of its expert's kernel for every block.
+    A loop with a data-dependent trip count would synchronize GPU and host before every
+    block. The cost is a copy of the expert's kernel for every block.
     """
     e, k = experts.num_experts, routing.expert_indices.shape[1]
     n = ops.shape(tokens)[0]
-    b = _rows_a_block(n, k, e)
+    b = _rows_per_block(n, k, e)
     runs = routing_lib.sort_choices(routing, e)
     of_block, slots = _block_slots(runs, b, n * k // b + e, n, k)
 
@@ -60,10 +60,10 @@ def blocked_at_once(
     )
 
 
-def _rows_a_block(n: Any, k: int, e: int) -> int:
-    """Return b: at most a quarter of an even load, at least 8 and at most 512.
+def _rows_per_block(n: Any, k: int, e: int) -> int:
+    """Return b: at most a quarter of the mean load, in [8, 512].
 
-    Padding then adds a quarter at most, unless an even load is below 32 rows.
+    Padding then adds at most a quarter, unless the mean load is below 32 rows.
     """
     if not isinstance(n, int):
         return 32
@@ -73,11 +73,13 @@ def _rows_a_block(n: Any, k: int, e: int) -> int:
     return b
 
 
-def _block_slots(runs: Runs, b: int, blocks: Any, n: Any, k: int) -> tuple[Any, Slots]:
-    """Return the expert of every block, and the blocks as slots."""
+def _block_slots(
+    runs: SortedChoices, b: int, blocks: Any, n: Any, k: int
+) -> tuple[Any, Slots]:
+    """Return the expert of each block, and the blocks as slots."""
     block_ends = ops.cumsum((runs.ends - runs.starts + (b - 1)) // b)
     block_ends = ops.cast(block_ends, "int32")
-    # How far the rows of an expert move up to start with a block of their own.
+    # The offset that aligns an expert's first row with the start of a block.
     shifts = routing_lib.shifted(block_ends) * b - runs.starts
     block = ops.arange(blocks, dtype="int32")
     of_block = ops.cast(ops.searchsorted(block_ends, block, side="right"), "int32")
@@ -99,18 +101,18 @@ def _block_slots(runs: Runs, b: int, blocks: Any, n: Any, k: int) -> tuple[Any, 
 def blocked_in_turn(
     tokens: Any, routing: Routing, experts: GroupedExperts, training: bool | None = None
 ) -> Any:
-    """Blocks one after the other, as many as there are: CPU.
+    """Blocks in a loop with a data-dependent trip count (CPU).
 
-    The last block of an expert may reach into the rows of the next expert, which are
-    then written again. So there are no gaps between experts, and the rows of one block
-    behind the last run.
+    The last block of an expert may overlap the rows of the next expert, which
+    overwrites them. This needs no padding between experts, only one block of padding
+    after the last run.
     """
     num_rows = None
     if tokens.shape[0] is not None:
         num_rows = tokens.shape[0] * routing.expert_indices.shape[1]
     sizes = block_sizes(num_rows, experts.num_experts)
 
-    def compute(rows: Any, runs: Runs) -> Any:
+    def compute(rows: Any, runs: SortedChoices) -> Any:
         def matmul(
             rows: Any, kernel: Any, bias: Any = None, prologue: Prologue | None = None
         ) -> Any:
@@ -118,16 +120,16 @@ def blocked_in_turn(
 
         return experts.on_rows(rows, matmul, training=training)
 
-    return in_runs(compute, tokens, routing, experts.num_experts, sizes[-1])
+    return in_sorted_rows(compute, tokens, routing, experts.num_experts, sizes[-1])
 
 
 def block_sizes(num_rows: int | None, num_experts: int) -> tuple[int, ...]:
-    """Return the sizes that the last block of an expert may have, up to a whole one.
+    """Return the possible sizes of an expert's last block; the largest is a full block.
 
-    A whole block is as large as an even load or up to twice as large, so that most
-    experts need one block, but no more than 256 rows; or, where that is more, half an
-    even load, up to 1024 rows: fewer and longer turns of the loop. The next size that
-    holds the rest is at most an eighth of a whole block larger.
+    A full block has one to two times the mean load, up to 256 rows: most experts then
+    need one block. For larger loads it has up to half the mean load, at most 1024 rows,
+    which gives fewer loop iterations. The last block is padded by less than an eighth
+    of a full block.
     """
     whole = 16
     if num_rows is None:
@@ -140,7 +142,10 @@ def block_sizes(num_rows: int | None, num_experts: int) -> tuple[int, ...]:
 
 
 def rows_multiplied(counts: Any) -> int:
-    """Return how many rows `blocked_in_turn` multiplies for `counts` rows an expert.
+    """Return the number of rows that `blocked_in_turn` computes for `counts`.
+
+    Args:
+        counts: `(e,)` ints, the rows of each expert.
 
     >>> from keras_moe.dispatch import rows_multiplied
     >>> rows_multiplied([300, 0, 33])  # 128 + 128 + 48, nothing, and 48

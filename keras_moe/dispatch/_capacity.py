@@ -1,10 +1,10 @@
-"""Capacity dispatch: slots that take tokens until they are full (Fedus et al. 2021).
+"""Capacity dispatch: a fixed number of slots per expert (Fedus et al. 2021).
 
-Axis letters: n tokens, d input features, e experts, u output units, k choices a token,
-c capacity (slots an expert).
+Axis letters: n tokens, d input features, e experts, u output units, k choices per
+token, c capacity (slots per expert).
 
-c = ceil(capacity_factor * k * n / e). A choice that finds its expert full is dropped
-and contributes zero; the weights of the others are not rescaled.
+c = ceil(capacity_factor * k * n / e). Choices over capacity are dropped and contribute
+zero; the remaining weights are not rescaled.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def within_capacity(
     capacity_factor: float | None = None,
     priority: str = "position",
 ) -> tuple[Any, Any]:
-    """Return outputs (n, u), and which choices (n, k) found a slot."""
-    # A token that is not finite takes no slot from others; its output is NaN.
+    """Return outputs (n, u), and bool (n, k): the choices that have a slot."""
+    # A token with non-finite weights takes no slot; its output is NaN.
     finite = ops.all(ops.isfinite(routing.combine_weights), axis=-1)
     mask = finite
     if routing.mask is not None:
@@ -60,7 +60,7 @@ def capacity(
     *,
     slots: Slots,
 ) -> Any:
-    """Compute the tokens in the `slots` of every expert."""
+    """Compute the tokens in the `slots` of each expert."""
     return in_slots(
         lambda rows: experts.on_slots(rows, training=training), tokens, routing, slots
     )

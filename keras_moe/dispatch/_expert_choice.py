@@ -1,6 +1,6 @@
-"""Capacity dispatch for experts that choose their tokens (Zhou et al. 2022).
+"""Capacity dispatch for expert choice routing (Zhou et al. 2022).
 
-Axis letters: n tokens, d input features, e experts, u output units, c slots an expert.
+Axis letters: n tokens, d input features, e experts, u output units, c slots per expert.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def expert_choice(
     experts: Experts,
     training: bool | None = None,
 ) -> Any:
-    """Compute the chosen tokens; an output is the sum over the experts of its token."""
+    """Compute the chosen tokens, and sum the weighted outputs of each token."""
     n = ops.shape(tokens)[0]
     tokens = ops.pad(tokens, ((0, 1), (0, 0)))  # For the slots without a token.
     rows = experts.on_slots(

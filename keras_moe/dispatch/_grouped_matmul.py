@@ -1,6 +1,6 @@
-"""The grouped matmul of "blocked" in turn: a loop over blocks of sorted rows.
+"""The grouped matmul of `blocked_in_turn`: a loop over blocks of sorted rows.
 
-Axis letters: e experts, m rows; k is here the expert of a loop.
+Axis letters: e experts, m rows; here k is the expert of a loop iteration.
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ from keras_moe import _backend
 from keras_moe import routing as routing_lib
 from keras_moe.dispatch._rows import identity
 from keras_moe.experts._protocol import Prologue
-from keras_moe.routing import Runs
+from keras_moe.routing import SortedChoices
 
 
 def grouped_dense(
-    rows: Any, kernel: Any, bias: Any, prologue: Prologue | None, runs: Runs, sizes: Any
+    rows: Any,
+    kernel: Any,
+    bias: Any,
+    prologue: Prologue | None,
+    runs: SortedChoices,
+    sizes: Any,
 ) -> Any:
     """(m, in), (e, in, out) -> (m, out): y_r = prologue(x_r) W_e + b_e for row r of e.
 
-    `prologue` is computed block by block as well, in the cache, and so is its gradient:
-    an activation as large as all rows is never stored.
+    `prologue` and its gradient are also computed block by block, in cache: the
+    activations of all m rows are never stored.
     """
     rows = rows if isinstance(rows, tuple) else (rows,)
     activate = prologue or identity
@@ -43,7 +48,7 @@ def grouped_dense(
                 block = _affine(
                     activate(*[_block(row, first, size) for row in rows]), *own
                 )
-                # On torch Keras multiplies float64 in float32.
+                # On torch, Keras computes float64 matmuls in float32.
                 block = ops.cast(block, outputs.dtype)
                 return (ops.slice_update(outputs, (first, _int(0)), block),)
 
@@ -53,9 +58,9 @@ def grouped_dense(
         outputs = ops.zeros(shape, weights[0].dtype)
         return ops.while_loop(lambda k, _: k < e, expert, (_int(0), outputs))[1]
 
-    def gradient(inputs: Any, runs: Runs, upstream: Any) -> Any:
+    def gradient(inputs: Any, runs: SortedChoices, upstream: Any) -> Any:
         rows, weights = inputs[:width], inputs[width:]
-        # Sums over many blocks stay float32 where the layer computes in less.
+        # Sums over blocks use float32 under half precision.
         dtype = keras.backend.standardize_dtype(weights[0].dtype)
         sums_dtype = "float32" if dtype in ("float16", "bfloat16") else dtype
 
@@ -67,7 +72,7 @@ def grouped_dense(
                 blocks = [_block(row, first, size) for row in rows]
                 by_output = _block(upstream, first, size)
                 if inside is not None:
-                    # Rows of the next expert, NaN or not, do not count here.
+                    # Exclude the rows of the next expert, even NaN.
                     blocks = [routing_lib.rows_where(inside, block) for block in blocks]
                     by_output = routing_lib.rows_where(inside, by_output)
                 hidden, pull = _backend.pullback(activate, blocks)
@@ -105,12 +110,12 @@ def grouped_dense(
     return _backend.with_gradient(forward, gradient, (*rows, *weights), runs)
 
 
-def _for_blocks(runs: Runs, k: Any, sizes: Any, step: Any, carry: Any) -> Any:
+def _for_blocks(runs: SortedChoices, k: Any, sizes: Any, step: Any, carry: Any) -> Any:
     """Run `step(first_row, size, rows_inside, carry)` over the rows of expert k.
 
-    Whole blocks first, then one block of the smallest size that holds the rest: each
-    size has a loop, of which one runs. (A conditional would do the same, but XLA copies
-    the rows into every branch.)
+    Full blocks first, then one block of the smallest size that fits the rest: each size
+    has its own loop, and one of them runs. (With a conditional, XLA would copy the rows
+    into every branch.)
     """
     whole, end = sizes[-1], runs.ends[k]
 
@@ -139,7 +144,7 @@ def _affine(rows: Any, kernel: Any, bias: Any = None) -> Any:
 
 
 def _int(value: int) -> Any:
-    """Return an int32 index: JAX needs one integer type for all indices of a slice."""
+    """Return an int32 index: JAX needs one dtype for all indices of a slice."""
     return ops.convert_to_tensor(value, "int32")
 
 

@@ -1,4 +1,4 @@
-"""Ragged dispatch: the sorted rows by JAX's grouped matmul, `jax.lax.ragged_dot`.
+"""Ragged dispatch: JAX's grouped matmul (`jax.lax.ragged_dot`) on sorted rows.
 
 Axis letters: n tokens, d input features, u output units, m = n * k rows.
 """
@@ -10,9 +10,9 @@ from typing import Any
 from keras import ops
 
 from keras_moe import _backend
-from keras_moe.dispatch._sorted import in_runs
+from keras_moe.dispatch._sorted import in_sorted_rows
 from keras_moe.experts._protocol import GroupedExperts, Prologue, apply_prologue
-from keras_moe.routing import Routing, Runs
+from keras_moe.routing import Routing, SortedChoices
 
 
 def ragged(
@@ -20,8 +20,8 @@ def ragged(
 ) -> Any:
     """Multiply the sorted rows by `jax.lax.ragged_dot`."""
 
-    def compute(rows: Any, runs: Runs) -> Any:
-        # Rows of no expert join the last run, because every row must be in one.
+    def compute(rows: Any, runs: SortedChoices) -> Any:
+        # Rows without an expert join the last group: `ragged_dot` needs one per row.
         ends = ops.concatenate([runs.ends[:-1], ops.shape(rows)[:1]])
         sizes = ends - runs.starts
         of_row = ops.searchsorted(
@@ -37,4 +37,4 @@ def ragged(
 
         return experts.on_rows(rows, matmul, training=training)
 
-    return in_runs(compute, tokens, routing, experts.num_experts)
+    return in_sorted_rows(compute, tokens, routing, experts.num_experts)

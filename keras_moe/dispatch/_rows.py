@@ -1,6 +1,6 @@
-"""Rows: gathers, and sums and products over the choices of a token.
+"""Row operations: gathers, sums and products over the choices of a token.
 
-Axis letters: n tokens, d input features, u output units, k choices a token, m rows.
+Axis letters: n tokens, d input features, u output units, k choices per token, m rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def nan_where(invalid: Any, outputs: Any) -> Any:
 def sum_of_rows(
     rows: Any, positions: Any, weights: Any = None, kept: Any = None
 ) -> Any:
-    """(m, u), (n, k) -> (n, u). One gather a choice: no (n, k, u) tensor."""
+    """(m, u), (n, k) -> (n, u). One gather per choice: no (n, k, u) tensor."""
     total = None
     for j in range(positions.shape[1]):
         part = ops.take(rows, positions[:, j], axis=0)

@@ -1,6 +1,6 @@
-"""Slots of static shape: what "capacity" and "blocked" (at once) share.
+"""Slots of static shape, shared by "capacity" and `blocked_at_once`.
 
-Axis letters: n tokens, d input features, u output units, k choices a token, s groups
+Axis letters: n tokens, d input features, u output units, k choices per token, s groups
 of c slots.
 """
 
@@ -21,7 +21,7 @@ def in_slots(
     compute: Callable[[Any], Any], tokens: Any, routing: Routing, slots: Slots
 ) -> Any:
     """Fill slots (s, c, d), compute them to (s, c, u), and sum the slots of a token."""
-    # Where a choice has no slot, any will do: `kept` hides what is read there.
+    # A choice without a slot reads slot 0; `kept` masks the result.
     slots = slots._replace(
         slot_of_choice=ops.where(
             slots.kept, slots.slot_of_choice, ops.zeros_like(slots.slot_of_choice)
@@ -29,7 +29,7 @@ def in_slots(
     )
 
     def fill(tokens: Any, slots: Slots) -> Any:
-        # One row of zeros more, for the slots without a token.
+        # An extra row of zeros, for the slots without a token.
         return ops.take(ops.pad(tokens, ((0, 1), (0, 0))), slots.tokens, axis=0)
 
     def fill_gradient(inputs: Any, slots: Slots, upstream: Any) -> tuple[Any, ...]:

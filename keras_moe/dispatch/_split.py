@@ -1,8 +1,8 @@
-"""Split dispatch: the sorted rows in one piece an expert, each multiplied alone.
+"""Split dispatch: the sorted rows in one piece per expert, computed separately.
 
 Axis letters: n tokens, d input features, u output units, m = n * k rows.
 
-Exactly the m chosen rows are computed, at the price of data-dependent shapes.
+It computes exactly the m chosen rows, but has data-dependent shapes.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import Any
 from keras import ops
 
 from keras_moe import _backend
-from keras_moe.dispatch._sorted import in_runs
+from keras_moe.dispatch._sorted import in_sorted_rows
 from keras_moe.experts._protocol import Experts
-from keras_moe.routing import Routing, Runs
+from keras_moe.routing import Routing, SortedChoices
 
 
 def split(
     tokens: Any, routing: Routing, experts: Experts, training: bool | None = None
 ) -> Any:
-    """Cut the sorted rows into one piece an expert and compute each piece alone."""
+    """Split the sorted rows into one piece per expert, and compute each separately."""
     if _backend.under_xla():
         raise ValueError(
-            'dispatch="split" has data-dependent shapes, which neither XLA '
-            "(`jit_compile=True`) nor JAX compiles. "
+            'dispatch="split" has data-dependent shapes, which XLA '
+            "(`jit_compile=True`) and JAX cannot compile. "
             'Use dispatch="auto" or dispatch="blocked".'
         )
 
-    def compute(rows: Any, runs: Runs) -> Any:
-        # The rows of no expert are the last piece, which is not computed.
+    def compute(rows: Any, runs: SortedChoices) -> Any:
+        # The last piece has the rows without an expert and is not computed.
         last = ops.shape(rows)[0] - runs.ends[-1:]
         sizes = ops.concatenate([runs.ends - runs.starts, ops.cast(last, "int32")])
         *pieces, rest = _backend.split_rows(rows, sizes, experts.num_experts + 1)
@@ -39,4 +39,4 @@ def split(
             outputs = [*outputs, ops.zeros(shape, outputs[0].dtype)]
         return ops.concatenate(outputs, axis=0)
 
-    return in_runs(compute, tokens, routing, experts.num_experts)
+    return in_sorted_rows(compute, tokens, routing, experts.num_experts)

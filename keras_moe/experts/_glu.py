@@ -24,20 +24,20 @@ class GLUExperts(StackedExperts):
 
     Args:
         num_experts: int, number of experts e.
-        hidden_units: int, the width h of the product.
-        units: int, the output width u. The width of the inputs by default.
+        hidden_units: int, the hidden width h.
+        units: int, the output width u. Defaults to the input width.
         activation: activation of the gate.
         use_bias: bool, whether each of the three matmuls adds a bias.
-        dropout: float in [0, 1), dropped share of the hidden units.
-        kernel_initializer: initializer of one expert's kernel; each expert and each
-            of the three kernels has its own draw.
+        dropout: float in [0, 1), dropout rate of the hidden units.
+        kernel_initializer: initializer of one expert's kernel, applied independently
+            to each expert and each of the three kernels.
         bias_initializer: initializer of the biases.
         kernel_regularizer: regularizer of every stacked kernel.
         bias_regularizer: regularizer of every stacked bias.
         seed: int, the seed of the dropout.
 
     Call arguments:
-        inputs: tensor of shape `(..., d)`: every expert computes every row.
+        inputs: tensor of shape `(..., d)`; every expert computes every row.
         training: bool, whether dropout is active.
 
     Returns:
@@ -49,8 +49,8 @@ class GLUExperts(StackedExperts):
         down_kernel: D, variable of shape `(e, h, u)`.
 
     Raises:
-        ValueError: if an argument breaks its rule, or the last axis of the inputs is
-            not known.
+        ValueError: if an argument is invalid, or the last axis of the inputs has no
+            static size.
 
     Example:
 
@@ -141,7 +141,7 @@ class GLUExperts(StackedExperts):
     def on_rows(
         self, rows: Any, matmul: GroupedMatmul, training: bool | None = None
     ) -> Any:
-        """The formula of one expert, by the matmul of a dispatch."""
+        """Compute one expert per row, with the matmul of a dispatch."""
         gate = matmul(rows, self.gate_kernel, self.gate_bias)
         up = matmul(rows, self.up_kernel, self.up_bias)
         if training and self.dropout > 0.0:

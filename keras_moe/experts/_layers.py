@@ -1,6 +1,6 @@
 """Experts that are Keras layers of any kind.
 
-Axis letters: n rows, d input features, e experts, u output units, c slots an expert.
+Axis letters: n rows, d input features, e experts, u output units, c slots per expert.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from keras_moe._layer import Layer
 
 @keras.saving.register_keras_serializable("keras_moe")
 class LayerExperts(Layer):
-    """Experts that are Keras layers or models of any kind, also of different kinds.
+    """Experts that are arbitrary Keras layers or models, not necessarily of one type.
 
-    Each is computed on its own, so that many of them cost more than the stacked
-    `MLPExperts`. The dispatches "blocked" and "ragged" need stacked kernels and refuse
-    them. A layer may be called on an empty batch.
+    Experts are computed one by one, which is slower than the stacked `MLPExperts`. The
+    dispatches "blocked" and "ragged" need stacked kernels and are not supported. Layers
+    may be called with an empty batch.
 
     Args:
-        layers: sequence of Keras layers that map `(rows, d)` to `(rows, u)`, u the
-            same for all. No layer twice.
+        layers: sequence of distinct Keras layers that map `(rows, d)` to `(rows, u)`,
+            with the same u.
 
     Call arguments:
-        inputs: tensor of shape `(..., d)`: every expert computes every row.
+        inputs: tensor of shape `(..., d)`; every expert computes every row.
 
     Returns:
         A tensor of shape `(..., e, u)`.
 
     Raises:
-        ValueError: if `layers` is empty, holds something else than layers or one of
-            them twice, or if their outputs differ in width.
+        ValueError: if `layers` is empty, has an item that is not a layer or a repeated
+            layer, or if the output widths differ.
 
     Example:
 
@@ -56,8 +56,8 @@ class LayerExperts(Layer):
             )
         if len({id(layer) for layer in layers}) < len(layers):
             raise ValueError(
-                "every expert in `layers` must be a layer of its own. Received one "
-                f"layer twice in layers={layers!r}"
+                "`layers` must be distinct layers, one per expert. Received a repeated "
+                f"layer in layers={layers!r}"
             )
         self.layers = layers
         self.num_experts = len(layers)
@@ -69,14 +69,14 @@ class LayerExperts(Layer):
         shapes = [tuple(layer(rows).shape) for layer in self.layers]
         if len(set(shapes)) > 1 or len(shapes[0]) != 2:
             raise ValueError(
-                "the experts in `layers` must map (rows, d) to (rows, u) with one u. "
-                f"Received layers whose outputs have the shapes {shapes}"
+                "`layers` must map (rows, d) to (rows, u) with the same u. "
+                f"Received: layers with output shapes {shapes}"
             )
 
     def call(self, inputs: Any) -> Any:
         leading = ops.shape(inputs)[:-1]
         rows = ops.reshape(inputs, (-1, inputs.shape[-1]))
-        # Layers may have a dtype of their own.
+        # The layers' dtypes may differ.
         outputs = [ops.cast(layer(rows), self.compute_dtype) for layer in self.layers]
         outputs = ops.stack(outputs, axis=1)
         return ops.reshape(
@@ -85,21 +85,21 @@ class LayerExperts(Layer):
         )
 
     def on_slots(self, slots: Any, training: bool | None = None) -> Any:
-        """(e, c, d) -> (e, c, u): every expert on its own slots."""
+        """(e, c, d) -> (e, c, u): each expert on its own slots."""
         pieces = ops.unstack(slots, num=self.num_experts)
         return ops.stack(self.on_pieces(pieces, training), axis=0)
 
     def on_pieces(
         self, pieces: Sequence[Any], training: bool | None = None
     ) -> list[Any]:
-        """Return (rows, u) for each (rows, d) of `pieces`, one an expert."""
-        # Keras passes `training` on to layers inside a call.
+        """Return (rows, u) for each (rows, d) of `pieces`, one piece per expert."""
+        # Keras propagates `training` to nested layers.
         return [layer(piece) for layer, piece in zip(self.layers, pieces, strict=True)]
 
     def compute_output_shape(
         self, input_shape: tuple[int | None, ...]
     ) -> tuple[int | None, ...]:
-        # A call, because some layers cannot compute their output shape.
+        # A symbolic call, because not all layers implement `compute_output_shape`.
         rows = keras.KerasTensor((None, input_shape[-1]), self.compute_dtype)
         units = self.layers[0](rows).shape[-1]
         return (*input_shape[:-1], self.num_experts, units)

@@ -19,37 +19,37 @@ from keras_moe.initializers import PerExpert
 
 @keras.saving.register_keras_serializable("keras_moe")
 class MLPExperts(StackedExperts):
-    """e multi-layer perceptrons of one shape, computed together.
+    """e multi-layer perceptrons of the same shape, with stacked kernels.
 
     Args:
         num_experts: int, number of experts e.
-        units: int or sequence of ints, the width of every layer of an expert; the
-            last one is the output width u.
+        units: int or sequence of ints, the layer widths of an expert; the last one is
+            the output width u.
         activation: activation of the hidden layers.
         use_bias: bool, whether every layer adds a bias.
         final_activation: activation of the last layer. Linear by default.
-        dropout: float in [0, 1), dropped share of every hidden layer's units.
-        kernel_initializer: initializer of one expert's kernel; each expert and each
-            layer has its own draw (see `keras_moe.initializers.PerExpert`).
+        dropout: float in [0, 1), dropout rate of every hidden layer.
+        kernel_initializer: initializer of one expert's kernel, applied independently
+            to each expert and layer (see `keras_moe.initializers.PerExpert`).
         bias_initializer: initializer of the biases.
         kernel_regularizer: regularizer of every stacked kernel.
         bias_regularizer: regularizer of every stacked bias.
         seed: int, the seed of the dropout.
 
     Call arguments:
-        inputs: tensor of shape `(..., d)`: every expert computes every row.
+        inputs: tensor of shape `(..., d)`; every expert computes every row.
         training: bool, whether dropout is active.
 
     Returns:
         A tensor of shape `(..., e, u)`.
 
     Attributes:
-        kernels: one variable a layer, of shape `(e, in, out)`.
-        biases: one variable a layer, of shape `(e, out)`; empty without bias.
+        kernels: list of one variable per layer, of shape `(e, in, out)`.
+        biases: list of one variable per layer, of shape `(e, out)`; empty without bias.
 
     Raises:
-        ValueError: if an argument breaks its rule, or the last axis of the inputs is
-            not known.
+        ValueError: if an argument is invalid, or the last axis of the inputs has no
+            static size.
 
     Example:
 
@@ -101,7 +101,7 @@ class MLPExperts(StackedExperts):
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         features = _checks.last_dimension(type(self).__name__, input_shape)
-        # Without it, inputs of another width could fit the reshapes below by chance.
+        # Without it, the reshapes in `call` could accept inputs of a wrong width.
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
         for i, units in enumerate(self.units):
             self.kernels.append(
@@ -134,7 +134,7 @@ class MLPExperts(StackedExperts):
             for i in range(1, len(self.units)):
                 outputs = self._later_layer(i, outputs, training)
             outputs = ops.transpose(outputs, (1, 0, 2))  # (n, e, u)
-        # One unknown axis is all that a reshape can infer, hence -1 for the batch.
+        # A reshape can infer only one axis: -1 for the batch.
         return ops.reshape(
             outputs,
             (*_backend.restored_axes(leading), self.num_experts, self.units[-1]),
@@ -143,7 +143,7 @@ class MLPExperts(StackedExperts):
     def on_rows(
         self, rows: Any, matmul: GroupedMatmul, training: bool | None = None
     ) -> Any:
-        """The formula of one expert, by the matmul of a dispatch."""
+        """Compute one expert per row, with the matmul of a dispatch."""
         prologue: Prologue | None = None
         for i, kernel in enumerate(self.kernels):
             rows = matmul(
@@ -155,7 +155,7 @@ class MLPExperts(StackedExperts):
         return self.final_activation(rows)
 
     def _first_layer(self, rows: Any, training: bool | None) -> Any:
-        """(n, d) -> (n, e, h): the experts share the rows, so one matmul does all."""
+        """(n, d) -> (n, e, h): one matmul, because all experts have the same rows."""
         kernel = ops.transpose(self.kernels[0], (1, 0, 2))  # (d, e, h)
         outputs = ops.matmul(rows, ops.reshape(kernel, (rows.shape[-1], -1)))
         outputs = ops.reshape(outputs, (-1, self.num_experts, self.units[0]))

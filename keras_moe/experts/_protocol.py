@@ -1,6 +1,6 @@
-"""What a dispatch calls: the protocols of experts and of the matmul it gives them.
+"""The interface between dispatch and experts: protocols of experts and their matmul.
 
-Axis letters: n rows, d input features, e experts, u output units, c slots an expert,
+Axis letters: n rows, d input features, e experts, u output units, c slots per expert,
 m rows in a layout of the dispatch.
 """
 
@@ -13,7 +13,7 @@ Prologue = Callable[..., Any]
 
 
 class GroupedMatmul(Protocol):
-    """A matmul of every row by the kernel of its own expert."""
+    """A matmul of each row with the kernel of its expert."""
 
     def __call__(
         self,
@@ -25,22 +25,22 @@ class GroupedMatmul(Protocol):
         """(m, in), (e, in, out) -> (m, out): y_r = prologue(x_r) W_e + b_e.
 
         Args:
-            rows: tensor of shape `(m, in)`, whose leading axes are those of the
-                dispatch: `(e, c, in)` for slots. With a `prologue`, a tuple of such
-                tensors if it takes several.
+            rows: tensor of shape `(m, in)`, or with other leading axes of the dispatch
+                such as `(e, c, in)` for slots. A tuple of such tensors for a `prologue`
+                of several tensors.
             kernel: tensor or variable of shape `(e, in, out)`.
             bias: tensor or variable of shape `(e, out)`, or None.
-            prologue: an elementwise function of as many tensors as `rows` holds, such
-                as the activation of the layer before. A dispatch may compute it block
-                by block, so that its outputs are never stored as a whole.
+            prologue: an elementwise function of the tensors in `rows`, such as the
+                activation of the previous layer. A dispatch may compute it block by
+                block to save memory.
 
         Returns:
-            A tensor of the leading axes of `rows`, `(m, out)`.
+            A tensor of shape `(m, out)`, with the leading axes of `rows`.
         """
 
 
 class Experts(Protocol):
-    """Experts that compute all rows, slots, or one piece of rows for each."""
+    """Experts that compute all rows, slots, or one piece of rows per expert."""
 
     num_experts: int
 
@@ -48,25 +48,25 @@ class Experts(Protocol):
         """(..., d) -> (..., e, u): every expert on every row."""
 
     def on_slots(self, slots: Any, training: bool | None = None) -> Any:
-        """(e, c, d) -> (e, c, u): every expert on its own slots."""
+        """(e, c, d) -> (e, c, u): each expert on its own slots."""
 
     def on_pieces(
         self, pieces: Sequence[Any], training: bool | None = None
     ) -> list[Any]:
-        """Return (rows, u) for each (rows, d) of `pieces`, one an expert."""
+        """Return (rows, u) for each (rows, d) of `pieces`, one piece per expert."""
 
 
 class GroupedExperts(Experts, Protocol):
-    """Experts of one formula and stacked kernels, which a grouped matmul computes."""
+    """Experts with stacked kernels, which support a grouped matmul."""
 
     def on_rows(
         self, rows: Any, matmul: GroupedMatmul, training: bool | None = None
     ) -> Any:
-        """(m, d) -> (m, u): the formula of one expert, its matmuls by `matmul`."""
+        """(m, d) -> (m, u): one expert per row, with `matmul` for all matmuls."""
 
 
 def apply_prologue(prologue: Prologue | None, rows: Any) -> Any:
-    """Return `prologue(*rows)` for rows that are one tensor or a tuple of them."""
+    """Return `prologue(*rows)`, for `rows` a tensor or a tuple of tensors."""
     if prologue is None:
         return rows
     return prologue(*rows) if isinstance(rows, tuple) else prologue(rows)

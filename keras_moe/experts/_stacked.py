@@ -1,6 +1,6 @@
-"""Stacked experts: the methods for pieces and slots follow from `on_rows`.
+"""Stacked experts: `on_slots` and `on_pieces` implemented by `on_rows`.
 
-Axis letters: e experts, d input features, u output units, c slots an expert.
+Axis letters: e experts, d input features, u output units, c slots per expert.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from keras_moe.experts._protocol import GroupedMatmul, Prologue, apply_prologue
 
 
 class StackedExperts(Layer):
-    """The base class of experts of one formula, which `on_rows` computes.
+    """The base class of experts with stacked kernels; a subclass defines `on_rows`.
 
     It implements the protocol `keras_moe.experts._protocol.GroupedExperts`.
     """
@@ -25,7 +25,7 @@ class StackedExperts(Layer):
     on_rows: Callable[..., Any]
 
     def on_slots(self, slots: Any, training: bool | None = None) -> Any:
-        """(e, c, d) -> (e, c, u): every expert on its own slots."""
+        """(e, c, d) -> (e, c, u): each expert on its own slots."""
 
         def matmul(
             rows: Any, kernel: Any, bias: Any = None, prologue: Prologue | None = None
@@ -38,11 +38,11 @@ class StackedExperts(Layer):
     def on_pieces(
         self, pieces: Sequence[Any], training: bool | None = None
     ) -> list[Any]:
-        """Return (rows, u) for each (rows, d) of `pieces`, one an expert."""
+        """Return (rows, u) for each (rows, d) of `pieces`, one piece per expert."""
         parts: dict[int, Sequence[Any]] = {}
 
         def part(stacked: Any, k: int) -> Any:
-            # Unstacked once: the gradient of `stacked[k]` would be as large as all.
+            # Unstacked once: each gradient of `stacked[k]` would have the full size.
             if id(stacked) not in parts:
                 tensor = ops.convert_to_tensor(stacked)
                 parts[id(stacked)] = ops.unstack(tensor, num=self.num_experts)
@@ -68,7 +68,7 @@ class StackedExperts(Layer):
 
 
 def activation_function(argument: str, activation: Any) -> Callable[..., Any]:
-    """Return an activation without weights, which all experts would share."""
+    """Return an activation function; layers are invalid (experts would share one)."""
     if isinstance(activation, keras.layers.Layer):
         raise ValueError(
             f"`{argument}` must be the name of an activation or a function, not a "

@@ -1,10 +1,10 @@
-"""Models for servers: SavedModel, ONNX, LiteRT and OpenVINO.
+"""Export for serving: SavedModel, ONNX, LiteRT and OpenVINO.
 
-`keras.Model.export` writes all four. This package adds what it lacks: a mixture takes
-the dispatch that a format can carry, a file that its runtime could not run is refused,
-and a SavedModel has a signature for every task, takes raw features, warms a server up
-and names the feature that is wrong. Only the TensorFlow backend exports; a `.keras`
-file brings a model there from any other.
+`keras.Model.export` writes all four formats. This package replaces a dispatch that the
+format does not support, raises ValueError for a model that the runtime cannot execute,
+and adds to a SavedModel a signature per task, preprocessing of raw features, warm-up
+requests, and errors that name the invalid feature. Export needs the TensorFlow backend;
+a `.keras` file transfers a model from any other backend.
 """
 
 from keras_moe.export._client import Served, load

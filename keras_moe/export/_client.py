@@ -1,4 +1,4 @@
-"""The client: a signature of a SavedModel as a function of a dict of features."""
+"""The client: calls a signature of a SavedModel with a dict of features."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ def load(path: str | Path, signature: str = "serving_default") -> Served:
 
 
 class Served:
-    """A signature of a SavedModel; its errors name the feature that is wrong.
+    """A signature of a SavedModel; errors name the invalid feature.
 
     Args:
-        loaded: what `tf.saved_model.load` returns.
+        loaded: the return value of `tf.saved_model.load`.
         signature: the name of the signature.
 
     Call arguments:
-        features: dict of one array a feature, with the batch as the first axis. An
+        features: dict of one array per feature, with the batch as the first axis. An
             array must have the dtype of the feature; a list is converted.
 
     Returns:
-        A dict of one NumPy array a task.
+        A dict of one NumPy array per task.
 
     Raises:
-        ValueError: if a feature is missing, unknown, of another dtype or shape, or
-            holds a NaN that the model refuses.
+        ValueError: if a feature is missing, unknown, of the wrong dtype or shape, or
+            fails the model's check for NaN and infinity.
     """
 
     def __init__(self, loaded: Any, signature: str) -> None:
-        self._loaded = loaded  # The variables live as long as this does.
+        self._loaded = loaded  # This reference keeps the variables alive.
         self._function = loaded.signatures[signature]
         self.features = self._function.structured_input_signature[1]
         self.tasks = tuple(sorted(self._function.structured_outputs))
@@ -57,5 +57,5 @@ class Served:
     def __call__(self, features: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Return the outputs of the signature for one batch."""
         request = _requests.checked(self.features, features)
-        outputs = _requests.answer(lambda inputs: self._function(**inputs), request)
+        outputs = _requests.call(lambda inputs: self._function(**inputs), request)
         return {name: value.numpy() for name, value in outputs.items()}

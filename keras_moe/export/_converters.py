@@ -1,4 +1,4 @@
-"""Models in ONNX, LiteRT and OpenVINO: what is substituted, checked and refused."""
+"""Export to ONNX, LiteRT and OpenVINO, with substitutions and checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import keras
 
 from keras_moe import _checks, routers
 from keras_moe import dispatch as dispatch_lib
-from keras_moe.export._files import whole
+from keras_moe.export._files import atomic_write
 from keras_moe.export._ports import (
     as_inputs,
     check_backend,
@@ -21,41 +21,40 @@ from keras_moe.export._ports import (
 )
 from keras_moe.export._saved_model import export_saved_model
 
-# The end of a file's name in every format.
+# The file extension of each format.
 FORMATS = {
     "tf_saved_model": "",
     "onnx": ".onnx",
     "litert": ".tflite",
     "openvino": ".xml",
 }
-# What a converter turns into other numbers: OpenVINO's integers do not wrap around.
-_CHANGED_ROUTERS = {"openvino": routers.HashRouter}
+# Routers with wrong outputs after conversion: OpenVINO integers do not wrap around.
+_UNSUPPORTED_ROUTERS = {"openvino": routers.HashRouter}
 
 
 def export_model(model: keras.Model, path: str | Path, format: str) -> None:
-    """Write `model` in a format that gives the outputs of the model, or refuse.
+    """Export `model`, or raise ValueError if the format would change its outputs.
 
-    This is `model.export`, with the dispatch of a `MoE` or `MMoE` changed for the file
-    where the format cannot carry it ("blocked" becomes "split" in ONNX and OpenVINO,
-    with the same outputs), and with a look at the file before it appears. One file
-    takes any batch size.
+    It calls `model.export`, replaces a dispatch of a `MoE` or `MMoE` that the format
+    does not support ("blocked" by "split" in ONNX and OpenVINO, with the same outputs),
+    and validates the file before moving it to `path`. The batch size is dynamic.
 
-    OpenVINO computes in bfloat16 where the processor can, with which a router may
-    choose other experts: compile with `{"INFERENCE_PRECISION_HINT": "f32"}`.
+    OpenVINO uses bfloat16 on processors that support it, which can change the experts
+    that a router chooses: compile with `{"INFERENCE_PRECISION_HINT": "f32"}`.
 
     Args:
         model: a functional model with named inputs and a dict of outputs by task, such
             as a `keras_moe.multitask.MultiTaskModel`.
-        path: where to write; must not exist. Ends in ".onnx", ".tflite" (LiteRT) or
-            ".xml" (OpenVINO, with a ".bin" beside it); a folder for a SavedModel.
+        path: the output path; must not exist. Ends in ".onnx", ".tflite" (LiteRT) or
+            ".xml" (OpenVINO, which adds a ".bin"); a folder for a SavedModel.
         format: "tf_saved_model", "onnx" (needs tf2onnx and onnx), "litert" or
             "openvino" (needs openvino).
 
     Raises:
-        ValueError: if an argument breaks its rule, if a server could mistake an input
-            or output of the model (no name, or a dtype that requests do not have), or
-            if the format has no such layer or operation. Nothing is written then.
-        FileExistsError: if there is something at `path`.
+        ValueError: if an argument is invalid, an input or output of the model has no
+            name or a dtype that requests cannot hold, or the format does not support a
+            layer or operation. Nothing is written then.
+        FileExistsError: if `path` exists.
 
     Example:
 
@@ -78,8 +77,8 @@ def export_model(model: keras.Model, path: str | Path, format: str) -> None:
     both = sorted(set(features) & set(tasks))
     if both:
         raise ValueError(
-            f"an input and an output of `model` must not have one name for format="
-            f"{format!r}. Received: {both[0]!r}"
+            f"an input and an output of `model` must not have the same name for "
+            f"format={format!r}. Received: {both[0]!r}"
         )
     path = Path(path)
     if path.suffix != FORMATS[format]:
@@ -90,7 +89,10 @@ def export_model(model: keras.Model, path: str | Path, format: str) -> None:
     specs = tensor_specs(features)
     _check_layers(model, format)
     companions = [path.with_suffix(".bin")] if format == "openvino" else []
-    with whole(path, *companions) as unfinished, _dispatches(model, format):
+    with (
+        atomic_write(path, *companions) as unfinished,
+        _exportable_dispatches(model, format),
+    ):
         try:
             model.export(
                 str(unfinished),
@@ -103,12 +105,12 @@ def export_model(model: keras.Model, path: str | Path, format: str) -> None:
         except (ImportError, MemoryError, OSError):
             raise
         except Exception as error:
-            raise _refusal(model, format, error) from error
+            raise _conversion_error(model, format, error) from error
 
 
 @contextmanager
-def _dispatches(model: keras.Model, format: str) -> Iterator[None]:
-    """Give the layers of `model` dispatches that the format can carry, for a while."""
+def _exportable_dispatches(model: keras.Model, format: str) -> Iterator[None]:
+    """Temporarily replace the dispatches that the format does not support."""
     substitutes = dispatch_lib.substitutes(format)
     layers = [
         (layer, layer.dispatch)
@@ -125,19 +127,19 @@ def _dispatches(model: keras.Model, format: str) -> Iterator[None]:
 
 
 def _check_layers(model: keras.Model, format: str) -> None:
-    """Refuse what would be converted without an error, and not be the same."""
+    """Raise ValueError for layers that would convert silently to wrong outputs."""
     for layer in model._flatten_layers(include_self=False):
         if layer.compute_dtype in ("float16", "bfloat16"):
             raise ValueError(
-                f"`model` must compute in float32 for format={format!r}: make it again "
-                'under the dtype policy "float32" and load its weights. Received: '
+                f"`model` must compute in float32 for format={format!r}: rebuild it "
+                'with the dtype policy "float32" and load its weights. Received: '
                 f"the layer {layer.name!r} that computes in {layer.compute_dtype}"
             )
         router = getattr(layer, "router", None)
-        if isinstance(router, _CHANGED_ROUTERS.get(format, ())):
+        if isinstance(router, _UNSUPPORTED_ROUTERS.get(format, ())):
             raise ValueError(
-                f"`model` must have no {type(router).__name__} for format={format!r}, "
-                "whose outputs would differ. Use another router or "
+                f"`model` must not have a {type(router).__name__} for "
+                f"format={format!r}: its outputs would differ. Use another router or "
                 f'format="tf_saved_model". Received: the layer {layer.name!r} with '
                 f"dispatch={layer.dispatch!r}"
             )
@@ -148,20 +150,20 @@ def _options(format: str) -> dict[str, Any]:
         return {}
     import tensorflow as tf
 
-    # Keras would let the file hold operations that only TensorFlow's own build runs.
+    # Keras also allows TensorFlow operations, which plain LiteRT cannot run.
     return {"target_spec": {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}}
 
 
 def _check_file(path: Path, format: str) -> None:
-    """Refuse what tf2onnx writes although ONNX has no such operation."""
+    """Raise for operations that tf2onnx writes but ONNX does not define."""
     if format == "onnx":
         import onnx
 
         onnx.checker.check_model(str(path))
 
 
-def _refusal(model: keras.Model, format: str, error: Exception) -> ValueError:
-    """Name the operations that the converter did, and the layers that they are of."""
+def _conversion_error(model: keras.Model, format: str, error: Exception) -> ValueError:
+    """Return an error with the operations of the converter's error and their layers."""
     import tensorflow as tf
 
     specs = tensor_specs(checked_ports(model)[0])
@@ -170,24 +172,24 @@ def _refusal(model: keras.Model, format: str, error: Exception) -> ValueError:
     ).get_concrete_function(specs)
     graph = traced.graph.as_graph_def()
     nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
-    said = set(re.findall(r"\w+", str(error)))
+    mentioned = set(re.findall(r"\w+", str(error)))
     layers = {layer.name: layer for layer in model._flatten_layers(include_self=False)}
     found = {}
     for node in nodes:
-        if node.op in said and node.op != "NoOp":
+        if node.op in mentioned and node.op != "NoOp":
             scopes = node.name.split("/")[::-1]
-            # A scope that is there a second time gets a number.
+            # TensorFlow adds a number to a repeated scope.
             names = [n for s in scopes for n in (s, re.sub(r"_\d+$", "", s))]
             found[node.op] = next((layers[n] for n in names if n in layers), None)
     reasons = [f"{op}{_described(found[op])}" for op in sorted(found)]
     if not found:
         return ValueError(
-            f"`model` could not be converted to format={format!r}: {error!r}. Use "
+            f"`model` cannot be converted to format={format!r}: {error!r}. Use "
             'format="tf_saved_model".'
         )
     reason = ", ".join(reasons)
     return ValueError(
-        f"`format` must be one that can hold the whole model, and {format!r} has no "
+        f"`format` must support all operations of the model, but {format!r} has no "
         f"operation for: {reason}. Change these layers, or use "
         'format="tf_saved_model".'
     )

@@ -1,6 +1,6 @@
-"""Requests to a served model: what fits its features, and TensorFlow Serving's records.
+"""Requests to an exported model: validation, and warm-up records.
 
-A request is a dict of one array a feature, with the batch as the first axis.
+A request is a dict of one array per feature, with the batch as the first axis.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 
-def without_nan(features: dict[str, Any]) -> dict[str, Any]:
-    """Return `features` of a graph that fails by name where one is not finite."""
+def check_finite(features: dict[str, Any]) -> dict[str, Any]:
+    """Return `features`, with assertions in the graph that they are finite."""
     import tensorflow as tf
 
     checks = [
@@ -29,29 +29,29 @@ def without_nan(features: dict[str, Any]) -> dict[str, Any]:
         return {name: tf.identity(value) for name, value in features.items()}
 
 
-def refused(error: Exception) -> str | None:
-    """Return what a graph says of a feature, as `without_nan` does, in an error."""
+def feature_message(error: Exception) -> str | None:
+    """Return the message of `check_finite` in an error of the graph, or None."""
     found = re.search(r"feature `\w+` must [^\[\]]*", str(error))
     return found and found.group().strip()
 
 
-def answer(
+def call(
     function: Callable[[dict[str, Any]], dict[str, Any]], request: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Return what `function` answers, or say which feature its graph refuses."""
+    """Call `function`; raise ValueError that names a feature with NaN or infinity."""
     import tensorflow as tf
 
     try:
         return function({name: tf.constant(value) for name, value in request.items()})
     except tf.errors.InvalidArgumentError as error:
-        message = refused(error)
+        message = feature_message(error)
         if message is None:
             raise
         raise ValueError(message) from error
 
 
 def checked(specs: Mapping[str, Any], request: Any) -> dict[str, np.ndarray]:
-    """Return `request` as arrays that fit `specs`, or name the wrong feature."""
+    """Return `request` as arrays that match `specs`, or raise ValueError."""
     if not isinstance(request, Mapping):
         raise ValueError(
             f"a request must be a dict of the features {sorted(specs)}. "
@@ -70,11 +70,13 @@ def checked(specs: Mapping[str, Any], request: Any) -> dict[str, np.ndarray]:
     arrays = {name: _as_array(name, specs[name], request[name]) for name in specs}
     sizes = {name: len(arrays[name]) for name in sorted(arrays)}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"all features must have one batch size. Received: {sizes}")
+        raise ValueError(
+            f"all features must have the same batch size. Received: {sizes}"
+        )
     return arrays
 
 
-# Kinds of dtypes in NumPy: what a list may hold for a feature of each.
+# NumPy dtype kinds: allowed kinds of list items, by the kind of the feature.
 _OF_LISTS = {"f": "fiu", "i": "iu", "u": "iu", "b": "b", "O": "OSU"}
 
 
@@ -91,7 +93,7 @@ def _as_array(name: str, spec: Any, value: Any) -> np.ndarray:
             wrong = [x for x in array.ravel() if not isinstance(x, str | bytes)]
             if wrong:
                 raise TypeError(f"{wrong[0]!r}")
-        # From the list itself: NumPy then refuses an integer that is too large.
+        # From the list itself: NumPy then raises OverflowError for large integers.
         array = np.asarray(value if is_list else array, dtype)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(
@@ -99,14 +101,14 @@ def _as_array(name: str, spec: Any, value: Any) -> np.ndarray:
         ) from error
     if not spec.shape.is_compatible_with(array.shape):
         raise ValueError(
-            f"feature `{name}` must be of shape {tuple(spec.shape)}, the batch first. "
+            f"feature `{name}` must be of shape {tuple(spec.shape)}, batch axis first. "
             f"Received: {array.shape}"
         )
     return array
 
 
 def write_warmup(folder: Path, requests: Sequence[dict[str, np.ndarray]]) -> None:
-    """Write `PredictionLog`s of tensorflow/serving, in the wire format of protobuf."""
+    """Write `PredictionLog`s of TensorFlow Serving, in the protobuf wire format."""
     import tensorflow as tf
 
     def field(number: int, value: bytes) -> bytes:
@@ -126,7 +128,7 @@ def write_warmup(folder: Path, requests: Sequence[dict[str, np.ndarray]]) -> Non
 
 
 def _varint(number: int) -> bytes:
-    """Return `number` in groups of seven bits, the lowest first."""
+    """Return `number` as a protobuf varint: groups of seven bits, lowest first."""
     groups = []
     while number > 127:
         groups.append(number & 127 | 128)

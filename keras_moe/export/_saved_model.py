@@ -1,4 +1,4 @@
-"""SavedModels: a signature for every task, raw features, warm-up, named errors."""
+"""SavedModel export: a signature per task, raw features, warm-up, input checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import keras
 
 from keras_moe import _checks
 from keras_moe.export import _requests
-from keras_moe.export._files import check_free, whole
+from keras_moe.export._files import atomic_write, check_free
 from keras_moe.export._ports import (
     as_inputs,
     check_backend,
@@ -28,26 +28,26 @@ def export_saved_model(
     warmup: Sequence[Mapping[str, Any]] = (),
     refuse_nan: bool = True,
 ) -> None:
-    """Write a SavedModel that TensorFlow Serving, or TensorFlow alone, can serve.
+    """Write a SavedModel for TensorFlow Serving or TensorFlow.
 
-    Signatures: "serving_default" gives all tasks, and where there are several, each
-    task has one of its own name, which computes nothing for the others.
+    Signatures: "serving_default" returns all tasks. If there are several, there is also
+    one signature per task, with the task's name, which computes only this task.
 
     Args:
         model: as in `export_model`.
-        path: the folder to write; must not exist. TensorFlow Serving wants a number as
-            its name, the version.
-        preprocessing: what makes the inputs of `model` from raw features, strings say:
-            an adapted `keras.utils.FeatureSpace`, or a functional model with named
-            inputs. Its tables go into the file.
-        warmup: requests, dicts of one array a feature, which TensorFlow Serving runs
-            before it takes others (`assets.extra/tf_serving_warmup_requests`).
-        refuse_nan: bool, whether the graph refuses NaN and infinity with an error that
-            names the feature. XLA drops such checks.
+        path: the output folder; must not exist. TensorFlow Serving needs a version
+            number as its name.
+        preprocessing: maps raw features, such as strings, to the inputs of `model`: an
+            adapted `keras.utils.FeatureSpace`, or a functional model with named inputs.
+            Its lookup tables are exported.
+        warmup: requests, dicts of one array per feature, which TensorFlow Serving runs
+            at startup (`assets.extra/tf_serving_warmup_requests`).
+        refuse_nan: bool, whether the graph raises an error with the feature's name for
+            NaN and infinity. XLA removes these checks.
 
     Raises:
-        ValueError: as in `export_model`, or if a request does not fit the signature.
-        FileExistsError: if there is something at `path`.
+        ValueError: as in `export_model`, or if a warm-up request is invalid.
+        FileExistsError: if `path` exists.
 
     Example:
 
@@ -68,7 +68,7 @@ def export_saved_model(
     """
     check_backend()
     _checks.flag("refuse_nan", refuse_nan)
-    model = _behind(preprocessing, model)
+    model = _with_preprocessing(preprocessing, model)
     features, tasks = checked_ports(model)
     check_free(Path(path))
     specs = tensor_specs(features)
@@ -76,11 +76,11 @@ def export_saved_model(
 
     def serve(features: dict[str, Any]) -> dict[str, Any]:
         if refuse_nan:
-            features = _requests.without_nan(features)
+            features = _requests.check_finite(features)
         return model(as_inputs(model, features), training=False)
 
-    for request in requests:  # One that fails would keep a server from starting.
-        _requests.answer(serve, request)
+    for request in requests:  # A failing request would prevent a server's startup.
+        _requests.call(serve, request)
     archive = keras.export.ExportArchive()
     archive.track(model)
     archive.add_endpoint("serving_default", serve, [specs])
@@ -88,18 +88,18 @@ def export_saved_model(
         archive.add_endpoint(
             task, lambda features, task=task: {task: serve(features)[task]}, [specs]
         )
-    with whole(Path(path)) as unfinished:
+    with atomic_write(Path(path)) as unfinished:
         archive.write_out(str(unfinished), verbose=False)
         if requests:
             _requests.write_warmup(unfinished, requests)
 
 
-def _behind(preprocessing: Any, model: keras.Model) -> keras.Model:
-    """Return the model of raw features that `preprocessing` turns into inputs."""
+def _with_preprocessing(preprocessing: Any, model: keras.Model) -> keras.Model:
+    """Return `model` applied to the outputs of `preprocessing`."""
     if preprocessing is None:
         return model
     if isinstance(preprocessing, keras.utils.FeatureSpace):
-        raw = dict(preprocessing.get_inputs())  # Keras wants no other kind of dict.
+        raw = dict(preprocessing.get_inputs())  # Keras accepts only a plain dict.
         encoded = preprocessing.get_encoded_features()
     else:
         check_functional("preprocessing", preprocessing)

@@ -1,16 +1,15 @@
-"""Routers: layers that give each token its experts, and their weights.
+"""Routers: layers that assign experts and combine weights to tokens.
 
-Axis letters: n tokens, d input features, e experts, k choices a token, c capacity
-(slots an expert), g groups of experts.
+Axis letters: n tokens, d input features, e experts, k choices per token, c capacity
+(slots per expert), g groups of experts.
 
-A router maps tokens to one of the records of `keras_moe.routing`, and depends on
-neither experts nor dispatch. It computes in float32 under any dtype policy (float64
-under float64), because half precision would change the choice between near scores.
-Gradients reach a router through weights, probabilities and logits, never through the
-choice itself.
+A router maps tokens to one of the records of `keras_moe.routing`, independently of
+experts and dispatch. It computes in float32 under any dtype policy (float64 under
+float64), because half precision can change the choice between close scores. Gradients
+reach a router through weights, probabilities and logits; the choice itself has none.
 
-Tokens outside the mask are not routed, and their rows in a record have no meaning. NaN
-and infinite features of a token change only its own row.
+Tokens outside the mask are not routed, and their rows in a record are undefined. NaN
+and infinite features of a token affect only its own row.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ __all__ = [
     "get",
 ]
 
-# What `MoE(router=)` and `get` take. HierarchicalRouter has no `num_experts`.
+# Names for `MoE(router=)` and `get`. HierarchicalRouter has no `num_experts` argument.
 KNOWN: dict[str, type[Router]] = {
     "top_k": TopKRouter,
     "noisy_top_k": NoisyTopKRouter,
@@ -57,23 +56,23 @@ KNOWN: dict[str, type[Router]] = {
 
 
 def get(identifier: Any, **defaults: Any) -> Any:
-    """Return the router that `identifier` stands for.
+    """Return the router specified by `identifier`.
 
     Args:
-        identifier: a name out of `keras_moe.routers.KNOWN`, the class of a router, its
-            config as `keras.saving.serialize_keras_object` returns it, or a router,
-            which is returned as it is.
-        **defaults: arguments for a router that is made from a name or a class, such as
-            `num_experts` and `top_k`. An argument that only other routers of `KNOWN`
-            have (`top_k` for "dense", `seed` for "sinkhorn") is left out, so that the
-            same defaults serve every name.
+        identifier: a name in `keras_moe.routers.KNOWN`, a router class, a config from
+            `keras.saving.serialize_keras_object`, or a router, which is returned
+            unchanged.
+        **defaults: arguments for a router created from a name or a class, such as
+            `num_experts` and `top_k`. Arguments that only other routers of `KNOWN` have
+            (`top_k` for "dense", `seed` for "sinkhorn") are ignored: the same defaults
+            work for every name.
 
     Returns:
         A router.
 
     Raises:
-        ValueError: if `identifier` is none of these, or an argument of the router
-            breaks its rule.
+        ValueError: if `identifier` is none of these, or an argument of the router is
+            invalid.
 
     Example:
 
@@ -101,7 +100,7 @@ def get(identifier: Any, **defaults: Any) -> Any:
 
 
 def _arguments_of(kind: type, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return `defaults` without those that only other known routers have."""
+    """Return `defaults` without the arguments that only other routers have."""
     own = inspect.signature(kind).parameters
     every = {name for k in KNOWN.values() for name in inspect.signature(k).parameters}
     return {

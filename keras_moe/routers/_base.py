@@ -1,6 +1,6 @@
-"""What routers share: the attributes that a `MoE` reads, and linear logits.
+"""Base classes of routers: the interface to `MoE`, and linear logits.
 
-Axis letters: n tokens, d input features, e experts, k choices a token.
+Axis letters: n tokens, d input features, e experts, k choices per token.
 """
 
 from __future__ import annotations
@@ -14,43 +14,44 @@ from keras_moe import _checks
 from keras_moe._layer import Layer
 from keras_moe.initializers import independent
 
-# Keeps draws apart from those of experts with the same seeded initializer.
+# Makes the values differ from those of experts with the same seeded initializer.
 STREAM = tuple(b"router")
 
 
 class Router(Layer):
-    """The base class of routers, and what a `MoE` reads from a router.
+    """The base class of routers: the interface between a router and a `MoE`.
 
-    A router maps tokens to a record of `keras_moe.routing`. A router of your own is a
+    A router maps tokens to a record of `keras_moe.routing`. A custom router is a
     subclass with a method `call`, or any layer with these attributes.
 
     Class attributes:
-        choice: who chooses: "token" (the record is a `Routing`), "expert"
-            (`ExpertChoiceRouting`) or "all" (`DenseRouting`).
+        choice: the kind of choice and record: "token" (tokens choose experts,
+            `Routing`), "expert" (experts choose tokens, `ExpertChoiceRouting`) or "all"
+            (no choice, `DenseRouting`).
         reads_ids: bool, whether the tokens are integer ids instead of features. A `MoE`
-            must then be called with `router_inputs`.
+            then needs `router_inputs`.
         has_probs: bool, whether the record has `router_logits` and `router_probs`,
             which some metrics of a `MoE` need.
-        supported_losses: the auxiliary losses of a `MoE` that can be computed from the
-            record: names out of "load_balancing", "importance", "load", "router_z"
-            and "entropy". (`losses` is an attribute of every Keras layer.)
-        default_loss_weights: the weights of those that a `MoE` adds by default.
+        supported_losses: names of the auxiliary losses that can be computed from the
+            record: a subset of "load_balancing", "importance", "load", "router_z" and
+            "entropy". (`losses` is an attribute of every Keras layer.)
+        default_loss_weights: weights of the losses that a `MoE` adds by default.
 
     Args:
         num_experts: int, number of experts e.
-        top_k: int, how many experts a token goes to, k.
-        **kwargs: what every Keras layer takes, such as `dtype` and `name`.
+        top_k: int, number of experts per token, k.
+        **kwargs: arguments of `keras.layers.Layer`, such as `dtype` and `name`.
 
     Call arguments:
         tokens: float tensor of shape `(n, d)`, or integer ids of shape `(n,)`.
         mask: bool tensor of shape `(n,)`, False for padding.
-        training: bool, whether the call is part of training.
+        training: bool, whether the call is in training mode.
 
     Returns:
         A record of `keras_moe.routing`.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 
@@ -80,22 +81,22 @@ class Router(Layer):
 
     @property
     def least_rank(self) -> int:  # type: ignore[override]
-        """The smallest rank of tokens: ids have no feature axis."""
+        """The minimum rank of the tokens: ids have no feature axis."""
         return 1 if self.reads_ids else 2
 
     @property
     def _routing_dtype(self) -> str:
         return "float64" if self.compute_dtype == "float64" else "float32"
 
-    def _check_learns(self, training: bool | None, rule: str) -> None:
-        """Refuse to train a router whose one weight is always 1: it has no gradient."""
+    def _check_has_gradient(self, training: bool | None, rule: str) -> None:
+        """Raise ValueError in training if the only weight is always 1 (no gradient)."""
         kernel = getattr(self, "kernel", None)
         trained = self.trainable and (kernel is None or kernel.trainable)
         if training and trained and self.top_k == 1:
             raise ValueError(
-                f"{rule} to train {type(self).__name__} with `top_k=1`: the one weight "
-                "is always 1, and the router gets no gradient. Inference, and training "
-                "with `router.trainable = False`, are possible. "
+                f"{rule} to train {type(self).__name__} with `top_k=1`: the weight is "
+                "always 1, and the router gets no gradient. Inference, and training "
+                "with `router.trainable = False`, are supported. "
                 f"Received: top_k=1, training={training}"
             )
 
@@ -134,8 +135,8 @@ class LinearRouter(Router):
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         features = _checks.last_dimension(type(self).__name__, input_shape)
         self.input_spec = keras.layers.InputSpec(ndim=2, axes={-1: features})
-        # A mixed policy opens an autocast scope even where the layer forbids it, and
-        # in that scope a weight without this would lose its low bits.
+        # A mixed policy opens an autocast scope even if the layer disables it;
+        # `autocast=False` keeps the weight in float32 there.
         self.kernel = self.add_weight(
             name="kernel",
             shape=(features, self.num_experts),
@@ -153,9 +154,9 @@ class LinearRouter(Router):
             )
 
     def _prepared(self, tokens: Any, mask: Any) -> tuple[Any, Any]:
-        """Return tokens in the dtype of routing, and the mask as bool or None.
+        """Return tokens in the routing dtype, and the mask as bool or None.
 
-        Padding is set to zero, so that a NaN there cannot reach a gradient.
+        Padding is set to zero, which keeps its NaN out of the gradients.
         """
         tokens = ops.cast(tokens, self._routing_dtype)
         if mask is None:

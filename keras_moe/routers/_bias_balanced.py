@@ -1,9 +1,9 @@
-"""Balance by a bias instead of a loss (Wang et al. 2024; DeepSeek-V3, 2024).
+"""Load balancing by a bias instead of a loss (Wang et al. 2024; DeepSeek-V3, 2024).
 
-Axis letters: n tokens, d input features, e experts, k choices a token, g groups of
+Axis letters: n tokens, d input features, e experts, k choices per token, g groups of
 experts.
 
-The bias takes part in the choice alone, and follows the load once an optimizer step.
+The bias affects only the choice, and is updated from the load once per optimizer step.
 """
 
 from __future__ import annotations
@@ -20,61 +20,61 @@ from keras_moe.routers._base import LinearRouter
 
 @keras.saving.register_keras_serializable("keras_moe")
 class BiasBalancedRouter(LinearRouter):
-    """Balance without a loss: a bias that only selects, and that follows the load.
+    """Load balancing without a loss: a per-expert bias that only affects the choice.
 
-    A token goes to the k experts with the highest `score + bias`, but its weights are
-    made of the scores alone. After every training step the bias of experts with less
-    than the mean load rises by `bias_update_rate`, that of experts with more falls.
-    Balance adds nothing to any gradient.
+    A token goes to the k experts with the highest `score + bias`; its combine weights
+    are computed from the scores alone. After every training step the bias increases by
+    `bias_update_rate` for experts below the mean load, and decreases for experts above.
+    Balancing adds nothing to the gradients.
 
-    A training step is one update by the optimizer. With gradient accumulation the load
-    is that of all its batches, under `MirroredStrategy` that of all replicas, and the
-    bias with which the step began routes all of them, so that `keras.remat` recomputes
-    the same choices (on JAX Keras lets no state out of what is recomputed, and fails).
-    A new step is recognised by the kernel, which the optimizer has changed. The router
-    keeps a copy of it, and compares the two in every call of training. An unchanged
+    A training step is one optimizer update. With gradient accumulation the load is
+    summed over its batches, under `MirroredStrategy` over the replicas, and all of them
+    are routed with the bias at the start of the step. `keras.remat` therefore
+    recomputes the same choices (on JAX it fails, because Keras does not return state
+    from a recomputed function). A new step is detected by a changed kernel: the router
+    keeps a copy of the kernel and compares the two in every training call. An unchanged
     kernel means the same step: with a learning rate of 0, or without an optimizer, the
-    bias moves once. Where `kernel.trainable` is False, every call is a step.
+    bias is updated once. If `kernel.trainable` is False, every call is a step.
 
-    Experts may stand in groups (on different devices, say): a token then first keeps
-    the groups whose two best experts have the highest sum of `score + bias`, and
-    chooses among the experts of these. Two is k over the groups kept in DeepSeek-V3
-    (8 and 4), whose report has that quotient; here it is two for any k.
+    Experts can be grouped (for example, by device). A token then first keeps the groups
+    with the highest sum of `score + bias` of their two best experts, and chooses among
+    the experts of these groups. DeepSeek-V3 sums the best k / `top_k_groups` experts
+    (8 / 4 = 2); here it is two for any k.
 
     Args:
         num_experts: int, number of experts e.
-        top_k: int, how many experts a token goes to, k.
+        top_k: int, number of experts per token, k.
         score_function: "sigmoid" or "softmax".
         renormalize: bool, whether the weights of the k chosen experts are divided by
-            their sum. By default they are if `top_k` > 1; with `top_k=1` for
-            inference alone, as in `TopKRouter`.
-        num_groups: int, number of groups; it divides `num_experts`. Experts 0 to
-            e / g - 1 are the first group, and so on.
-        top_k_groups: int, how many groups a token keeps. All by default.
-        routed_scaling_factor: float > 0, the weights are multiplied by it, after they
-            are renormalised if they are.
-        bias_update_rate: float in [0, 1), the step of the bias. 0 keeps it as it is.
-        **kwargs: `use_bias` (of the logits: it is trained), `kernel_initializer`,
-            `kernel_regularizer` and `bias_initializer` as in `TopKRouter`, and what
-            every Keras layer takes.
+            their sum. Defaults to `top_k > 1`. True with `top_k=1` supports only
+            inference, as in `TopKRouter`.
+        num_groups: int, number of groups, a divisor of `num_experts`. The first group
+            has experts 0 to e / g - 1, and so on.
+        top_k_groups: int, number of groups per token. All by default.
+        routed_scaling_factor: float > 0, factor of the weights, applied after
+            renormalization.
+        bias_update_rate: float in [0, 1), step size of the bias. 0 disables updates.
+        **kwargs: `use_bias` (a trained bias of the logits), `kernel_initializer`,
+            `kernel_regularizer` and `bias_initializer` as in `TopKRouter`, and
+            those of `keras.layers.Layer`.
 
     Call arguments:
         tokens: float tensor of shape `(n, d)`.
         mask: bool tensor of shape `(n,)`, False for padding.
-        training: bool, whether the bias is updated. It also is not where the layer's
+        training: bool, whether the bias is updated. It is never updated if
             `trainable` is False.
 
     Returns:
-        A `Routing`. Its `router_probs` are the scores without the bias, for "sigmoid"
-        divided by their sum over all experts.
+        A `Routing`. Its `router_probs` are the scores without the bias; "sigmoid"
+        scores are divided by their sum over all experts.
 
     Attributes:
         kernel: variable of shape `(d, e)`.
-        expert_bias: variable of shape `(e,)`, float32 and not trainable. In training
-            it already holds the update of the current step.
+        expert_bias: variable of shape `(e,)`, float32 and not trainable. During
+            training it includes the update of the current step.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 
@@ -83,7 +83,7 @@ class BiasBalancedRouter(LinearRouter):
     ... )
     >>> record = router(np.ones((3, 16)), training=True)
     >>> bias = keras.ops.convert_to_numpy(router.expert_bias)
-    >>> int((bias > 0).sum()), int((bias < 0).sum())  # the two chosen ones have more
+    >>> int((bias > 0).sum()), int((bias < 0).sum())  # the chosen two have more
     (6, 2)
 
     References:
@@ -130,14 +130,14 @@ class BiasBalancedRouter(LinearRouter):
             dtype="float32",
             trainable=False,
             autocast=False,
-            aggregation="only_first_replica",  # All count the tokens of all.
+            aggregation="only_first_replica",  # The load is summed over all.
         )
         if self.bias_update_rate > 0.0:
             self._step = _OptimizerStep(self.num_experts, self.kernel)
 
     @property
     def variables(self) -> list[Any]:
-        """The weights, and the state of a step, which JAX must pass to a call."""
+        """The weights and the step state: Keras needs both for stateless JAX calls."""
         step = getattr(self, "_step", None)
         return [*super().variables, *(step.variables if step else [])]
 
@@ -145,27 +145,27 @@ class BiasBalancedRouter(LinearRouter):
         self, tokens: Any, mask: Any = None, training: bool | None = None
     ) -> routing.Routing:
         if self.renormalize:
-            self._check_learns(training, "`renormalize` must be False")
+            self._check_has_gradient(training, "`renormalize` must be False")
         tokens, mask = self._prepared(tokens, mask)
         logits = self._logits(tokens)
         scores, _ = _scoring.score(ops.stop_gradient(logits), self.score_function)
-        follows = training and self.trainable and self.bias_update_rate > 0.0
+        updates = training and self.trainable and self.bias_update_rate > 0.0
         bias, load = ops.convert_to_tensor(self.expert_bias), None
-        if follows:
-            bias, load = self._step.began_with(bias, self.kernel)
+        if updates:
+            bias, load = self._step.start(bias, self.kernel)
         biased = _scoring.finite_or_zero(scores) + ops.cast(bias, scores.dtype)
-        eligible = self._within_best_groups(biased)
+        eligible = self._mask_other_groups(biased)
         indices = ops.cast(routing.top_k(eligible, self.top_k), "int32")
-        if follows:
-            self._follow_load(bias, load, indices, _scoring.is_valid(logits, mask))
+        if updates:
+            self._update_bias(bias, load, indices, _scoring.is_valid(logits, mask))
         record = _scoring.record(
             logits, indices, mask, self.score_function, self.renormalize
         )
         weights = record.combine_weights * self.routed_scaling_factor
         return record._replace(combine_weights=weights)
 
-    def _within_best_groups(self, biased: Any) -> Any:
-        """Return `biased` (n, e) with -inf outside the groups that a token keeps."""
+    def _mask_other_groups(self, biased: Any) -> Any:
+        """Return `biased` (n, e) with -inf outside the groups chosen by a token."""
         if self.top_k_groups == self.num_groups:
             return biased
         size = self.num_experts // self.num_groups
@@ -178,12 +178,11 @@ class BiasBalancedRouter(LinearRouter):
         kept = ops.repeat(kept, size, axis=-1)  # (n, e)
         return ops.where(kept > 0, biased, -float("inf"))
 
-    def _follow_load(self, bias: Any, load: Any, indices: Any, counted: Any) -> None:
-        """b_i += rate * sign(mean load - load_i), with what the step has chosen.
+    def _update_bias(self, bias: Any, load: Any, indices: Any, counted: Any) -> None:
+        """b_i += rate * sign(mean load - load_i), with the load of the whole step.
 
-        A recomputation counts its batch again. Where every batch of the step is
-        recomputed equally often, the loads keep their proportions, and the sign is the
-        same.
+        A recomputation counts its batch again. If every batch of the step is recomputed
+        equally often, the loads keep their proportions and the sign does not change.
         """
         chosen = routing.expert_counts(indices, self.num_experts, counted)
         load = load + _backend.sum_over_replicas(chosen)
@@ -205,18 +204,18 @@ class BiasBalancedRouter(LinearRouter):
 
 
 class _OptimizerStep:
-    """The bias at the beginning of the optimizer's step, and the load since then.
+    """The bias at the start of the optimizer step, and the load since then.
 
-    Keras does not notify layers of an optimizer's step. A step changes the kernel, so a
-    kernel that still has its value belongs to the same step: a further batch of
-    gradient accumulation, or a recomputation. These variables are not weights: where
-    they are missing, as after loading a file, a new step begins.
+    Keras does not notify layers of optimizer steps. A step changes the kernel, and an
+    unchanged kernel means the same step: another batch of gradient accumulation, or a
+    recomputation. These variables are not saved as weights: a new step begins after
+    loading a file.
     """
 
     def __init__(self, num_experts: int, kernel: Any) -> None:
         def variable(name: str, like: Any) -> Any:
             return keras.Variable(
-                # Not equal to anything, so that the first call begins a step.
+                # NaN is unequal to every value: the first call starts a step.
                 initializer=keras.initializers.Constant(float("nan")),
                 shape=like,
                 dtype="float32" if name != "kernel" else kernel.dtype,
@@ -235,13 +234,13 @@ class _OptimizerStep:
     def variables(self) -> list[Any]:
         return [self._kernel, self._bias, self._load, self._moved]
 
-    def began_with(self, bias: Any, kernel: Any) -> tuple[Any, Any]:
-        """Return the bias at the beginning of the step, and the load since."""
+    def start(self, bias: Any, kernel: Any) -> tuple[Any, Any]:
+        """Return the bias at the start of the step, and the load since then."""
         if not kernel.trainable:
             return bias, ops.zeros_like(bias)
         same = ops.logical_and(
             _are_equal(self._kernel, kernel),
-            _are_equal(self._moved, bias),  # Not assigned from outside.
+            _are_equal(self._moved, bias),  # False if the user has assigned it.
         )
         load = ops.where(same, ops.convert_to_tensor(self._load), ops.zeros_like(bias))
         return ops.where(same, ops.convert_to_tensor(self._bias), bias), load

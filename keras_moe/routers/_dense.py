@@ -1,4 +1,4 @@
-"""Dense gates: the classical mixture (Jacobs et al. 1991).
+"""Dense softmax gates: the classical mixture of experts (Jacobs et al. 1991).
 
 Axis letters: n tokens, d input features, e experts.
 
@@ -18,14 +18,14 @@ from keras_moe.routers._base import LinearRouter
 
 @keras.saving.register_keras_serializable("keras_moe")
 class DenseRouter(LinearRouter):
-    """Each token goes to every expert, with softmax gates: the classical mixture.
+    """Dense softmax gates: each token goes to every expert, with its gate as weight.
 
     Args:
         num_experts: int, number of experts e.
-        temperature: float > 0, the logits are divided by it: below 1 sharpens the
-            gates, above 1 evens them out.
+        temperature: float > 0, divisor of the logits. Values below 1 sharpen the gates,
+            values above 1 flatten them.
         **kwargs: `use_bias`, `kernel_initializer`, `kernel_regularizer` and
-            `bias_initializer` as in `TopKRouter`, and what every Keras layer takes.
+            `bias_initializer` as in `TopKRouter`, and those of `keras.layers.Layer`.
 
     Call arguments:
         tokens: float tensor of shape `(n, d)`.
@@ -33,15 +33,15 @@ class DenseRouter(LinearRouter):
         training: has no effect.
 
     Returns:
-        A `DenseRouting`, whose weights are its `router_probs`, the softmax of its
-        `router_logits`. These are divided by the temperature already.
+        A `DenseRouting`. Its combine weights are its `router_probs`, the softmax of its
+        `router_logits`, which are already divided by the temperature.
 
     Attributes:
         kernel: variable of shape `(d, e)`.
         top_k: the number of experts.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 

@@ -1,9 +1,9 @@
 """Expert choice routing (Zhou et al. 2022).
 
-Axis letters: n tokens, d input features, e experts, k choices a token on average, c
-capacity (slots an expert).
+Axis letters: n tokens, d input features, e experts, k choices per token on average, c
+capacity (slots per expert).
 
-Each expert takes the c tokens that score highest for it.
+Each expert chooses its c tokens with the highest scores.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from keras_moe.routers._base import LinearRouter
 
 @keras.saving.register_keras_serializable("keras_moe")
 class ExpertChoiceRouter(LinearRouter):
-    """Each expert chooses the tokens that score highest for it.
+    """Each expert chooses its c tokens with the highest scores.
 
     The load is balanced by construction. A token may be chosen by any number of
-    experts, also by none. The choice depends on the whole batch, in inference too: the
-    experts of a token change with the other tokens, and in a sequence also with later
-    ones.
+    experts, including none. The choice depends on the whole batch, in inference too:
+    the experts of a token depend on the other tokens, including later tokens of a
+    sequence (it is not causal).
 
     Args:
         num_experts: int, number of experts e.
-        top_k: int, how many experts choose a token on average, k.
+        top_k: int, mean number of experts per token, k.
         capacity_factor: float > 0. An expert chooses
             `c = ceil(capacity_factor * k * n / e)` tokens (see
-            `keras_moe.routing.expert_capacity`); n counts padding too, since c is part
-            of a shape.
+            `keras_moe.routing.expert_capacity`); n includes padding, because c must be
+            a static size.
         **kwargs: `use_bias`, `kernel_initializer`, `kernel_regularizer` and
-            `bias_initializer` as in `TopKRouter`, and what every Keras layer takes.
+            `bias_initializer` as in `TopKRouter`, and those of `keras.layers.Layer`.
 
     Call arguments:
         tokens: float tensor of shape `(n, d)`.
@@ -43,16 +43,16 @@ class ExpertChoiceRouter(LinearRouter):
         training: has no effect.
 
     Returns:
-        An `ExpertChoiceRouting`. The weights are the softmax over the experts, not
-        renormalised. Its `invalid` marks tokens that are not padding and whose logits
-        are not finite; they are never chosen.
+        An `ExpertChoiceRouting`. The weights are the softmax over the experts, without
+        renormalization. `invalid` marks tokens, padding excluded, whose logits are not
+        finite; they are never chosen.
 
     Attributes:
         kernel: variable of shape `(d, e)`.
 
     Raises:
-        ValueError: if an argument breaks its rule, or n is unknown on a backend other
-            than TensorFlow.
+        ValueError: if an argument is invalid, or n is unknown on a backend other than
+            TensorFlow.
 
     Example:
 
@@ -89,10 +89,10 @@ class ExpertChoiceRouter(LinearRouter):
         probs = _scoring.softmax(logits)
         n = ops.shape(tokens)[0]
         valid = _scoring.is_valid(logits, mask)
-        # Below every probability, so that these are never taken before the others.
+        # -1 is below every probability: invalid tokens come last.
         wanted = ops.where(ops.expand_dims(valid, -1), probs, -ops.ones_like(probs))
         if not isinstance(n, int) or n == 0:
-            # An expert has at least one slot, and there may be no token for it.
+            # An expert has at least one slot, but the batch may be empty.
             wanted = ops.pad(wanted, ((0, 1), (0, 0)), constant_values=-1.0)
         wanted = ops.transpose(wanted)  # (e, n)
         values, indices = _backend.top_k(wanted, self._capacity(n))  # (e, c)
@@ -110,7 +110,7 @@ class ExpertChoiceRouter(LinearRouter):
     def compute_output_spec(
         self, tokens: Any, mask: Any = None, training: bool | None = None
     ) -> routing.ExpertChoiceRouting:
-        """Return the shapes, also for n that only the run decides."""
+        """Return the output shapes, also for a data-dependent n."""
         n = tokens.shape[0]
         c = None if n is None else self._capacity(n)
         by_expert, by_token = (self.num_experts, c), (n, self.num_experts)
@@ -125,12 +125,12 @@ class ExpertChoiceRouter(LinearRouter):
         )
 
     def _capacity(self, n: Any) -> Any:
-        """`routing.expert_capacity`, where n can be known at all."""
+        """`routing.expert_capacity`; raises ValueError if n is not known."""
         if not isinstance(n, int) and not ops.is_tensor(n):
             raise ValueError(
-                "ExpertChoiceRouter needs the number of tokens to be known where the "
-                "backend fixes every shape in advance, as a slot count follows from "
-                f"it. Received tokens of shape ({n}, d)"
+                "ExpertChoiceRouter needs the number of tokens to be known on backends "
+                "with static shapes, because it determines the number of slots. "
+                f"Received tokens of shape ({n}, d)"
             )
         return routing.expert_capacity(
             n, self.num_experts, self.top_k, self.capacity_factor

@@ -1,8 +1,8 @@
 """Hash routing (Roller et al. 2021).
 
-Axis letters: n tokens, e experts, k choices a token.
+Axis letters: n tokens, e experts, k choices per token.
 
-A fixed function of an integer id gives the experts of the id. Nothing is trained.
+The experts of an integer id are a fixed function of the id. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from keras_moe.routers._base import Router
 
 @keras.saving.register_keras_serializable("keras_moe")
 class HashRouter(Router):
-    """Tokens are integer ids; a fixed function of the id gives their experts.
+    """Experts are a fixed function of an integer id.
 
-    Nothing is learned, the weights are 1 / k. With `vocabulary_size` the function is a
-    random table that gives, for each of the k choices, every expert the same number of
-    ids (plus or minus one). Without, it is a hash of the id, the same on every backend
-    and in every process, balanced as far as chance goes.
+    Nothing is learned; the weights are 1 / k. With `vocabulary_size` the function is a
+    random table that assigns, for each of the k choices, the same number of ids (plus
+    or minus one) to every expert. Otherwise it is a hash of the id, the same on every
+    backend and in every process, balanced only in expectation.
 
     Args:
         num_experts: int, number of experts e.
-        top_k: int, how many different experts an id goes to, k.
-        vocabulary_size: int, ids are in [0, vocabulary_size). An id outside goes where
-            its remainder goes, `id mod vocabulary_size`, which is never negative.
-            By default ids may be any 32-bit integers; of wider ones the low 32 bits
-            count.
+        top_k: int, number of different experts per id, k.
+        vocabulary_size: int, ids are in [0, vocabulary_size). Other ids are mapped to
+            `id mod vocabulary_size`, which is never negative. By default ids may be any
+            32-bit integers; of wider ids only the low 32 bits are used.
         seed: int >= 0, selects the table or the hash.
 
     Call arguments:
@@ -48,7 +47,7 @@ class HashRouter(Router):
             without `vocabulary_size`. It is saved with the layer's weights.
 
     Raises:
-        ValueError: if an argument breaks its rule, or the tokens are not ids.
+        ValueError: if an argument is invalid, or the tokens are not ids.
 
     Example:
 
@@ -61,7 +60,7 @@ class HashRouter(Router):
           https://arxiv.org/abs/2106.04426)
     """
 
-    # The weights of the chosen experts depend on nothing that is trained.
+    # The weights are constant.
     supported_losses = frozenset()
     reads_ids = True
     has_probs = False
@@ -101,10 +100,10 @@ class HashRouter(Router):
             )
 
     def _draw_table(self, shape: tuple[int, int], dtype: Any = None) -> Any:
-        """Draw the table: ids in random order, dealt to the experts round by round.
+        """Return the table: ids in random order, assigned in rounds of e ids.
 
-        In each round e ids get e different experts, and choice j is the first choice
-        of another id of that round, so it is balanced as well.
+        In each round e ids get e different first choices. Choice j is a permutation of
+        the first choices of the round, and is therefore balanced as well.
         """
         rng = np.random.default_rng(self.seed)
         e = self.num_experts
@@ -113,9 +112,9 @@ class HashRouter(Router):
         shifts = rng.permuted(np.tile(np.arange(e), (rounds, 1)), axis=1)
         shifts = shifts[:, : self.top_k]
         positions = (np.arange(e)[None, :, None] + shifts[:, None, :]) % e
-        dealt = np.take_along_axis(order[:, :, None], positions, axis=1)
-        dealt = dealt.reshape(-1, self.top_k)[: shape[0]]
-        return ops.convert_to_tensor(rng.permutation(dealt), dtype="int32")
+        assigned = np.take_along_axis(order[:, :, None], positions, axis=1)
+        assigned = assigned.reshape(-1, self.top_k)[: shape[0]]
+        return ops.convert_to_tensor(rng.permutation(assigned), dtype="int32")
 
     def call(
         self, tokens: Any, mask: Any = None, training: bool | None = None
@@ -123,36 +122,39 @@ class HashRouter(Router):
         dtype = keras.backend.standardize_dtype(tokens.dtype)
         if "int" not in dtype:
             raise ValueError(
-                "HashRouter expects integer ids as tokens. Call a `MoE` with ids as "
+                "HashRouter expects integer ids as tokens. Pass the ids to a `MoE` as "
                 f"`router_inputs`. Received tokens of dtype {dtype}"
             )
         ids = ops.reshape(tokens, (-1,))
         if dtype.endswith(("8", "16")):
-            ids = ops.cast(ids, "int32")  # A vocabulary may be wider than its ids.
-        indices = self._hashed(ids) if self.table is None else self._looked_up(ids)
+            ids = ops.cast(
+                ids, "int32"
+            )  # `vocabulary_size` may exceed the dtype's range.
+        indices = self._from_hash(ids) if self.table is None else self._from_table(ids)
         weights = ops.ones_like(indices, dtype=self._routing_dtype) / self.top_k
         mask = None if mask is None else ops.cast(mask, "bool")
         return routing.Routing(indices, weights, mask=mask)
 
-    def _looked_up(self, ids: Any) -> Any:
+    def _from_table(self, ids: Any) -> Any:
         return ops.take(self.table, ops.mod(ids, self.vocabulary_size), axis=0)
 
-    def _hashed(self, ids: Any) -> Any:
-        """(n,) -> (n, k): k different experts an id, by Floyd's sampling.
+    def _from_hash(self, ids: Any) -> Any:
+        """(n,) -> (n, k): k different experts per id, by Floyd's sampling.
 
-        Choice j is drawn from e - k + j + 1 experts; if an earlier choice has it, the
-        last of these is taken, which no earlier one can have. In the end all are moved
-        on by one more draw, so that each choice is uniform over the experts.
+        Choice j is drawn from the first e - k + j + 1 experts; if it repeats an earlier
+        choice, the last of these experts is used, which cannot be an earlier choice.
+        Finally all choices are shifted by one more draw (mod e), which makes each of
+        them uniform over the experts.
         """
         ids = ops.cast(ids, "int32")
         chosen: list[Any] = []
         for j in range(self.top_k):
             last = self.num_experts - self.top_k + j
-            draw = ops.mod(_mixed(ids, self.seed, j), last + 1)
+            draw = ops.mod(_hash(ids, self.seed, j), last + 1)
             for earlier in chosen[:j]:
                 draw = ops.where(earlier == draw, last, draw)
             chosen.append(draw)
-        shift = ops.expand_dims(_mixed(ids, self.seed, self.top_k), -1)
+        shift = ops.expand_dims(_hash(ids, self.seed, self.top_k), -1)
         shift = ops.mod(shift, self.num_experts)
         return ops.mod(ops.stack(chosen, axis=-1) + shift, self.num_experts)
 
@@ -164,17 +166,17 @@ class HashRouter(Router):
         }
 
 
-def _mixed(ids: Any, *key: int) -> Any:
-    """Return int32 in [0, 2^31) that look like independent draws for every id and key.
+def _hash(ids: Any, *key: int) -> Any:
+    """Return int32 hashes in [0, 2^31) of ids, pseudo-independent for different keys.
 
-    A Feistel network on the 16-bit halves of an id. Its products stay below 2^31, so
-    that every backend computes the same without unsigned or 64-bit integers.
+    A Feistel network on the 16-bit halves of an id. Its products stay below 2^31: no
+    backend needs unsigned or 64-bit integers, and all give the same hash.
     """
     state = np.random.SeedSequence(key).generate_state(12, dtype=np.uint32)
     left = ops.bitwise_and(ops.right_shift(ids, 16), 0xFFFF)
     right = ops.bitwise_and(ids, 0xFFFF)
     for factor, offset in state.reshape(6, 2).tolist():
-        # Odd, and large enough to move low bits of the half to high ones.
+        # Odd, and large enough to carry low bits of the half into high bits.
         factor = factor % 2**14 + 2**14 - 1 | 1
         product = right * factor + offset % 2**15
         product = ops.bitwise_xor(product, ops.right_shift(product, 15))

@@ -1,9 +1,9 @@
-"""Two levels of gates (Jordan & Jacobs 1994; Shazeer et al. 2017, appendix B).
+"""Hierarchical gating (Jordan & Jacobs 1994; Shazeer et al. 2017, appendix B).
 
-Axis letters: n tokens, d input features, e experts, k choices a token, g groups of
-experts, m = e / g experts a group.
+Axis letters: n tokens, d input features, e experts, k choices per token, g groups of
+experts, m = e / g experts per group.
 
-A primary gate chooses groups, and a secondary gate of each group its experts.
+A primary gate chooses groups; the secondary gate of a group chooses its experts.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from keras_moe.routers._base import STREAM, LinearRouter
 
 @keras.saving.register_keras_serializable("keras_moe")
 class HierarchicalRouter(LinearRouter):
-    """Two levels of gates: a token chooses groups of experts, and experts in each.
+    """Two levels of gates: a token chooses groups, and experts in each group.
 
-    A primary gate keeps the `top_k_groups` best groups, in each of which a secondary
-    gate of its own keeps the `top_k_experts` best experts. At both levels the kept
-    logits go through a softmax, and the weight of an expert is the product
-    `G_primary(x)_i G_i(x)_j`: equation 12 of Shazeer et al. Their gates have noise
-    in training, these have not. If everything is kept, this is the mixture of Jordan
-    and Jacobs with two levels.
+    A primary gate chooses the top `top_k_groups` groups, and the secondary gate of each
+    chosen group its top `top_k_experts` experts. Both levels apply a softmax to the
+    chosen logits, and the weight of an expert is the product
+    `G_primary(x)_i G_i(x)_j`: equation 12 of Shazeer et al. Unlike theirs, these gates
+    have no noise in training. If all groups and experts are chosen, this is the
+    two-level mixture of Jordan and Jacobs.
 
-    A level that keeps only one would give it the gate 1, whatever its logit, and never
-    learn. The gate is then the softmax over all, as in the Switch Transformer, and the
-    weights of a token sum to less than 1.
+    The softmax over a single logit is always 1, without a gradient. For a level with
+    top k = 1 the gate is therefore the softmax over all logits, as in the Switch
+    Transformer, and the weights of a token sum to less than 1.
 
     The experts are numbered group by group: expert j of group i is
     `i * experts_per_group + j`.
 
     Args:
         num_groups: int, number of groups g.
-        experts_per_group: int, number of experts in each, so that there are
+        experts_per_group: int, number of experts in each group:
             `e = num_groups * experts_per_group`.
-        top_k_groups: int, how many groups a token keeps.
-        top_k_experts: int, how many experts it keeps in each of them. A token then
-            goes to `k = top_k_groups * top_k_experts` experts.
+        top_k_groups: int, number of groups per token.
+        top_k_experts: int, number of experts per chosen group. A token goes to
+            `k = top_k_groups * top_k_experts` experts.
         **kwargs: `use_bias`, `kernel_initializer`, `kernel_regularizer` and
-            `bias_initializer` as in `TopKRouter`, here of both levels, and what every
-            Keras layer takes.
+            `bias_initializer` as in `TopKRouter`, for both levels, and those of
+            `keras.layers.Layer`.
 
     Call arguments:
         tokens: float tensor of shape `(n, d)`.
@@ -54,11 +54,11 @@ class HierarchicalRouter(LinearRouter):
         training: has no effect.
 
     Returns:
-        A `Routing` whose choices stand in the order of their weights. Its
+        A `Routing` whose choices are sorted by weight, largest first. Its
         `router_probs` are `p_i p_ij`, from the softmax over all groups and over all
         experts of a group. They are the softmax of its `router_logits`, the primary
-        logit plus `log p_ij`. A z loss of these would not see the size of the
-        secondary logits and is not offered.
+        logit plus `log p_ij`. There is no z loss, because the logsumexp of these
+        logits does not depend on the secondary logits.
 
     Attributes:
         kernel: variable of shape `(d, g)`, of the primary gate.
@@ -69,7 +69,7 @@ class HierarchicalRouter(LinearRouter):
         top_k: k.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 
@@ -164,10 +164,10 @@ class HierarchicalRouter(LinearRouter):
         return ops.reshape(logits, (-1, self.num_groups, self.experts_per_group))
 
     def _choices(self, primary: Any, secondary: Any) -> tuple[Any, Any]:
-        """Return the experts (n, k) and their weights, the largest weight first."""
-        groups, group_weights = _kept(primary, self.top_k_groups)
-        experts, expert_weights = _kept(secondary, self.top_k_experts)
-        # Of all groups, those that were kept: (n, g, m) -> (n, top_k_groups, m)
+        """Return the experts (n, k) and their weights, largest weight first."""
+        groups, group_weights = _top_k_gates(primary, self.top_k_groups)
+        experts, expert_weights = _top_k_gates(secondary, self.top_k_experts)
+        # Select the chosen groups: (n, g, m) -> (n, top_k_groups, m)
         rows = ops.expand_dims(groups, -1)
         experts = ops.take_along_axis(experts, rows, axis=1)
         expert_weights = ops.take_along_axis(expert_weights, rows, axis=1)
@@ -199,10 +199,10 @@ def _check_level(top_k_name: str, top_k: Any, count_name: str, count: Any) -> No
         )
 
 
-def _kept(logits: Any, k: int) -> tuple[Any, Any]:
-    """Return the k best of the last axis and their gates, those of one level."""
+def _top_k_gates(logits: Any, k: int) -> tuple[Any, Any]:
+    """Return the top k of the last axis and their gates, for one level."""
     indices = _scoring.top_k(logits, k)
-    return indices, _scoring.weigh(
+    return indices, _scoring.combine_weights(
         logits, _scoring.softmax(logits), indices, "softmax", k > 1
     )
 

@@ -1,9 +1,9 @@
 """Noisy top-k routing (Shazeer et al. 2017, section 2.1 and appendix A).
 
-Axis letters: n tokens, d input features, e experts, k choices a token.
+Axis letters: n tokens, d input features, e experts, k choices per token.
 
-Training adds noise of a learned size to the logits, so that the load of an expert is a
-smooth function and can be a loss.
+Training adds noise with a learned scale to the logits, which makes the load of an
+expert differentiable.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from keras_moe.routers._base import STREAM, LinearRouter
 
 @keras.saving.register_keras_serializable("keras_moe")
 class NoisyTopKRouter(LinearRouter):
-    """Top k of logits to which training adds noise of a learned size.
+    """Top-k routing with learned Gaussian noise on the logits in training.
 
     `H(x) = x W_g + N(0, 1) softplus(x W_noise)`, and the gates are the softmax of the k
-    largest entries of H: equations 3 to 5 of Shazeer et al. The noise lets experts near
-    the border of a choice be tried, and makes the load of an expert smooth, so that
-    it can be a loss.
+    largest entries of H: equations 3 to 5 of Shazeer et al. The noise explores experts
+    with logits close to the top k, and makes the load of an expert differentiable, as
+    the load loss requires.
 
-    The paper starts both kernels at zero. Here only the noise kernel does: with a zero
-    gate kernel and without noise every token would go to the same experts.
+    The paper initializes both kernels to zero, here only the noise kernel is zero: with
+    a zero gate kernel and no noise every token would go to the same experts.
 
     Args:
         num_experts: int, number of experts e.
-        top_k: int, how many experts a token goes to, k. The softmax over a single
-            kept logit is always 1, so `top_k=1` serves for inference alone: training
-            is refused unless `trainable` is False.
-        noise_kernel_initializer: initializer of the kernel of the noise. With zeros
-            its size is `softplus(0)`, about 0.69, for all tokens at the start.
+        top_k: int, number of experts per token, k. The softmax over a single logit is
+            always 1: training with `top_k=1` raises ValueError unless `trainable` is
+            False.
+        noise_kernel_initializer: initializer of the noise kernel. With zeros the
+            initial scale of the noise is `softplus(0)`, about 0.69, for all tokens.
         seed: int, the seed of the noise.
         **kwargs: `use_bias`, `kernel_initializer`, `kernel_regularizer` and
-            `bias_initializer` as in `TopKRouter`, and what every Keras layer takes.
+            `bias_initializer` as in `TopKRouter`, and those of `keras.layers.Layer`.
 
     Call arguments:
         tokens: float tensor of shape `(n, d)`.
@@ -51,16 +51,16 @@ class NoisyTopKRouter(LinearRouter):
     Returns:
         A `Routing`. Its `router_logits` are H, its `router_probs` their softmax over
         all experts. In training `choice_probs` are the P of appendix A: the
-        probability that a token chooses an expert if its noise for that expert alone
-        is drawn anew. In inference, without noise, they are 1 for the chosen experts
-        and 0 for the others.
+        probability that a token chooses an expert if only its noise for that expert is
+        resampled. In inference, without noise, they are 1 for the chosen experts and 0
+        for the others.
 
     Attributes:
         kernel: variable of shape `(d, e)`, W_g.
         noise_kernel: variable of shape `(d, e)`, W_noise.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 
@@ -105,7 +105,7 @@ class NoisyTopKRouter(LinearRouter):
     def call(
         self, tokens: Any, mask: Any = None, training: bool | None = None
     ) -> routing.Routing:
-        self._check_learns(training, "`top_k` must be >= 2")
+        self._check_has_gradient(training, "`top_k` must be >= 2")
         tokens, mask = self._prepared(tokens, mask)
         clean = self._logits(tokens)
         if not training:
@@ -120,7 +120,7 @@ class NoisyTopKRouter(LinearRouter):
             ops.shape(clean), dtype=self._routing_dtype, seed=self.seed_generator
         )
         noisy = clean + noise * scale
-        # One more than is chosen: the next one is the bar for those that are.
+        # k + 1 logits: the (k+1)-th is the threshold for the chosen experts.
         best = _scoring.top_k(noisy, min(self.top_k + 1, self.num_experts))
         record = _scoring.record(
             noisy, best[:, : self.top_k], mask, "softmax", renormalize=True
@@ -130,15 +130,15 @@ class NoisyTopKRouter(LinearRouter):
         )
 
     def _choice_probs(self, clean: Any, noisy: Any, scale: Any, best: Any) -> Any:
-        """P(x, i) of appendix A; its gradient also flows through the bars."""
+        """P(x, i) of appendix A; the gradient also flows through the thresholds."""
         if self.top_k == self.num_experts:
             return ops.ones_like(clean)
         values = routing.choose(noisy, best)
         last, next_one = values[:, -2:-1], values[:, -1:]
-        # kth_excluding(H, k, i): without a chosen i, the one after it moves up.
-        bar = ops.where(noisy > next_one, next_one, last)
-        # softplus underflows to 0 below -100, and a clean logit can lie on its bar.
-        deviations = (clean - bar) / ops.maximum(scale, 1e-10)
+        # kth_excluding(H, k, i): the (k+1)-th logit if i is chosen, else the k-th.
+        threshold = ops.where(noisy > next_one, next_one, last)
+        # softplus underflows to 0 below -100, and clean - threshold can be 0.
+        deviations = (clean - threshold) / ops.maximum(scale, 1e-10)
         return 0.5 * (1.0 + ops.erf(deviations / math.sqrt(2.0)))
 
     def get_config(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Sinkhorn routing, S-BASE (Clark et al. 2022; Cuturi 2013).
 
-Axis letters: n tokens, d input features, e experts, k choices a token.
+Axis letters: n tokens, d input features, e experts, k choices per token.
 
-In training the choice is the top k of scores that are balanced over the batch.
+In training the choice is the top k of scores balanced over the batch.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from keras_moe.routers._base import LinearRouter
 
 @keras.saving.register_keras_serializable("keras_moe")
 class SinkhornRouter(LinearRouter):
-    """Top k of logits that training first balances over the experts.
+    """Top-k routing of logits that are balanced over the experts in training.
 
     Sinkhorn's iteration scales `exp(logits / temperature)` until every expert has the
     same sum over the tokens and every token the same sum over the experts. A token's
-    choice is the top k of its row. The scaling adds one number to each column of the
-    logits, so it is a bias that balances this very batch. The choice has no gradient;
-    the weights are made of the logits as they were, so the router learns from them.
+    choice is the top k of its row. The scaling adds a constant to each column of the
+    logits: a per-expert bias computed from the batch. The choice has no gradient; the
+    router learns through the weights, which are computed from the original logits.
 
-    In inference the choice is the plain top k: an answer never depends on the rest of
-    the batch. Clark et al. choose one expert a token; k > 1 is our extension.
+    In inference the choice is the plain top k and does not depend on the rest of the
+    batch. Clark et al. choose one expert per token; k > 1 is our extension.
 
     Args:
         num_experts: int, number of experts e.
-        top_k: int, how many experts a token goes to, k.
-        iterations: int, steps of the scaling.
-        temperature: float > 0, of the balanced matrix only. The lower, the nearer to
-            the assignment with the highest sum of logits, and the more iterations it
-            takes.
+        top_k: int, number of experts per token, k.
+        iterations: int, number of Sinkhorn iterations.
+        temperature: float > 0, applies only to the balanced matrix. Lower values are
+            closer to the balanced assignment with the highest sum of logits, and need
+            more iterations.
         renormalize: bool, whether the weights of the k chosen experts are divided by
-            their sum. By default they are if `top_k` > 1; with `top_k=1` for
-            inference alone, as in `TopKRouter`.
+            their sum. Defaults to `top_k > 1`. True with `top_k=1` supports only
+            inference, as in `TopKRouter`.
         **kwargs: `use_bias`, `kernel_initializer`, `kernel_regularizer` and
-            `bias_initializer` as in `TopKRouter`, and what every Keras layer takes.
+            `bias_initializer` as in `TopKRouter`, and those of `keras.layers.Layer`.
 
     Call arguments:
         tokens: float tensor of shape `(n, d)`.
-        mask: bool tensor of shape `(n,)`, False for padding, which does not take part
-            in the balance; nor do tokens that are not finite.
+        mask: bool tensor of shape `(n,)`, False for padding. Padding and tokens with
+            NaN or infinity are excluded from balancing.
         training: bool, whether the choice is balanced.
 
     Returns:
@@ -56,7 +56,7 @@ class SinkhornRouter(LinearRouter):
         kernel: variable of shape `(d, e)`.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 
@@ -94,7 +94,7 @@ class SinkhornRouter(LinearRouter):
         self, tokens: Any, mask: Any = None, training: bool | None = None
     ) -> routing.Routing:
         if self.renormalize:
-            self._check_learns(training, "`renormalize` must be False")
+            self._check_has_gradient(training, "`renormalize` must be False")
         tokens, mask = self._prepared(tokens, mask)
         logits = self._logits(tokens)
         scores = ops.stop_gradient(logits)
@@ -106,15 +106,15 @@ class SinkhornRouter(LinearRouter):
         return _scoring.record(logits, indices, mask, "softmax", self.renormalize)
 
     def _balanced(self, scores: Any, valid: Any) -> Any:
-        """Return (n, e): the scores, plus what makes the columns' sums equal.
+        """Return (n, e): the scores plus the column terms of Sinkhorn's iteration.
 
-        All sums are of logarithms. What the iteration would add to a row is left out,
-        as it changes no choice of that row.
+        Computed in log space. The row terms are omitted, because they do not change the
+        choice within a row.
         """
         if scores.shape[0] == 0:
-            return scores  # JAX has no logsumexp over nothing.
+            return scores  # On JAX, logsumexp fails for an empty axis.
         scores = scores / self.temperature
-        # Adds nothing to a sum, and unlike -inf leaves it finite where all are invalid.
+        # Zero in any sum; unlike -inf it stays finite if all tokens are invalid.
         absent = ops.where(valid, 0.0, -1e9)
         absent = ops.expand_dims(ops.cast(absent, scores.dtype), -1)
 

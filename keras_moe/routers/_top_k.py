@@ -1,8 +1,8 @@
 """Top-k routing (Shazeer et al. 2017, Fedus et al. 2021).
 
-Axis letters: n tokens, d input features, e experts, k choices a token.
+Axis letters: n tokens, d input features, e experts, k choices per token.
 
-Each token goes to the k experts with the highest scores, weighted by them.
+Each token goes to the k experts with the highest scores, weighted by the scores.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from keras_moe.routers._base import LinearRouter
 class TopKRouter(LinearRouter):
     """Each token goes to the k experts with the highest scores.
 
-    With softmax scores and `top_k=1` this is the router of the Switch Transformer,
-    with `top_k=2` the one of Mixtral.
+    With softmax scores, `top_k=1` is the router of the Switch Transformer, `top_k=2`
+    that of Mixtral.
 
     Args:
         num_experts: int, number of experts e.
-        top_k: int, how many experts a token goes to, k.
+        top_k: int, number of experts per token, k.
         score_function: "softmax" (the experts compete) or "sigmoid" (each expert is
             scored independently).
         renormalize: bool, whether the weights of the k chosen experts are divided by
-            their sum. By default they are if `top_k` > 1. With `top_k=1` the weight
-            is then always 1 and the router cannot learn, so that serves for inference
-            alone: training is refused unless `trainable` is False.
+            their sum. Defaults to `top_k > 1`. True with `top_k=1` gives a constant
+            weight of 1 without a gradient: training raises ValueError unless
+            `trainable` is False.
         jitter: float in [0, 1). In training every feature of the router's inputs is
-            multiplied by a draw from [1 - jitter, 1 + jitter].
+            multiplied by a uniform sample from [1 - jitter, 1 + jitter].
         use_bias: bool, whether the logits have a bias.
         kernel_initializer: initializer of the kernel.
         kernel_regularizer: regularizer of the kernel.
@@ -47,14 +47,14 @@ class TopKRouter(LinearRouter):
         training: bool, whether the jitter is active.
 
     Returns:
-        A `Routing`. Its `router_probs` are the scores, for "sigmoid" divided by their
-        sum over all experts, so that the balance losses mean the same for both.
+        A `Routing`. Its `router_probs` are the scores; "sigmoid" scores are divided by
+        their sum over all experts, which makes auxiliary losses comparable.
 
     Attributes:
         kernel: variable of shape `(d, e)`.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 
@@ -98,7 +98,7 @@ class TopKRouter(LinearRouter):
         self, tokens: Any, mask: Any = None, training: bool | None = None
     ) -> routing.Routing:
         if self.renormalize:
-            self._check_learns(training, "`renormalize` must be False")
+            self._check_has_gradient(training, "`renormalize` must be False")
         tokens, mask = self._prepared(tokens, mask)
         if training and self.jitter > 0.0:
             tokens = tokens * keras.random.uniform(

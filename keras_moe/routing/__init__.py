@@ -1,12 +1,12 @@
-"""Who goes where: the records that routers write and dispatches read.
+"""Routing records: the outputs of routers and inputs of dispatches.
 
-Axis letters: n tokens, e experts, k choices a token, c capacity (slots an expert),
-m = n * k choices of all tokens, of which choice i * k + j is the j-th of token i.
+Axis letters: n tokens, e experts, k choices per token, c capacity (slots per expert),
+m = n * k choices of all tokens; choice i * k + j is the j-th of token i.
 
-Three kinds of record cover every router. In `Routing` each token chooses k experts, in
+There are three kinds of record. In `Routing` each token chooses k experts, in
 `ExpertChoiceRouting` each expert chooses c tokens, in `DenseRouting` each token goes to
-every expert with a weight. A record is a named tuple of tensors: it passes through
-compilers and `keras.tree`, and a router can be an operation of a functional model.
+every expert with a weight. A record is a named tuple of tensors: it works with
+compilers, `keras.tree` and functional models.
 """
 
 from keras_moe.routing._choices import (
@@ -22,8 +22,8 @@ from keras_moe.routing._records import (
     ExpertChoiceRouting,
     Record,
     Routing,
-    Runs,
     Slots,
+    SortedChoices,
     checked_record,
 )
 from keras_moe.routing._slots import (
@@ -34,6 +34,8 @@ from keras_moe.routing._slots import (
     tokens_in_rows,
 )
 
+Runs = SortedChoices  # The former name, for existing imports.
+
 __all__ = [
     "DenseRouting",
     "ExpertChoiceRouting",
@@ -41,6 +43,7 @@ __all__ = [
     "Routing",
     "Runs",
     "Slots",
+    "SortedChoices",
     "capacity_slots",
     "checked_record",
     "choose",

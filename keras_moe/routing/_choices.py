@@ -1,6 +1,6 @@
-"""Who chose whom: the best experts of a token, and what a record says of each expert.
+"""Choices: top k, gathers, gates, and counts per expert.
 
-Axis letters: n tokens, e experts, k choices a token, t gates, d features of a row.
+Axis letters: n tokens, e experts, k choices per token, t gates, d features of a row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from keras_moe.routing._records import (
 def top_k(scores: Any, k: int) -> Any:
     """Return the indices of the k largest of `scores`, best first.
 
-    Equal scores go to the lower index.
+    Ties go to the lower index.
 
     Args:
         scores: `(..., e)`, for tokens `(n, e)`.
@@ -32,7 +32,7 @@ def top_k(scores: Any, k: int) -> Any:
         Indices of shape `(..., k)`.
 
     Raises:
-        ValueError: if `scores` is a scalar, or `k` breaks its rule.
+        ValueError: if `scores` is a scalar, or `k` is not in [1, e].
     """
     _checks.axes(scores=(scores, "...e"))
     scores = tensor(scores)
@@ -50,7 +50,7 @@ def choose(values: Any, indices: Any) -> Any:
         A tensor of shape `(..., k)`.
 
     Raises:
-        ValueError: if the leading axes do not agree, or `indices` are no integers.
+        ValueError: if the leading axes differ, or `indices` are not integers.
     """
     _checks.axes(values=(values, "...e"), indices=(indices, "...k"))
     _checks.integers(indices=indices)
@@ -58,7 +58,7 @@ def choose(values: Any, indices: Any) -> Any:
 
 
 def rows_where(kept: Any, rows: Any) -> Any:
-    """Return `rows` with zeros where not `kept`; unlike a product, also for NaN.
+    """Return `rows` with zeros where not `kept`; unlike a product, it removes NaN.
 
     Args:
         kept: `(...)` bool.
@@ -68,7 +68,7 @@ def rows_where(kept: Any, rows: Any) -> Any:
         A tensor of the shape of `rows`.
 
     Raises:
-        ValueError: if the leading axes do not agree.
+        ValueError: if the leading axes differ.
     """
     _checks.axes(rows=(rows, "...d"), kept=(kept, "..."))
     kept, rows = tensor(kept), tensor(rows)
@@ -80,16 +80,16 @@ def gates(
     num_experts: int,
     num_tokens: Any,
 ) -> Any:
-    """Return the weight of every expert for every token, `(n, e)`, 0 if not chosen.
+    """Return the combine weights as `(n, e)`, 0 for experts that are not chosen.
 
     Args:
         routing: a record of any kind, with combine weights.
         num_experts: int, e.
-        num_tokens: int, n (or a tensor where only the run knows it).
+        num_tokens: int, n (or a tensor if n is data-dependent).
 
     Raises:
-        ValueError: if the record does not agree with itself or with `num_experts` and
-            `num_tokens`, or has no combine weights.
+        ValueError: if the shapes of the record are inconsistent or do not match
+            `num_experts` and `num_tokens`, or if it has no combine weights.
     """
     routing = checked_record(routing, num_experts, num_tokens)
     if routing.combine_weights is None:
@@ -101,7 +101,7 @@ def gates(
         return routing.combine_weights
     weights = routing.combine_weights
     if isinstance(routing, ExpertChoiceRouting):
-        # Slots without a token hold the index n, hence one row more.
+        # Slots without a token hold the index n, hence n + 1 rows.
         shape = (num_tokens + 1, num_experts)
         experts = ops.broadcast_to(
             ops.expand_dims(ops.arange(num_experts, dtype="int32"), -1),
@@ -120,15 +120,15 @@ def gates(
 
 
 def union(gates: Any, max_experts: int) -> tuple[Routing, Any]:
-    """Let each token be computed once by every expert that one of its gates chose.
+    """Return the union of the experts chosen by the t gates of each token.
 
     Args:
         gates: `(n, t, e)`, the weights of t gates, 0 where an expert is not chosen.
-        max_experts: int, the most experts that the t gates of a token can choose, k.
+        max_experts: int, the maximum number of experts in a union, k.
 
     Returns:
-        A `Routing` without combine weights, whose choices are the experts of the
-        token, and the weights `(n, t, k)` of the gates for them.
+        A `Routing` without combine weights, whose choices are the union (each expert
+        is computed once per token), and the gate weights `(n, t, k)` of these experts.
 
     Raises:
         ValueError: if `gates` has another rank, or `max_experts` is not in [1, e].
@@ -137,9 +137,9 @@ def union(gates: Any, max_experts: int) -> tuple[Routing, Any]:
     gates = tensor(gates)
     max_experts = _checks.choices("max_experts", max_experts, gates.shape[-1])
     e = gates.shape[-1]
-    # NaN counts as chosen, so that what is not a number gives no number.
+    # NaN counts as chosen, which propagates it to the output.
     chosen = ops.any(gates != 0, axis=1)
-    # The chosen ones in their order: the first scores e, the last 1, the others 0.
+    # Chosen experts in index order: expert 0 scores e, expert e - 1 scores 1; others 0.
     scores = ops.where(chosen, e - ops.arange(e, dtype="int32"), 0)
     best = ops.cast(ops.top_k(ops.cast(scores, "float32"), max_experts)[0], "int32")
     indices = e - best
@@ -153,17 +153,17 @@ def union(gates: Any, max_experts: int) -> tuple[Routing, Any]:
 def expert_counts(
     indices: Any, num_experts: int, counted: Any = None, dtype: Any = "float32"
 ) -> Any:
-    """Return how often each expert was chosen, (n, k) -> (e,).
+    """Return the number of choices of each expert, (n, k) -> (e,).
 
     Args:
         indices: `(n, k)` int32.
         num_experts: int, e.
         counted: `(n,)` bool, the tokens that count. All by default.
-        dtype: of the counts.
+        dtype: dtype of the counts.
 
     Raises:
-        ValueError: if a shape is another one, if the shapes do not agree in n, or if
-            `indices` are no integers.
+        ValueError: if a shape is wrong, the shapes differ in n, or `indices` are not
+            integers.
     """
     _checks.positive_int("num_experts", num_experts)
     _checks.axes(indices=(indices, "nk"), counted=(counted, "n?"))
@@ -173,7 +173,7 @@ def expert_counts(
     if counted is not None:
         counted = ops.expand_dims(ops.cast(counted, "bool"), -1)
         counts = counts * ops.cast(counted, dtype)
-        # What stands in the row of a masked token may be no expert at all.
+        # Indices of masked tokens may be out of range.
         indices = ops.where(counted, indices, ops.zeros_like(indices))
     return ops.segment_sum(
         ops.reshape(counts, (-1,)),

@@ -1,6 +1,6 @@
-"""The records that routers write and dispatches read, and whether their shapes agree.
+"""The records between routers and dispatches, and checks of their shapes.
 
-Axis letters: n tokens, e experts, k choices a token, c capacity (slots an expert),
+Axis letters: n tokens, e experts, k choices per token, c capacity (slots per expert),
 m = n * k choices of all tokens.
 """
 
@@ -16,10 +16,10 @@ from keras_moe import _checks
 
 
 class Record:
-    """A named tuple whose optional fields may be missing.
+    """A named tuple with optional fields.
 
-    A field that is None is no field of the tuple, because a functional model takes
-    nothing but tensors as outputs of an operation. Its attribute is None all the same.
+    A field that is None is left out of the tuple, because the outputs of an operation
+    in a functional model must be tensors. Its attribute is still None.
 
     Attributes:
         kind: `Routing`, `ExpertChoiceRouting` or `DenseRouting`.
@@ -47,18 +47,18 @@ class Record:
             )
         present = tuple(n for n in cls._fields if fields.get(n) is not None)
         if "mask" in present:
-            # The last one: a functional model takes outputs by position, and a mask may
-            # be attached to its inputs after the model was made.
+            # Last: a functional model identifies outputs by position, and a mask may be
+            # attached to its inputs after the model was built.
             present = (*[n for n in present if n != "mask"], "mask")
         kind = _record_type(cls, present)  # type: ignore[arg-type]
         return kind(*[fields[name] for name in present])
 
     def _replace(self, **changes: Any) -> Any:
-        """Return the record with other values; None takes a field away."""
+        """Return the record with other values; None removes a field."""
         return self.kind(**{**self._given(), **changes})
 
     def _given(self) -> dict[str, Any]:
-        """Return all fields by name, None for those that are missing."""
+        """Return all fields by name, with None for missing fields."""
         return {name: getattr(self, name) for name in self.kind._fields}
 
     def __reduce__(self) -> Any:
@@ -72,7 +72,7 @@ def _remade(kind: type[Record], fields: dict[str, Any]) -> Any:
 @cache
 def _record_type(kind: type[Record], present: tuple[str, ...]) -> Any:
     """Return the named tuple of the fields that are present, a subclass of `kind`."""
-    # The tuple comes first, so that its fields hide the defaults in `kind`.
+    # The tuple comes first: its fields override the defaults in `kind`.
     bases = (namedtuple(kind.__name__, present), kind)
     missing = {name: None for name in kind._fields if name not in present}
     return type(
@@ -91,16 +91,16 @@ class Routing(Record):
     """Each token chooses k experts.
 
     Attributes:
-        expert_indices: `(n, k)` int32 in [0, e), the first choice first. What stands in
-            the row of a masked token has no meaning.
+        expert_indices: `(n, k)` int32 in [0, e), the first choice first. Rows of masked
+            tokens are undefined.
         combine_weights: `(n, k)` float, the weight of each choice in the output. None
-            if outputs are wanted choice by choice; an index of e then is no expert's.
+            returns the output of each choice; an index of e then means no expert.
         router_logits: `(n, e)` float, or None for a router without logits.
         router_probs: `(n, e)` float in [0, 1], or None for a router without scores.
         mask: `(n,)` bool, False for padding, or None. Padding is not routed.
         choice_probs: `(n, e)` float, the probability that a token chooses an expert if
-            the noise of the router is drawn anew (0 or 1 in inference), or None for a
-            router that never has noise.
+            the noise of the router is resampled (0 or 1 in inference), or None for a
+            router without noise.
     """
 
     expert_indices: Any
@@ -115,15 +115,15 @@ class ExpertChoiceRouting(Record):
     """Each expert chooses c tokens.
 
     Attributes:
-        token_indices: `(e, c)` int32 in [0, n), the best token first; n where an expert
-            has found fewer than c tokens.
+        token_indices: `(e, c)` int32 in [0, n), the best token first; n in slots
+            without a token.
         combine_weights: `(e, c)` float, 0 in the slots without a token.
         router_logits: `(n, e)` float.
         router_probs: `(n, e)` float.
         mask: `(n,)` bool, False for padding, or None.
-        invalid: `(n,)` bool, True for tokens whose logits are not finite. They are not
-            chosen by any expert, so that they cannot push others out, and their outputs
-            are NaN.
+        invalid: `(n,)` bool, True for tokens whose logits are not finite. No expert
+            chooses them (they take no slot from other tokens), and their outputs are
+            NaN.
     """
 
     token_indices: Any
@@ -150,15 +150,15 @@ class DenseRouting(Record):
     mask: Any = None
 
 
-class Runs(NamedTuple):
-    """The m choices sorted by expert: a run of rows for each, one behind the other.
+class SortedChoices(NamedTuple):
+    """The m choices sorted by expert: each expert has a contiguous run of rows.
 
     Attributes:
-        order: `(m,)` int32, the choice in every row.
-        positions: `(n, k)` int32, the row of every choice.
-        starts: `(e,)` int32, the first row of every expert.
-        ends: `(e,)` int32, the row behind its last. The choices of padding tokens come
-            behind the last run.
+        order: `(m,)` int32, the choice in each row.
+        positions: `(n, k)` int32, the row of each choice.
+        starts: `(e,)` int32, the first row of each expert.
+        ends: `(e,)` int32, the last row of each expert, plus 1. The choices of padding
+            tokens follow the last run.
     """
 
     order: Any
@@ -168,12 +168,12 @@ class Runs(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Rows of static shape that take tokens: s groups of c slots.
+    """Slots for tokens, of static shape: s groups of c slots.
 
     Attributes:
-        tokens: `(s, c)` int32 in [0, n), the token in every slot; n in an empty one.
-        slot_of_choice: `(n, k)` int32, the slot of every choice, counted through all
-            groups. Where `kept` is False it has no meaning.
+        tokens: `(s, c)` int32 in [0, n), the token in each slot; n in an empty slot.
+        slot_of_choice: `(n, k)` int32, the flat index, in [0, s * c), of each choice's
+            slot. Undefined where `kept` is False.
         kept: `(n, k)` bool, whether the choice has a slot.
     """
 
@@ -211,21 +211,20 @@ _AXES: dict[type, dict[str, str]] = {
 def checked_record(
     routing: Any, num_experts: int, num_tokens: Any = None, *, kinds: Any = tuple(_AXES)
 ) -> Any:
-    """Return the record with tensors as fields, if their shapes agree.
+    """Return the record with its fields as tensors, after checking their shapes.
 
     Args:
         routing: a record of one of `kinds`.
         num_experts: int, e.
-        num_tokens: int, n (or a tensor where only the run knows it). Not checked by
-            default.
+        num_tokens: int, n (or a tensor if n is data-dependent). Not checked by default.
         kinds: tuple of classes. All three by default.
 
     Returns:
         A record of the same kind.
 
     Raises:
-        ValueError: if `routing` is no such record, if a field has another shape than
-            its class says, or indices are no integers.
+        ValueError: if `routing` is not such a record, a field has the wrong shape, or
+            indices are not integers.
     """
     if not isinstance(routing, kinds):
         raise ValueError(
@@ -254,7 +253,7 @@ def checked_record(
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether `value` is a tensor, symbolic ones too, or None."""
+    """Whether `value` is a tensor (eager or symbolic) or None."""
     return value is None or ops.is_tensor(value) or isinstance(value, KerasTensor)
 
 

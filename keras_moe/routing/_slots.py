@@ -1,7 +1,7 @@
-"""Where rows go: the choices sorted by expert, and slots of a fixed number.
+"""Rows of choices: sorted by expert, or in a fixed number of slots per expert.
 
-Axis letters: n tokens, e experts, k choices a token, c capacity (slots an expert),
-m = n * k choices of all tokens, of which choice i * k + j is the j-th of token i.
+Axis letters: n tokens, e experts, k choices per token, c capacity (slots per expert),
+m = n * k choices of all tokens; choice i * k + j is the j-th of token i.
 """
 
 from __future__ import annotations
@@ -12,18 +12,24 @@ from typing import Any
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.routing._records import Routing, Runs, Slots, checked_record, tensor
+from keras_moe.routing._records import (
+    Routing,
+    Slots,
+    SortedChoices,
+    checked_record,
+    tensor,
+)
 
 
 def expert_capacity(
     num_tokens: Any, num_experts: int, top_k: int, capacity_factor: float
 ) -> Any:
-    """Return the slots an expert has: `ceil(capacity_factor * k * n / e)`.
+    """Return the number of slots per expert: `ceil(capacity_factor * k * n / e)`.
 
-    Never more than n, since a token takes one slot of an expert, and at least 1.
+    At most n, because a token uses at most one slot of an expert, and at least 1.
 
     Args:
-        num_tokens: int, n (or a scalar tensor where only the run knows it).
+        num_tokens: int, n (or a scalar tensor if n is data-dependent).
         num_experts: int, e.
         top_k: int from 1 to e, k.
         capacity_factor: float > 0.
@@ -32,7 +38,7 @@ def expert_capacity(
         An int, or an int32 scalar if `num_tokens` is a tensor.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 
@@ -44,13 +50,13 @@ def expert_capacity(
     _checks.positive_int("num_experts", num_experts)
     _checks.top_k(top_k, num_experts)
     _checks.positive_number("capacity_factor", capacity_factor)
-    # In fractions, because 1.1 * 100 / 10 is above 11 in floats.
+    # Exact fractions: in floats 1.1 * 100 / 10 exceeds 11.
     share = Fraction(capacity_factor).limit_denominator(10**4) * top_k / num_experts
     if isinstance(num_tokens, int):
         slots = -(-share.numerator * num_tokens // share.denominator)
         return max(1, min(slots, num_tokens))
-    # LiteRT divides int32 alone, which is enough unless the share is a long fraction;
-    # and only what is positive rounds alike in all formats of export.
+    # LiteRT supports only int32 division, which suffices unless the fraction is long.
+    # All operands are positive: export formats round negative quotients differently.
     short = share.numerator * share.denominator < 2**31
     n = ops.cast(num_tokens, "int32" if short else "int64")
     whole, rest = n // share.denominator, n % share.denominator
@@ -59,18 +65,19 @@ def expert_capacity(
     return ops.cast(ops.maximum(ops.minimum(slots, n), 1), "int32")
 
 
-def sort_choices(routing: Routing, num_experts: int, queue: Any = None) -> Runs:
-    """Sort the choices by expert; among those of an expert the order is `queue`'s.
+def sort_choices(
+    routing: Routing, num_experts: int, queue: Any = None
+) -> SortedChoices:
+    """Sort the choices by expert, and within an expert in the order of `queue`.
 
     Args:
         routing: the record.
         num_experts: int, e.
-        queue: `(m,)` int32, the choices in the order in which they are served. By
-            default token by token.
+        queue: `(m,)` int32, the choices by priority. By default in token order.
 
     Raises:
-        ValueError: if `routing` is no `Routing`, does not agree with itself or with
-            `num_experts`, or if `queue` has another shape or no integers.
+        ValueError: if `routing` is not a `Routing`, its shapes are inconsistent or do
+            not match `num_experts`, or `queue` has the wrong shape or dtype.
     """
     routing = checked_record(routing, num_experts, kinds=(Routing,))
     if queue is not None:
@@ -82,7 +89,7 @@ def sort_choices(routing: Routing, num_experts: int, queue: Any = None) -> Runs:
     if queue is not None:
         choices = ops.take(choices, queue)
     order = ops.cast(ops.argsort(choices), "int32")
-    # Counted, not searched for: other runtimes know no `searchsorted`.
+    # Not `searchsorted`, which export formats do not support.
     counts = ops.segment_sum(
         ops.ones_like(choices), choices, num_segments=num_experts + 1
     )
@@ -94,7 +101,7 @@ def sort_choices(routing: Routing, num_experts: int, queue: Any = None) -> Runs:
         ops.expand_dims(order, -1), ops.arange(m, dtype="int32"), (m,)
     )
     k = routing.expert_indices.shape[1]
-    return Runs(order, ops.reshape(positions, (-1, k)), shifted(ends), ends)
+    return SortedChoices(order, ops.reshape(positions, (-1, k)), shifted(ends), ends)
 
 
 def _check_queue(queue: Any, routing: Routing) -> None:
@@ -105,13 +112,13 @@ def _check_queue(queue: Any, routing: Routing) -> None:
 
 
 def shifted(ends: Any) -> Any:
-    """Return where runs start from where they end, (e,): the ends of those before.
+    """Return the start of each run, (e,): the end of the previous run.
 
     Args:
         ends: `(e,)` int32.
 
     Raises:
-        ValueError: if `ends` has another rank, or no integers.
+        ValueError: if `ends` has another rank, or is not of integers.
     """
     _checks.axes(ends=(ends, "e"))
     _checks.integers(ends=ends)
@@ -122,20 +129,20 @@ def shifted(ends: Any) -> Any:
 def capacity_slots(
     routing: Routing, num_experts: int, expert_capacity: Any, priority: str = "position"
 ) -> Slots:
-    """Give every expert c slots and fill them; what finds its expert full is dropped.
+    """Assign choices to c slots per expert; choices over capacity are dropped.
 
     Args:
         routing: the record.
         num_experts: int, e.
-        expert_capacity: int, c (or a tensor where only the run knows it).
-        priority: who comes first: "position" (all first choices before all second
-            ones, then the order of the tokens) or "probability" (the highest combine
-            weight; ties in the order of the tokens).
+        expert_capacity: int, c (or a tensor if c is data-dependent).
+        priority: the order of assignment: "position" (all first choices before all
+            second choices, then token order) or "probability" (highest combine weight
+            first; ties in token order).
 
     Raises:
-        ValueError: if `routing` is no `Routing`, does not agree with itself or with
-            `num_experts`, has no combine weights for the priority "probability", or if
-            another argument breaks its rule.
+        ValueError: if `routing` is not a `Routing`, its shapes are inconsistent or do
+            not match `num_experts`, it has no combine weights for the priority
+            "probability", or another argument is invalid.
     """
     routing = checked_record(routing, num_experts, kinds=(Routing,))
     _checks.scalar("expert_capacity", expert_capacity)
@@ -151,7 +158,7 @@ def capacity_slots(
         queue = ops.reshape(ops.transpose(ids), (-1,))
     else:
         weights = ops.stop_gradient(ops.reshape(routing.combine_weights, (-1,)))
-        # A sort may do anything to a NaN; here it comes last and pushes nobody out.
+        # The sort order of NaN varies; -inf puts it last, without taking slots.
         weights = ops.where(ops.isfinite(weights), weights, -float("inf"))
         queue = ops.cast(ops.argsort(-weights), "int32")
     runs = sort_choices(routing, num_experts, queue)
@@ -169,22 +176,22 @@ def capacity_slots(
     )
 
 
-def tokens_in_rows(runs: Runs, rows: Any, filled: Any, n: Any, k: int) -> Any:
-    """Return the token in every one of `rows`, of any shape; n where not `filled`.
+def tokens_in_rows(runs: SortedChoices, rows: Any, filled: Any, n: Any, k: int) -> Any:
+    """Return the token in each of `rows`, of any shape; n where not `filled`.
 
     Args:
         runs: the sorted choices.
-        rows: `(...)` int32, rows of the choices.
+        rows: `(...)` int32, rows of the sorted choices.
         filled: `(...)` bool, False where there is no token.
-        n: int, number of tokens (or a tensor where only the run knows it).
-        k: int, choices a token.
+        n: int, number of tokens (or a tensor if it is data-dependent).
+        k: int, choices per token.
 
     Raises:
-        ValueError: if the shapes do not agree, or if an argument breaks its rule.
+        ValueError: if the shapes are inconsistent, or an argument is invalid.
     """
-    if not isinstance(runs, Runs):
+    if not isinstance(runs, SortedChoices):
         raise ValueError(
-            "`runs` must be the Runs of `sort_choices`. Received: runs of type "
+            "`runs` must be SortedChoices (see `sort_choices`). Received: runs of type "
             f"{type(runs).__name__}"
         )
     n, k = _checks.scalar("n", n, allow_zero=True), _checks.positive_int("k", k)
@@ -196,6 +203,6 @@ def tokens_in_rows(runs: Runs, rows: Any, filled: Any, n: Any, k: int) -> Any:
     _checks.axes(rows=(rows, "..."), filled=(filled, "..."))
     _checks.integers(rows=rows)
     rows, filled = tensor(rows), tensor(filled)
-    order = ops.pad(runs.order, ((0, 1),))  # So that there is a row even of no tokens.
+    order = ops.pad(runs.order, ((0, 1),))  # At least one row, even without tokens.
     choices = ops.take(order, ops.minimum(rows, n * k))
     return ops.where(filled, choices // k, n)
