@@ -1,10 +1,9 @@
-"""What a router does, in figures: one metric that a layer updates as it routes.
+"""Routing metrics: load, drops, entropy and confidence of a router.
 
-Axis letters: n tokens, e experts, k choices a token, c capacity (slots an expert).
+Axis letters: n tokens, e experts, k choices per token, c capacity (slots per expert).
 
-The state is sums alone, and figures are made of sums only when they are asked for.
-Over several batches they are therefore the exact figures of all tokens together, not
-means of means.
+The state consists of sums, and `result` computes the figures from them. Over several
+batches they are therefore exact figures over all tokens, not means of means.
 """
 
 from __future__ import annotations
@@ -27,47 +26,46 @@ from keras_moe.routing import (
 
 @keras.saving.register_keras_serializable("keras_moe")
 class RoutingMetrics(keras.metrics.Metric):
-    """Load, drops, entropy and confidence of a router, over all batches since a reset.
+    """Load, drops, entropy and confidence of a router, accumulated over batches.
 
-    The figures, by their names in `show`:
+    Figures, by name in `show`:
 
     - `"expert_load"`: for each expert its share of all choices, before any is dropped.
-      The e shares sum to 1. They stand in the result one by one, as
-      `{prefix}_expert_load_0` and so on. Where each token goes to every expert, the
-      share of an expert is that of its weights.
-    - `"load_cv"`: the standard deviation of the expert loads (that of the population)
-      over their mean: 0 for equal loads, `sqrt(e - 1)` if one expert has all.
-    - `"dropped_fraction"`: the share of all choices that found no place within the
-      capacity. Where experts choose, the share of tokens that no expert chose.
-    - `"router_entropy"`: the mean entropy of a token's probabilities, in nats.
-    - `"router_confidence"`: the mean of a token's highest probability.
+      The e shares sum to 1. The result has them as `{prefix}_expert_load_0` and so on.
+      For dense routing, the expert's share of the total combine weight.
+    - `"load_cv"`: the population standard deviation of the expert loads, divided by
+      their mean: 0 for equal loads, `sqrt(e - 1)` if one expert has the whole load.
+    - `"dropped_fraction"`: the share of all choices dropped because of the capacity;
+      for expert choice, the share of tokens that no expert chose.
+    - `"router_entropy"`: the mean entropy of a token's router probabilities, in nats.
+    - `"router_confidence"`: the mean over tokens of the highest probability.
 
-    Padding does not count, nor does a token whose probabilities are not finite. A
-    figure of nothing is 0.
+    Padding and tokens with non-finite probabilities are not counted. Without any
+    counted token, figures are 0.
 
-    The sums are not among the `variables` of the metric. In training on JAX the call of
-    a layer can change nothing but the `variables` of layers, so the layer that holds
-    the metric has to list `sums` with its own:
+    The sums are not among the `variables` of the metric. In training on JAX a layer
+    call can only change the `variables` of layers, so the layer that has the metric
+    must add `sums` to its own:
 
         @property
         def variables(self):
             return [*super().variables, *self.routing_metrics.sums]
 
-    They are then neither weights nor part of a file. On JAX, `fit` shows 0 during an
-    epoch and the figures at its end, because a step cannot read what its own forward
-    pass has changed; on the other backends the progress bar moves with every step.
+    They are then neither weights nor saved. On JAX, `fit` shows 0 during an epoch and
+    the figures at its end, because a step cannot read state that its forward pass has
+    changed; on the other backends the progress bar is updated at every step.
 
     Args:
         num_experts: int, number of experts e.
-        show: sequence of names from the list above. Only what they need is computed.
-        prefix: str, what the names in the result start with. Layers of one model need
-            different ones.
+        show: sequence of names from the list above. Only the sums they need are kept.
+        prefix: str, prefix of the names in the result, which must differ between the
+            layers of a model.
         name: str, name of the metric.
 
     Call arguments:
-        routing: a record of `keras_moe.routing`, of any of the three kinds.
-        kept: `(n, k)` bool for a `Routing`, which choices are within the capacity. All
-            by default. None for the other kinds.
+        routing: a routing record of `keras_moe.routing`, of any of the three kinds.
+        kept: bool tensor of shape `(n, k)` for a `Routing`, True for choices within the
+            capacity. Default: all. None for the other kinds.
 
     Returns:
         A dict of scalars by `{prefix}_{figure}`, in the order of `show`.
@@ -78,9 +76,9 @@ class RoutingMetrics(keras.metrics.Metric):
         sums: list of variables, float32 under any policy.
 
     Raises:
-        ValueError: if an argument breaks its rule; by `update_state`, if `routing` is
-            no record, does not agree with itself or with `num_experts`, or lacks the
-            probabilities that a figure is made of, or if `kept` has another shape.
+        ValueError: if an argument is invalid; in `update_state`, if `routing` is
+            not a record, has inconsistent shapes, does not match `num_experts` or lacks
+            probabilities that a figure needs, or if `kept` has a wrong shape.
 
     Example:
 
@@ -118,8 +116,8 @@ class RoutingMetrics(keras.metrics.Metric):
         self._sums = [self._add_sum(part) for part in self._sum_names]
 
     def _add_sum(self, name: str) -> Any:
-        # `add_variable` would give a variable that a mixed policy rounds in the call of
-        # a layer, where 256 + 1 is 256. The rest is as it is there.
+        # Like `add_variable`, but without autocast: a mixed policy would round the sums
+        # to half precision in a layer call, where 256 + 1 is 256 in bfloat16.
         return keras.Variable(
             initializer="zeros",
             shape=(self.num_experts,) if name == "load" else (),
@@ -149,10 +147,10 @@ class RoutingMetrics(keras.metrics.Metric):
             total.assign(total + ops.cast(batch, "float32"))
 
     def _check_probs(self, routing: Any) -> None:
-        wanting = [name for name in self.show if name in self.NEEDS_PROBS]
-        if wanting and routing.router_probs is None:
+        missing = [name for name in self.show if name in self.NEEDS_PROBS]
+        if missing and routing.router_probs is None:
             raise ValueError(
-                f"`routing` must have router_probs for the figures {wanting}. "
+                f"`routing` must have router_probs for the figures {missing}. "
                 "Received: routing.router_probs=None"
             )
 
@@ -186,8 +184,8 @@ def _value(total: Any) -> Any:
     try:
         return total.value
     except TypeError:
-        # For a step of training, Keras takes its value from every variable on JAX and
-        # hands `result` those of metrics alone.
+        # In a training step on JAX, variables are stateless, and Keras provides only
+        # metric variables to `result`.
         return ops.zeros(total.shape, dtype="float32")
 
 
@@ -195,13 +193,12 @@ def _checked_show(show: Any) -> tuple[str, ...]:
     known = ", ".join(repr(name) for name in RoutingMetrics.KNOWN)
     if isinstance(show, str) or not isinstance(show, Sequence):
         raise ValueError(
-            f"`show` must be a sequence of names out of {known}. "
-            f"Received: show={show!r}"
+            f"`show` must be a sequence of names from {known}. Received: show={show!r}"
         )
     for name in show:
         if name not in RoutingMetrics.KNOWN:
             raise ValueError(
-                f"`show` must hold names out of {known}. Received: {name!r} in "
+                f"`show` must hold names from {known}. Received: {name!r} in "
                 f"show={show!r}"
             )
     return tuple(show)
@@ -212,18 +209,18 @@ def _check_kept(routing: Any, kept: Any) -> None:
         return
     if not isinstance(routing, Routing):
         raise ValueError(
-            "`kept` must be None unless `routing` is a Routing, whose tokens choose. "
+            "`kept` must be None unless `routing` is a Routing. "
             f"Received: kept with a {type(routing).__name__}"
         )
     indices = {"routing.expert_indices": (routing.expert_indices, "nk")}
     _checks.axes(**indices, kept=(kept, "nk"))
 
 
-# What the three kinds of record have in common: tokens that count, probabilities.
+# Sums that are computed alike for the three kinds of record.
 
 
 def _counted(record: Any) -> Any:
-    """Return (n,) bool: tokens that are no padding and have finite probabilities."""
+    """Return a (n,) bool mask of unpadded tokens with finite probabilities."""
     probs, mask = record.router_probs, record.mask
     if probs is not None:
         finite = ops.all(ops.isfinite(probs), axis=-1)
@@ -232,7 +229,7 @@ def _counted(record: Any) -> Any:
         return ops.cast(mask, "bool")
     if isinstance(record, ExpertChoiceRouting):
         raise ValueError(
-            "`routing` must have router_probs or a mask where experts choose, to tell "
+            "`routing` must have router_probs or a mask for expert choice, to infer "
             "the number of tokens. Received: routing.router_probs=None, "
             "routing.mask=None"
         )
@@ -253,12 +250,12 @@ def _entropy(record: Any, counted: Any, kept: Any, num_experts: int) -> Any:
 
 def _confidence(record: Any, counted: Any, kept: Any, num_experts: int) -> Any:
     probs = _rows(record.router_probs, counted)
-    # Without a value to start from, TensorFlow refuses the maximum of no tokens.
+    # Without `initial`, TensorFlow cannot take the maximum of an empty batch.
     return ops.sum(ops.max(probs, axis=-1, initial=0.0))
 
 
 def _rows(values: Any, counted: Any) -> Any:
-    """Return `values` (n, m) in float32, with zeros in the rows that do not count."""
+    """Return `values` (n, m) in float32, with zeros in rows that are not counted."""
     values = ops.cast(values, "float32")
     return ops.where(ops.expand_dims(counted, -1), values, ops.zeros_like(values))
 
@@ -267,7 +264,7 @@ def _sum(flags: Any) -> Any:
     return ops.sum(ops.cast(flags, "float32"))
 
 
-# What they do not: who chose whom, and what came of it.
+# Sums that depend on the kind of record: loads and drops.
 
 
 def _load_of_choices(record: Routing, counted: Any, num_experts: int) -> Any:
@@ -296,7 +293,7 @@ def _dropped_choices(record: Routing, counted: Any, kept: Any) -> Any:
 def _unchosen_tokens(record: ExpertChoiceRouting, counted: Any, kept: Any) -> Any:
     n = ops.shape(counted)[0]
     slots = ops.reshape(ops.convert_to_tensor(record.token_indices), (-1,))
-    # An empty slot holds n, hence one segment more.
+    # Empty slots hold n, hence n + 1 segments.
     experts_of = ops.segment_sum(ops.ones_like(slots), slots, num_segments=n + 1)
     return _sum(ops.logical_and(counted, experts_of[:n] == 0))
 
@@ -334,7 +331,7 @@ def _dropped(record: Any, counted: Any, kept: Any, num_experts: int) -> Any:
 
 
 def _share(part: Any, whole: Any) -> Any:
-    # Where nothing was counted the part is 0 too. A whole may be below 1: weights.
+    # If the whole is 0, so is the part. The whole may be below 1 for weights.
     return part / ops.where(whole > 0.0, whole, ops.ones_like(whole))
 
 

@@ -1,4 +1,4 @@
-"""Pictures of gates: which task leans on which expert.
+"""Plots of gates: how much each task uses each expert.
 
 Axis letters: n rows, t tasks, e experts. Needs matplotlib.
 """
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 def gate_heatmap(
     gate_weights: np.ndarray, tasks: Sequence[str], ax: Axes | None = None
 ) -> Axes:
-    """Draw the mean gate weight of every task on every expert.
+    """Plot the mean gate weight of each task for each expert.
 
     Args:
-        gate_weights: array of shape `(..., t, e)`, such as `MMoE.gate_weights` gives.
+        gate_weights: array of shape `(..., t, e)`, such as from `MMoE.gate_weights`.
         tasks: the t task names.
-        ax: matplotlib axes to draw on; the current ones by default.
+        ax: matplotlib axes to draw on. Default: the current axes.
 
     Returns:
         The axes.
@@ -58,15 +58,15 @@ def gate_heatmap(
 def expert_usage(
     gate_weights: np.ndarray, tasks: Sequence[str], ax: Axes | None = None
 ) -> Axes:
-    """Draw, for every expert, the share of rows whose largest gate weight it has.
+    """Plot, for each expert, the share of rows in which it has the largest weight.
 
-    A bar far above the others means that a task's gate has polarised on one expert;
-    an expert without bars is dead weight.
+    A bar far above the others means that a task's gate is polarized on one expert; an
+    expert without bars is unused.
 
     Args:
         gate_weights: array of shape `(..., t, e)`.
         tasks: the t task names.
-        ax: matplotlib axes to draw on; the current ones by default.
+        ax: matplotlib axes to draw on. Default: the current axes.
 
     Returns:
         The axes.
@@ -88,14 +88,14 @@ def expert_usage(
     ax.axhline(1 / num_experts, color="grey", linestyle=":", label="even")
     ax.set_xticks(range(num_experts))
     ax.set_xlabel("expert")
-    ax.set_ylabel("share of rows that favour it")
+    ax.set_ylabel("share of rows")
     ax.set_title("expert usage")
     ax.legend()
     return ax
 
 
 def _by_task(gate_weights: np.ndarray, tasks: Sequence[str]) -> np.ndarray:
-    """(..., t, e) -> (n, t, e), with the number of tasks checked."""
+    """(..., t, e) -> (n, t, e), after checking the number of tasks."""
     weights = np.asarray(gate_weights)
     if weights.ndim < 3 or weights.shape[-2] != len(tasks):
         raise ValueError(

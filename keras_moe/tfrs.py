@@ -1,11 +1,10 @@
-"""Keras 3 layers in a model of Keras 2, which every `tfrs.Model` is.
+"""Keras 3 layers in a Keras 2 model such as `tfrs.Model`.
 
 tensorflow-recommenders runs on Keras 2 (the package tf_keras), this library on Keras 3.
-Both compute with the same TensorFlow variables and tensors, so a layer of one may work
-inside the other, if somebody carries over what Keras itself looks after: weights,
-losses, masks, the training flag, dtypes, what is frozen, and what is saved.
+Both use the same TensorFlow variables and tensors. `LegacyLayer` adapts what differs:
+weights, losses, masks, the training flag, dtypes, freezing and saving.
 
-Import this module before anything uses `tf.keras`: it sets TF_USE_LEGACY_KERAS, which
+Import this module before any use of `tf.keras`: it sets TF_USE_LEGACY_KERAS, which
 TensorFlow reads once.
 """
 
@@ -20,7 +19,7 @@ import tensorflow as tf
 
 
 def _import_keras_2() -> Any:
-    """Return tf_keras, with `tf.keras` being the same, or say what to set."""
+    """Return tf_keras; raise ImportError unless `tf.keras` is tf_keras too."""
     if keras.backend.backend() != "tensorflow":
         raise ImportError(
             "keras_moe.tfrs needs KERAS_BACKEND=tensorflow; "
@@ -37,9 +36,9 @@ def _import_keras_2() -> Any:
     version = tf.keras.version() if hasattr(tf.keras, "version") else "2"
     if not version.startswith("2"):
         raise ImportError(
-            "keras_moe.tfrs needs tf.keras to be Keras 2, and something has made it "
-            f"Keras {version}: set TF_USE_LEGACY_KERAS=1 before Python "
-            "starts, or import keras_moe.tfrs first"
+            "keras_moe.tfrs needs tf.keras to be Keras 2, but it is already Keras "
+            f"{version}: set TF_USE_LEGACY_KERAS=1 before Python starts, or import "
+            "keras_moe.tfrs first"
         )
     return tf_keras
 
@@ -49,27 +48,27 @@ tf_keras: Any = _import_keras_2()
 
 @tf_keras.saving.register_keras_serializable("keras_moe")
 class LegacyLayer(tf_keras.layers.Layer):
-    """A Keras 3 layer or model as a layer of Keras 2 (tf_keras).
+    """Wraps a Keras 3 layer or model as a Keras 2 layer (tf_keras).
 
-    Its weights are the weights of `layer`, trained, frozen, named and saved as those of
-    any layer of Keras 2: by `tf.train.Checkpoint`, `save_weights`, `model.save` and
-    `tf.saved_model.save`. Its losses are among the model's `losses`.
+    Its weights are the weights of `layer`. They can be trained, frozen and saved like
+    those of any Keras 2 layer: by `tf.train.Checkpoint`, `save_weights`, `model.save`
+    and `tf.saved_model.save`. Its losses are added to the model's `losses`.
 
     Args:
         layer: a Keras 3 layer or model. It is wrapped, not copied.
-        name: str, the name of this layer; that of `layer` by default.
-        **kwargs: further arguments of a Keras 2 layer. Not `dtype`: `layer` casts by
-            its own policy.
+        name: str, the name of this layer. Default: `layer.name`.
+        **kwargs: further arguments of a Keras 2 layer, except `dtype`: `layer` has its
+            own dtype policy.
 
     Call arguments:
-        inputs: what `layer` takes first.
-        *args: what `layer` takes next.
-        training: bool, handed on if `layer` takes it.
-        mask: handed on if `layer` takes it.
+        inputs: first argument of `layer`.
+        *args: further positional arguments of `layer`.
+        training: bool, passed to `layer` if it has this argument.
+        mask: passed to `layer` if it has this argument.
         **kwargs: further arguments of `layer`.
 
     Returns:
-        What `layer` returns.
+        The outputs of `layer`.
 
     Raises:
         ValueError: if `layer` is not a Keras 3 layer, or `dtype` is given.
@@ -82,37 +81,37 @@ class LegacyLayer(tf_keras.layers.Layer):
     >>> tf.keras.Model(inputs, outputs).output_shape["buy"]
     (None, 16)
 
-    Under a strategy of several replicas the model is called once, on a few rows, within
-    `strategy.scope()`, before it is trained.
+    With several replicas, call the model once on a few rows within `strategy.scope()`
+    before training.
     """
 
     def __init__(self, layer: Any, name: str | None = None, **kwargs: Any) -> None:
         if not isinstance(layer, keras.layers.Layer):
             raise ValueError(
-                "`layer` must be a Keras 3 layer or model; a layer of Keras 2 needs no "
+                "`layer` must be a Keras 3 layer or model; Keras 2 layers need no "
                 f"LegacyLayer. Received: layer={layer!r}"
             )
         if kwargs.pop("dtype", None) is not None:
             raise ValueError(
-                "`dtype` must not be given: the layer has a dtype policy of its own, "
+                "`dtype` must not be given: the layer has its own dtype policy, "
                 f"{layer.dtype_policy.name}"
             )
-        # `layer` casts its inputs itself, so this one must not.
+        # `layer` casts its inputs itself.
         kwargs = {"trainable": layer.trainable, **kwargs, "autocast": False}
         super().__init__(name=name or layer.name, dtype=_policy(layer), **kwargs)
-        # Past the tracking of Keras 2, which saves what Keras 3 tracks but does not
-        # find it again; `_track` names what is saved.
+        # Bypasses the tracking of Keras 2, which would save Keras 3 objects but not
+        # restore them; `_track` sets what is saved.
         object.__setattr__(self, "layer", layer)
         self._trainable = kwargs["trainable"]
         self.supports_masking = layer.supports_masking
         takes = inspect.signature(layer.call).parameters
-        self._handed_on = [name for name in ("training", "mask") if name in takes]
+        self._passed_arguments = [k for k in ("training", "mask") if k in takes]
         if layer.built:
             self._track()
-        # A callable is asked for each reading of `losses`, however often it was called.
+        # A callable is evaluated once per access to `losses`, not once per call.
         self.add_loss(self._regularization)
 
-    # Keras 2 sets this attribute on every layer of a model that is frozen.
+    # Keras 2 sets this attribute on every layer of a frozen model.
     @property
     def _trainable(self) -> bool:
         layer = self.__dict__.get("layer")
@@ -130,7 +129,7 @@ class LegacyLayer(tf_keras.layers.Layer):
 
     @property
     def non_trainable_weights(self) -> list[Any]:
-        # The states of metrics and of random numbers, too, which a call changes.
+        # Includes the state of metrics and seed generators, which a call changes.
         return [variable.value for variable in self.layer.non_trainable_variables]
 
     def call(
@@ -143,16 +142,16 @@ class LegacyLayer(tf_keras.layers.Layer):
     ) -> Any:
         if not self.layer.built:
             self._check_may_build()
-            # On the shapes alone, so that a checkpoint that waits is read before the
-            # first outputs.
+            # Symbolic, so a deferred checkpoint restore happens before the first
+            # outputs are computed.
             shapes = keras.tree.map_structure(_symbolic, ((inputs, *args), kwargs))
             self.layer(*shapes[0], **shapes[1])
             self._track()
         given = {"training": training, "mask": mask}
-        for name in self._handed_on:
+        for name in self._passed_arguments:
             if given[name] is not None:
                 kwargs[name] = given[name]
-        # Keras 3 clears losses in its own training loop, which does not run here.
+        # Keras 3 clears losses in its training loop, which is not used here.
         self.layer._clear_losses()
         outputs = self.layer(inputs, *args, **kwargs)
         losses = self.layer.losses
@@ -160,17 +159,17 @@ class LegacyLayer(tf_keras.layers.Layer):
         return outputs
 
     def _check_may_build(self) -> None:
-        """Refuse to make weights in a replica, where they would stay empty."""
+        """Raise ValueError in a replica, where variables cannot be initialized."""
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         if replicas > 1 and not tf.distribute.in_cross_replica_context():
             raise ValueError(
-                f"the weights of {self.name!r} must exist before {replicas} replicas "
-                "train them: call the model once, on a few rows, within "
+                f"the weights of {self.name!r} must exist before training on "
+                f"{replicas} replicas: call the model once on a few rows within "
                 "`strategy.scope()`"
             )
 
     def _track(self) -> None:
-        """Let checkpoints and SavedModels find the weights and the tables."""
+        """Track weights and lookup tables for checkpoints and SavedModels."""
         self._held_variables = [variable.value for variable in self.layer.variables]
         self._held_tables = [
             value
@@ -184,7 +183,7 @@ class LegacyLayer(tf_keras.layers.Layer):
         return [v for v in variables if v.regularizer is not None]
 
     def _regularization(self) -> Any:
-        """Return the sum of the weights' regularization, 0 without any."""
+        """Return the sum of the regularization losses, 0 if there are none."""
         return sum((v.regularizer(v) for v in self._regularized()), start=tf.zeros(()))
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
@@ -201,13 +200,13 @@ class LegacyLayer(tf_keras.layers.Layer):
             store[str(i)] = variable.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        # In the order of the layer, which does not depend on what is frozen.
+        # In the layer's order, which does not depend on frozen weights.
         variables = self.layer.variables
         if len(store.keys()) != len(variables):
             raise ValueError(
                 f"the file holds {len(store.keys())} weights for {self.name!r}, which "
-                f"has {len(variables)}. Call the layer once before its weights are "
-                "loaded, so that it has them all"
+                f"has {len(variables)}. Call the layer once before loading weights, to "
+                "build it"
             )
         for i, variable in enumerate(variables):
             variable.assign(store[str(i)])
@@ -225,14 +224,14 @@ class LegacyLayer(tf_keras.layers.Layer):
 
 
 def _policy(layer: keras.layers.Layer) -> Any:
-    """Return the policy of Keras 2 with the dtypes of a layer of Keras 3."""
+    """Return the Keras 2 policy with the dtypes of a Keras 3 layer."""
     compute, variables = layer.compute_dtype, layer.variable_dtype
     mixed = compute != variables == "float32" and compute in ("float16", "bfloat16")
     return tf_keras.mixed_precision.Policy(f"mixed_{compute}" if mixed else compute)
 
 
 def _symbolic(value: Any) -> Any:
-    """Return what stands for a tensor where only its shape and dtype count."""
+    """Return a symbolic tensor of the same shape and dtype; other values unchanged."""
     if not tf.is_tensor(value):
         return value
     return keras.KerasTensor(value.shape, value.dtype.name)

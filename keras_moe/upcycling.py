@@ -1,10 +1,10 @@
-"""Sparse upcycling: a trained dense MLP becomes the experts of a mixture.
+"""Sparse upcycling: initialize the experts of a mixture from a trained dense MLP.
 
 Axis letters: d input features, e experts, u output units.
 
 Every expert starts as a copy of the MLP, and the weights of a token's k experts sum to
-1, so the mixture starts where the dense model ended (Komatsuzaki et al. 2023). The
-experts part as soon as they see different tokens.
+1, so the mixture initially computes the same outputs (Komatsuzaki et al. 2023). Experts
+diverge in training, as they are trained on different tokens.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ def upcycle(
     top_k: int | None = None,
     **kwargs: Any,
 ) -> keras.Model:
-    """Return a copy of `model` in which a mixture takes the place of an MLP.
+    """Return a copy of `model` with an MLP replaced by a mixture of experts.
 
-    The copy gives the outputs that `model` gives. `model` itself stays as it is. The
-    copy is not compiled.
+    The copy has the same outputs as `model`. It is not compiled, and `model` is not
+    changed.
 
     Args:
         model: a built functional or Sequential model.
-        layers: the Dense layers of the MLP, or their names, first to last; each feeds
-            the next one and nothing else.
+        layers: the Dense layers of the MLP, or their names, first to last; each must
+            feed only the next one.
         num_experts: int, number of experts e.
-        top_k: int >= 2, number of experts that compute a token. With one expert the
-            weight is the router's probability, which is not 1. None: as in `MoE`.
+        top_k: int >= 2, number of experts per token. With one expert the weight is the
+            router's probability, not 1. None: as in `MoE`.
         **kwargs: further arguments of `keras_moe.layers.MoE`.
 
     Returns:
-        A model of the same inputs and outputs, with a `MoE` of the name of the first
+        A model with the same inputs and outputs, and a `MoE` with the name of the first
         Dense layer.
 
     Raises:
-        ValueError: if `model` is not such a model, or `layers` are no chain of Dense
-            layers of the model that stacked experts can hold.
+        ValueError: if `model` is not such a model, or `layers` are not a chain of Dense
+            layers of the model with compatible biases and activations.
 
     Example:
 
@@ -65,7 +65,7 @@ def upcycle(
     References:
         - [Komatsuzaki et al., 2023: Sparse Upcycling](https://arxiv.org/abs/2212.05055)
     """
-    # Only these know which layer feeds which.
+    # Only these models have a layer graph.
     if not isinstance(model, keras.Model) or not getattr(model, "outputs", None):
         raise ValueError(
             "`model` must be a built functional or Sequential model. "
@@ -77,7 +77,7 @@ def upcycle(
         )
     if "name" in kwargs:
         raise ValueError(
-            "`name` follows from the first of `layers`. "
+            "`name` must not be given: it is the name of the first of `layers`. "
             f"Received: name={kwargs['name']!r}"
         )
     chain = [_layer_of(model, layer) for layer in layers]
@@ -95,7 +95,7 @@ def upcycle(
 
     copy = keras.models.clone_model(model, clone_function=clone)
     for layer in model.layers:
-        # A clone names its inputs anew; they hold nothing.
+        # Cloned inputs have new names, and no weights to copy.
         inputs = isinstance(layer, keras.layers.InputLayer)
         if layer.name not in replaced and not inputs:
             _copy_state(layer, copy.get_layer(layer.name))
@@ -108,32 +108,34 @@ def moe_from_dense(
     top_k: int | None = None,
     **kwargs: Any,
 ) -> MoE:
-    """Return a built `MoE` whose experts all are the MLP that `layers` are.
+    """Return a built `MoE` whose experts are copies of the MLP `layers`.
 
     Args:
-        layers: built Dense layers, first to last. All but the last have one activation.
+        layers: built Dense layers, first to last. All but the last must have the same
+            activation.
         num_experts: int, number of experts e.
-        top_k: int >= 2, number of experts that compute a token; None as in `MoE`.
+        top_k: int >= 2, number of experts per token. None: as in `MoE`.
         **kwargs: further arguments of `keras_moe.layers.MoE`.
 
     Returns:
-        A `MoE` that maps `(..., d)` to `(..., u)` as `layers` do.
+        A `MoE` that maps `(..., d)` to `(..., u)`, with the same outputs as `layers`.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
     """
     layers = list(layers)
     _check_layers(layers)
     if top_k is not None and _checks.positive_int("top_k", top_k) == 1:
         raise ValueError(
             "`top_k` must be >= 2: the weight of a single expert is the router's "
-            "probability, so that the mixture would not give the outputs of the MLP. "
+            "probability, which would change the outputs of the MLP. "
             "Received: top_k=1"
         )
-    for name in _FOLLOWING:
+    for name in _FROM_LAYERS:
         if kwargs.get(name):
             raise ValueError(
-                f"`{name}` follows from the layers. Received: {name}={kwargs[name]!r}"
+                f"`{name}` must not be given: it is taken from `layers`. "
+                f"Received: {name}={kwargs[name]!r}"
             )
     experts = MLPExperts(
         num_experts,
@@ -153,19 +155,19 @@ def moe_from_dense(
         experts.kernels[i].assign(_copies(layer.kernel, num_experts))
         if layer.use_bias:
             experts.biases[i].assign(_copies(layer.bias, num_experts))
-    _check_equal(moe, layers, kwargs)
+    _check_same_outputs(moe, layers, kwargs)
     return moe
 
 
 def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
-    """Copy weights and what else a file would hold, vocabularies and statistics."""
+    """Copy weights and other saved state, such as vocabularies and statistics."""
     for old, new in zip(
         source._flatten_layers(), target._flatten_layers(), strict=True
     ):
         store: dict[str, Any] = {}
         old.save_own_variables(store)
         if store:
-            # Arrays of their own: JAX gives those of a model away when it trains it.
+            # Copies, because JAX donates the buffers of a model in training.
             copies = {k: np.array(ops.convert_to_numpy(x)) for k, x in store.items()}
             new.load_own_variables(copies)
         if hasattr(old, "save_assets"):
@@ -174,8 +176,8 @@ def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
                 new.load_assets(folder)
 
 
-# What the experts of an upcycled layer take from the Dense layers.
-_FOLLOWING = (
+# Arguments of `MoE` that are taken from the Dense layers.
+_FROM_LAYERS = (
     "experts",
     "expert_units",
     "num_shared_experts",
@@ -187,8 +189,10 @@ _FOLLOWING = (
 )
 
 
-def _check_equal(moe: MoE, layers: Sequence[Any], arguments: dict[str, Any]) -> None:
-    """Refuse a router or a dispatch whose weights do not sum to 1 for every token."""
+def _check_same_outputs(
+    moe: MoE, layers: Sequence[Any], arguments: dict[str, Any]
+) -> None:
+    """Raise ValueError if `moe` does not have the outputs of `layers`."""
     features = layers[0].kernel.shape[0]
     rows = np.random.default_rng(0).normal(size=(64, features)).astype("float32")
     expected = rows
@@ -199,9 +203,9 @@ def _check_equal(moe: MoE, layers: Sequence[Any], arguments: dict[str, Any]) -> 
     )
     if not np.allclose(found, expected, rtol=0.05, atol=0.02 * np.abs(expected).max()):
         raise ValueError(
-            "the further arguments must leave every token experts whose weights sum to "
-            "1, or the mixture does not give the outputs of the MLP. Received: "
-            f"{arguments}, with which outputs differ by up to "
+            "the further arguments must give every token experts whose weights sum to "
+            "1, to preserve the outputs of the MLP. Received: "
+            f"{arguments}, which change outputs by up to "
             f"{np.abs(found - expected).max():.2g}"
         )
 
@@ -216,8 +220,7 @@ def _layer_of(model: keras.Model, layer: Any) -> keras.layers.Layer:
     name = getattr(layer, "name", layer)
     if name not in names:
         raise ValueError(
-            f"every one of `layers` must be a layer of the model, {names}. "
-            f"Received: {layer!r}"
+            f"`layers` must be layers of the model, {names}. Received: {layer!r}"
         )
     return model.get_layer(name)
 
@@ -225,28 +228,28 @@ def _layer_of(model: keras.Model, layer: Any) -> keras.layers.Layer:
 def _check_layers(layers: Sequence[Any]) -> None:
     if not layers or any(type(layer) is not keras.layers.Dense for layer in layers):
         raise ValueError(
-            f"`layers` must be one Dense layer or several. Received: {layers!r}"
+            f"`layers` must be one or more Dense layers. Received: {layers!r}"
         )
     for layer in layers:
         if not layer.built:
             raise ValueError(
-                f"`layers` must be built, so that they have weights. Received: {layer}"
+                f"`layers` must be built before upcycling. Received: {layer}"
             )
     for rule, values in {
-        "use a bias, or none": {layer.use_bias for layer in layers},
-        "have one activation, but for the last": {
+        "have a bias, or all have none": {layer.use_bias for layer in layers},
+        "have one activation, except the last": {
             str(keras.activations.serialize(layer.activation)) for layer in layers[:-1]
         },
     }.items():
         if len(values) > 1:
             raise ValueError(
-                f"`layers` must all {rule}, as the layers of stacked experts do. "
+                f"`layers` must all {rule}, as required by MLPExperts. "
                 f"Received: {sorted(map(str, values))}"
             )
 
 
 def _check_chain(chain: Sequence[keras.layers.Layer], model: keras.Model) -> None:
-    """Each layer is called once, and feeds the next one and nothing else."""
+    """Raise ValueError unless each layer is called once and feeds only the next one."""
     outputs = {id(tensor) for tensor in model.outputs}
     for layer in chain:
         if len(layer._inbound_nodes) != 1:
@@ -257,14 +260,14 @@ def _check_chain(chain: Sequence[keras.layers.Layer], model: keras.Model) -> Non
     for layer in chain[:-1]:
         if id(layer.output) in outputs:
             raise ValueError(
-                "each of `layers` must feed the next one and nothing else. Received: "
-                f"{layer.name!r}, whose output is one of the model"
+                "each of `layers` must feed only the next one. Received: "
+                f"{layer.name!r}, whose output is an output of the model"
             )
     for layer, following in itertools.pairwise(chain):
         fed = [node.operation for node in layer._outbound_nodes]
         if fed != [following]:
             raise ValueError(
-                "each of `layers` must feed the next one and nothing else. Received: "
-                f"{layer.name!r}, which feeds {[other.name for other in fed]}, before "
-                f"{following.name!r}. With a layer in between, upcycle each alone"
+                "each of `layers` must feed only the next one. Received: "
+                f"{layer.name!r}, which feeds {[other.name for other in fed]}, not "
+                f"{[following.name]}. Upcycle layers that are not adjacent separately"
             )

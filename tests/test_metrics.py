@@ -188,7 +188,7 @@ def test_config():
     ("arguments", "message"),
     [
         ((0, ["load_cv"]), "`num_experts`.*0"),
-        ((2, ["load"]), "`show` must hold names out of 'expert_load'.*'load'"),
+        ((2, ["load"]), "`show` must hold names from 'expert_load'.*'load'"),
         ((2, "load_cv"), "`show` must be a sequence.*'load_cv'"),
         ((2, None), "`show` must be a sequence.*None"),
     ],

@@ -74,13 +74,16 @@ def test_one_layer_without_bias():
     ("arguments", "message"),
     [
         ({"layers": ["up", "nobody"]}, r"'stem'.*Received: 'nobody'"),
-        ({"layers": ["stem", "up"]}, "nothing else.*'stem', which feeds"),
-        ({"layers": ["down", "up"]}, "feed the next one"),
-        ({"layers": []}, "`layers` must be one Dense"),
+        ({"layers": ["stem", "up"]}, "feed only.*'stem', which feeds"),
+        ({"layers": ["down", "up"]}, "feed only the next one"),
+        ({"layers": []}, "`layers` must be one or more Dense"),
         ({"layers": "up"}, "`layers` must be a sequence.*'up'"),
-        ({"layers": ["up", "down"], "name": "moe"}, "`name` follows.*'moe'"),
+        ({"layers": ["up", "down"], "name": "moe"}, "`name` must not be given.*'moe'"),
         ({"layers": ["up", "down"], "top_k": 1}, "`top_k` must be >= 2"),
-        ({"layers": ["up", "down"], "expert_units": 8}, "`expert_units` follows"),
+        (
+            {"layers": ["up", "down"], "expert_units": 8},
+            "`expert_units` must not be given",
+        ),
     ],
 )
 def test_what_cannot_be_upcycled_is_named(dense, arguments, message):
@@ -117,7 +120,9 @@ def test_a_layer_that_others_use_too_is_refused():
     down = keras.layers.Dense(5, name="down")
     hidden = up(inputs)
     seen = keras.Model(inputs, [hidden, down(hidden)])
-    with pytest.raises(ValueError, match="'up', whose output is one of the model"):
+    with pytest.raises(
+        ValueError, match="'up', whose output is an output of the model"
+    ):
         upcycle(seen, ["up", "down"], num_experts=4)
     twice = keras.Model(inputs, down(hidden) + down(inputs))
     with pytest.raises(ValueError, match="'down', which is called"):

@@ -1,4 +1,4 @@
-"""The layers that a user puts in a model."""
+"""Public Keras layers."""
 
 from keras_moe.layers.adatt import AdaTT
 from keras_moe.layers.cross_stitch import CrossStitch

@@ -1,9 +1,9 @@
-"""What the layers of the multi-task family share: experts, and gates that mix them.
+"""Base classes of the multi-task layers: experts, and gates that mix them.
 
 Axis letters: n rows, d input features, e experts, t tasks, g gates, u output units.
 
-A *stream* is what one task (or what all of them, the shared stream) has come to at a
-level. At the first level every stream is the input; above it each has its own.
+A *stream* is the input of one task's experts at a level; the shared stream is the input
+of the shared experts. At the first level every stream is the input of the layer.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from keras_moe.layers._tasks import Tasks
 
 
 class Gates(MLPExperts):
-    """The logits of g gates, stacked as experts are, on one stream or on g of them."""
+    """Logits of g gates with stacked weights, on one stream or on g streams."""
 
     def call(
-        self, inputs: Any, training: bool | None = None, each_its_own: bool = False
+        self, inputs: Any, training: bool | None = None, per_stream: bool = False
     ) -> Any:
         """(..., d) -> (..., g, e), or (g, n, d) -> (g, n, e).
 
-        A call, unlike `on_slots`, computes in the dtype of the gates.
+        Computes in the dtype of the gates, unlike `on_slots`.
         """
-        if each_its_own:
+        if per_stream:
             return self.on_slots(inputs, training)
         return super().call(inputs, training)
 
 
 class Mixture(Layer):
-    """Experts and task outputs, as `MMoE` documents their arguments."""
+    """Experts and task outputs; see `MMoE` for the arguments."""
 
     def __init__(
         self,
@@ -81,27 +81,27 @@ class Mixture(Layer):
             self.activation,
             final_activation=self.activation,
             dropout=self.dropout,
-            kernel_initializer=_of_level(self.kernel_initializer, level),
+            kernel_initializer=_initializer_of_level(self.kernel_initializer, level),
             kernel_regularizer=self.kernel_regularizer,
-            # The gates' dropout has the stream between.
+            # seed + 1 is the seed of the gates' dropout.
             seed=None if self.seed is None else self.seed + level + (level > 0),
             dtype=self.dtype_policy,
             name=_name_of_level("experts", level),
         )
 
     def check_levels(self, num_levels: int) -> None:
-        """Refuse `experts` that are not one layer for each level."""
+        """Raise ValueError unless `experts` has one separate layer per level."""
         if self._experts_given is None:
             return
         given = self._levels_given()
         if len(given) != num_levels or len({id(layer) for layer in given}) < num_levels:
             raise ValueError(
-                "`experts` must be one layer of its own for each level. Received: "
+                "`experts` must hold a separate layer for each level. Received: "
                 f"num_levels={num_levels}, experts={given!r}"
             )
 
     def _levels_given(self) -> Sequence[keras.layers.Layer]:
-        """Return the given experts of every level; one layer is that of one level."""
+        """Return the given experts as a sequence with one layer per level."""
         given = self._experts_given
         return given if isinstance(given, list | tuple) else [given]
 
@@ -113,7 +113,7 @@ class Mixture(Layer):
         )
 
     def mix_own(self, gates: Any, expert_outputs: Any) -> Any:
-        """(..., t, m), (..., t * m, u) -> (..., t, u): each task its own m experts."""
+        """(..., t, m), (..., t * m, u) -> (..., t, u): mix each task's m experts."""
         leading = ops.shape(expert_outputs)[:-2]
         t, m = gates.shape[-2:]
         blocks = (*_backend.restored_axes(leading), t, m, expert_outputs.shape[-1])
@@ -121,7 +121,7 @@ class Mixture(Layer):
         return ops.squeeze(self.mix(ops.expand_dims(gates, -2), own), axis=-2)
 
     def ensure_built(self, *inputs: Any) -> None:
-        """Build the layer for `inputs`, where it is asked for gates before a call."""
+        """Build the layer on `inputs` if it has not been called yet."""
         if not self.built:
             self(*inputs)
 
@@ -129,7 +129,7 @@ class Mixture(Layer):
         return None if mask is None else self.tasks.repeat(mask)
 
     def output_units(self, experts: keras.layers.Layer, features: int | None) -> int:
-        """Return u, the width of what `experts` make of `features`."""
+        """Return u, the output width of `experts` for an input of width `features`."""
         rows = keras.KerasTensor((None, features), self.compute_dtype)
         return experts.compute_output_spec(rows).shape[-1]
 
@@ -162,10 +162,10 @@ class Mixture(Layer):
 
 
 class GatedMixture(Mixture):
-    """Experts, softmax gates and task outputs, as `MMoE` documents their arguments.
+    """Experts, softmax gates and task outputs; see `MMoE` for the arguments.
 
-    A layer of the family makes its parts with `make_experts` and `make_gates`, one of
-    each a level, and weighs experts with `weigh`.
+    Subclasses call `make_experts` and `make_gates` once per level, and turn gate logits
+    into expert weights with `gate_probabilities`.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class GatedMixture(Mixture):
         self.gate_use_bias = _checks.flag("gate_use_bias", gate_use_bias)
         self.gate_kernel_initializer = keras.initializers.get(gate_kernel_initializer)
         if self.gate_dropout > 0.0:
-            # Not the stream of the experts' dropout, which has the same seed.
+            # Different from the seed of the experts' dropout.
             self.seed_generator = keras.random.SeedGenerator(
                 None if self.seed is None else self.seed + 1
             )
@@ -197,12 +197,12 @@ class GatedMixture(Mixture):
     def make_gates(
         self, num_gates: int, num_experts: int, level: int = 0, name: str = "gates"
     ) -> Gates:
-        """Return the logits of `num_gates` gates over `num_experts`, as stacked MLPs.
+        """Return a layer of stacked MLPs: `num_gates` gates over `num_experts`.
 
-        Gates of one level that differ in width need names of their own.
+        Gates of different widths in one level need different names.
         """
-        initializer = _of_level(self.gate_kernel_initializer, level)
-        # With the seed of experts, gates as wide as these would start as their copies.
+        initializer = _initializer_of_level(self.gate_kernel_initializer, level)
+        # With the experts' seed, gates of the same shape would start as their copies.
         if name != "gates" or is_seeded(self.gate_kernel_initializer):
             initializer = independent(initializer, *name.encode())
         return Gates(
@@ -214,17 +214,17 @@ class GatedMixture(Mixture):
             name=_name_of_level(name, level),
         )
 
-    def weigh(
+    def gate_probabilities(
         self, logits: Any, training: bool | None, top_k: int | None = None
     ) -> Any:
-        """Return gates over the last axis of `logits`, in its dtype.
+        """Return the softmax of `logits` over the last axis, in the dtype of `logits`.
 
-        They sum to 1, but for `top_k=1`: a single weight that is made to sum to 1 is
-        always 1 and has no gradient. There it is the softmax over all experts, as in
-        the Switch Transformer.
+        With `top_k`, all but the k largest are 0 and the rest is renormalized to sum
+        to 1. With `top_k=1` it is not, as a renormalized single weight is always 1 and
+        has no gradient; it stays the softmax over all experts (Switch Transformer).
         """
         if logits.shape[-1] == 1:
-            # Keras warns of a softmax over one value, and of weights with no gradient.
+            # Avoids Keras' warnings on a softmax of size 1 and on missing gradients.
             return 1.0 + 0.0 * logits
         logits = logits / self.gate_temperature
         if training and self.gate_dropout > 0.0:
@@ -239,7 +239,7 @@ class GatedMixture(Mixture):
         return ops.softmax(ops.where(kept, logits, -float("inf")), axis=-1)
 
     def _drop_experts(self, logits: Any) -> Any:
-        """Removing a logit before the softmax renormalises what stays."""
+        """Mask logits before the softmax, which renormalizes the remaining gates."""
         draw = keras.random.uniform(ops.shape(logits), seed=self.seed_generator)
         kept = draw >= self.gate_dropout
         kept = ops.logical_or(kept, ops.logical_not(ops.any(kept, -1, keepdims=True)))
@@ -264,23 +264,23 @@ def on_streams(
     counts: Sequence[int],
     training: bool | None = None,
 ) -> Any:
-    """Compute `counts[i]` of the stacked experts on `streams[i]`: (..., e, u).
+    """Apply `counts[i]` of the stacked experts to `streams[i]`: (..., e, u).
 
-    Streams that all are one tensor are multiplied once for all experts.
+    If all streams are the same tensor, one matmul computes all experts.
     """
     used = [s for s, count in zip(streams, counts, strict=True) if count]
     if all(stream is used[0] for stream in used):
         return stacked(used[0], training=training)
     slots = to_slots(streams, counts)
     if isinstance(stacked, Gates):
-        outputs = stacked(slots, each_its_own=True)
+        outputs = stacked(slots, per_stream=True)
     else:
         outputs = stacked.on_slots(slots, training=training)
     return from_slots(outputs, ops.shape(streams[0])[:-1])
 
 
 def to_slots(streams: Sequence[Any], counts: Sequence[int]) -> Any:
-    """Lay `counts[i]` copies of `streams[i]` (..., d) behind each other: (e, n, d)."""
+    """Stack `counts[i]` copies of each `streams[i]` (..., d): (e, n, d)."""
     return ops.stack(
         [
             ops.reshape(stream, (-1, stream.shape[-1]))
@@ -297,8 +297,8 @@ def from_slots(outputs: Any, leading: Sequence[Any]) -> Any:
     return ops.reshape(outputs, (*_backend.restored_axes(leading), e, u))
 
 
-def _of_level(initializer: Any, level: int) -> Any:
-    """With one seed the levels would start as copies of each other."""
+def _initializer_of_level(initializer: Any, level: int) -> Any:
+    """With a shared seed, levels would start as copies of each other."""
     return independent(initializer, level) if level else initializer
 
 

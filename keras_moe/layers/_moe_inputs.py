@@ -1,4 +1,4 @@
-"""What a `MoE` is called with, as tokens: leading axes flattened, padding blanked.
+"""The call arguments of `MoE` as tokens: leading axes flattened, padding zeroed.
 
 Axis letters: n tokens, d input features.
 """
@@ -15,22 +15,22 @@ from keras_moe.layers._parts import check_leading_axes, checked_batch
 
 
 def tokens(inputs: Any, mask: Any) -> tuple[Any, Any]:
-    """(..., d) and the mask of the leading axes, if any -> (n, d) and (n,)."""
+    """(..., d) and a mask of the leading axes, or None -> (n, d) and (n,) or None."""
     rows = ops.reshape(inputs, (-1, inputs.shape[-1]))
     if mask is None:
-        # Keras hands it over only where the inputs are the one tensor of a call.
+        # Keras passes the mask only to calls with a single tensor argument.
         mask = _backend.keras_mask(inputs)
     if mask is None:
         return rows, None
     mask = ops.convert_to_tensor(mask)
     check_leading_axes("mask", mask.shape, inputs.shape, features=0)
     mask = ops.reshape(ops.cast(mask, "bool"), (-1,))
-    # Whatever stands in padding, NaN too, reaches no output and no gradient.
+    # Values in padding, including NaN, must not reach outputs or gradients.
     return routing_lib.rows_where(mask, rows), mask
 
 
 def router_inputs(given: Any, inputs: Any) -> Any:
-    """Flatten the leading axes, those of `inputs`; ids have no feature axis."""
+    """Flatten the leading axes of `given`; integer ids have no feature axis."""
     ids = len(given.shape) < len(inputs.shape)
     features = 0 if ids else 1
     check_leading_axes("router_inputs", given.shape, inputs.shape, features)
@@ -43,7 +43,7 @@ def router_shape(
 ) -> tuple[int | None, ...]:
     """Return the shape of the router's inputs, flattened."""
     if router_inputs_shape is None:
-        # Routers that are no subclass of `Router` need not have this attribute.
+        # Custom routers may lack this attribute.
         if getattr(router, "reads_ids", False):
             raise ValueError(
                 "`router_inputs` must be given for the router "

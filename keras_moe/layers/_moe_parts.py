@@ -1,7 +1,7 @@
-"""The parts of a `MoE`: how they are made, and which of them go together.
+"""Builds and validates the router, shared experts, losses and metrics of a `MoE`.
 
-Pure functions of the arguments of `MoE`. Any router works with any dispatch that serves
-its choice; what does not go together is refused here, by the name of the argument.
+Pure functions of the arguments of `MoE`. Any router works with any dispatch that
+supports its kind of choice; invalid combinations raise ValueError.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def make_router(
     seed: int | None,
     dtype: Any,
 ) -> keras.layers.Layer:
-    """Return the router that was given, checked, or one made by its name."""
+    """Return the given router after checks, or a new one made from its name."""
     router = "top_k" if router is None else router
     if isinstance(router, keras.layers.Layer):
         _check_router(router, num_experts, top_k)
@@ -38,10 +38,10 @@ def make_router(
         )
     arguments: dict[str, Any] = {"top_k": top_k or min(2, num_experts)}
     if seed is not None:
-        # Not the stream of the experts' dropout, which has the seed itself.
+        # The experts' dropout uses `seed` itself.
         arguments["seed"] = seed + 1
     if capacity_factor is not None:
-        arguments["capacity_factor"] = capacity_factor  # Of an expert choice.
+        arguments["capacity_factor"] = capacity_factor  # Expert choice only.
     return routers.get(
         router, num_experts=num_experts, **arguments, dtype=dtype, name="router"
     )
@@ -50,9 +50,9 @@ def make_router(
 def _check_router(router: Any, num_experts: int, top_k: int | None) -> None:
     if getattr(router, "choice", None) not in dispatch_lib.SERVED:
         raise ValueError(
-            "`router` must be a layer of keras_moe.routers, or say like them "
-            f"by its attribute `choice`, one of {list(dispatch_lib.SERVED)}, "
-            f"who chooses. Received: router={router!r}"
+            "`router` must be a layer of keras_moe.routers, or have an attribute "
+            f"`choice` that is one of {list(dispatch_lib.SERVED)}. "
+            f"Received: router={router!r}"
         )
     if getattr(router, "num_experts", None) != num_experts:
         raise ValueError(
@@ -60,11 +60,11 @@ def _check_router(router: Any, num_experts: int, top_k: int | None) -> None:
             f"num_experts={num_experts}, router={router!r} with "
             f"num_experts={getattr(router, 'num_experts', None)}"
         )
-    # A router of all experts has no k of its own.
+    # Dense routers have no top_k.
     own = num_experts if router.choice == "all" else router.top_k
     if top_k not in (None, own):
         raise ValueError(
-            "`top_k` must be that of `router`, or None. "
+            "`top_k` must be None or equal `router.top_k`. "
             f"Received: top_k={top_k}, router.top_k={own}"
         )
 
@@ -72,27 +72,27 @@ def _check_router(router: Any, num_experts: int, top_k: int | None) -> None:
 def make_shared_experts(
     experts: keras.layers.Layer, num_shared_experts: int
 ) -> keras.layers.Layer | None:
-    """Return experts of the shape of the routed ones, with other draws."""
+    """Return shared experts like the routed ones, initialized independently."""
     if num_shared_experts == 0:
         return None
     config = experts.get_config()
     if "num_experts" not in config:
         raise ValueError(
-            "`num_shared_experts` needs experts that can be made in any number. "
+            "`num_shared_experts` needs experts with a `num_experts` argument. "
             f"Received: num_shared_experts={num_shared_experts}, experts={experts!r}"
         )
     shared = {"num_experts": num_shared_experts, "name": "shared_experts"}
     for name in ("kernel_initializer", "bias_initializer"):
         if name in config:
-            # With one seed they would start as copies of the routed experts.
+            # With a shared seed they would start as copies of the routed experts.
             shared[name] = independent(getattr(experts, name), config["num_experts"])
     if config.get("seed") is not None:
-        shared["seed"] = config["seed"] + 2  # The router has the one between.
+        shared["seed"] = config["seed"] + 2  # The router has seed + 1.
     return type(experts).from_config({**config, **shared})
 
 
 def check_dispatch(dispatch: str, router: Any, experts: Any) -> None:
-    """Refuse a dispatch that cannot serve the router's choice or the experts."""
+    """Raise ValueError if `dispatch` does not support the router or experts."""
     _checks.one_of("dispatch", dispatch, dispatch_lib.KNOWN)
     served = ("auto", *dispatch_lib.SERVED[router.choice])
     if dispatch not in served:
@@ -106,24 +106,24 @@ def check_dispatch(dispatch: str, router: Any, experts: Any) -> None:
 def check_capacity_factor(
     factor: float | None, dispatch: str, router: Any, router_is_given: bool
 ) -> None:
-    """Refuse a capacity where no expert can be full, or where the router has its own.
+    """Raise ValueError if there is no capacity to set, or the router sets it.
 
-    `router_is_given` is whether the user made the router.
+    `router_is_given` is whether the user passed a router object.
     """
     if factor is None:
         return
     full = router.choice == "expert" or dispatch in ("auto", "capacity")
     if not full or router.choice == "all":
         raise ValueError(
-            "`capacity_factor` needs experts that can be full, which is "
-            'dispatch="capacity". Received: '
+            '`capacity_factor` needs dispatch="capacity" or "auto" and a token-choice '
+            "router, or an expert-choice router. Received: "
             f"capacity_factor={factor}, dispatch={dispatch!r}, "
             f"router={type(router).__name__}"
         )
     if router.choice == "expert" and router_is_given:
         raise ValueError(
-            "`capacity_factor` belongs to the router here, which says how many "
-            "tokens an expert chooses. Received: "
+            "`capacity_factor` must be set on the expert-choice router: it is how "
+            "many tokens an expert chooses. Received: "
             f"capacity_factor={factor}, router={router!r}"
         )
 
@@ -131,21 +131,21 @@ def check_capacity_factor(
 def check_priority(
     priority: str, dispatch: str, capacity_factor: float | None, router: Any
 ) -> None:
-    """Refuse an order of tokens where no expert can be full."""
+    """Raise ValueError if a priority is set but experts have no capacity."""
     full = dispatch == "capacity" or (
         dispatch == "auto" and capacity_factor is not None
     )
     if priority != "position" and not (full and router.choice == "token"):
         raise ValueError(
-            "`priority` needs experts that can be full, by a `capacity_factor` or "
-            'dispatch="capacity", and tokens that choose. Received: '
+            "`priority` needs a capacity (a `capacity_factor` or "
+            'dispatch="capacity") and a token-choice router. Received: '
             f"priority={priority!r}, dispatch={dispatch!r}, "
             f"capacity_factor={capacity_factor}, router={type(router).__name__}"
         )
 
 
 def checked_loss_weights(router: Any, **weights: float | None) -> dict[str, float]:
-    """Return the weights that are not 0; None is what the router suggests."""
+    """Return the nonzero loss weights; None means the router's default."""
     for name, weight in weights.items():
         if weight is None:
             weights[name] = router.default_loss_weights.get(name, 0.0)
@@ -155,8 +155,8 @@ def checked_loss_weights(router: Any, **weights: float | None) -> dict[str, floa
         if weight != 0.0 and name not in router.supported_losses:
             raise ValueError(
                 f"`{argument}` must be 0 for the router "
-                f"{type(router).__name__}, for which this loss has no "
-                f"meaning. Received: {argument}={weight}"
+                f"{type(router).__name__}, which does not support this loss. "
+                f"Received: {argument}={weight}"
             )
     return {name: weight for name, weight in weights.items() if weight}
 
@@ -164,10 +164,10 @@ def checked_loss_weights(router: Any, **weights: float | None) -> dict[str, floa
 def make_metrics(
     names: Sequence[str], router: Any, prefix: str
 ) -> RoutingMetrics | None:
-    """Return the metrics of these names, or None where there is no name."""
+    """Return a metric of the given figures, or None if `names` is empty."""
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise ValueError(
-            "`routing_metrics` must be a sequence of names out of "
+            "`routing_metrics` must be a sequence of names from "
             f"{sorted(RoutingMetrics.KNOWN)}. Received: routing_metrics={names!r}"
         )
     if not names:
@@ -175,15 +175,15 @@ def make_metrics(
     unknown = [name for name in names if name not in RoutingMetrics.KNOWN]
     if unknown:
         raise ValueError(
-            "`routing_metrics` must hold names out of "
+            "`routing_metrics` must hold names from "
             f"{sorted(RoutingMetrics.KNOWN)}. Received: {unknown[0]!r} in "
             f"routing_metrics={names!r}"
         )
-    lost = sorted(RoutingMetrics.NEEDS_PROBS.intersection(names))
-    # Routers that are no subclass of `Router` need not have this attribute.
-    if lost and not getattr(router, "has_probs", True):
+    needs_probs = sorted(RoutingMetrics.NEEDS_PROBS.intersection(names))
+    # Custom routers may lack this attribute.
+    if needs_probs and not getattr(router, "has_probs", True):
         raise ValueError(
-            f"`routing_metrics` must not hold {lost} for the router "
+            f"`routing_metrics` must not hold {needs_probs} for the router "
             f"{type(router).__name__}, which has no probabilities. Received: "
             f"routing_metrics={names!r}"
         )

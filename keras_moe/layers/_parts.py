@@ -1,4 +1,4 @@
-"""What layers share: how they are named, and the arguments that many of them have."""
+"""Helpers that layers share: default names and checks of common arguments."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from keras_moe._layer import Layer
 
 
 def default_name(name: str) -> str:
-    """Return "moe", "moe_1", ...: from the class name Keras would make "mo_e"."""
+    """Return "moe", "moe_1", ...; Keras would turn the class name into "mo_e"."""
     count = keras.backend.get_uid(name)
     return name if count == 1 else f"{name}_{count - 1}"
 
 
 class Adaptable(Layer):
-    """A layer whose file remembers `quantize` and `enable_lora` of the layers inside.
+    """A layer that saves `quantize` and `enable_lora` of its sublayers.
 
-    Keras keeps them in the config of the layer itself, which is in no file where an
-    outer layer makes its own parts. Here they are in the outer layer's build config.
+    Keras saves them in the config of the sublayer, but a layer that creates its
+    sublayers does not save their configs. Here the outer layer's build config has them.
     """
 
     def get_build_config(self) -> dict[str, Any] | None:
         config = super().get_build_config()
         layers = enumerate(self._flatten_layers(include_self=False))
-        done = {str(i): self._done_to(layer) for i, layer in layers}
+        done = {str(i): self._adaptations(layer) for i, layer in layers}
         done = {i: entry for i, entry in done.items() if entry}
         return {**config, "adapted": done} if config and done else config
 
-    def _done_to(self, layer: keras.layers.Layer) -> dict[str, Any]:
+    def _adaptations(self, layer: keras.layers.Layer) -> dict[str, Any]:
         done: dict[str, Any] = {}
         mode = layer.quantization_mode
         if mode in ("gptq", "awq"):
@@ -55,7 +55,7 @@ class Adaptable(Layer):
         layers = self._flatten_layers(include_self=False)
         for i, done in adapted.items():
             layer = layers[int(i)]
-            # Layers that were given have it in a config of their own.
+            # Sublayers passed by the user have it in their own config.
             if "quantize" in done and layer.quantization_mode is None:
                 found = keras.saving.deserialize_keras_object(
                     done["quantize"]["config"]
@@ -72,10 +72,10 @@ def check_experts(
     any_layer: bool = False,
     argument: str = "experts",
 ) -> None:
-    """Refuse what a dispatch could not call, or what contradicts `experts`.
+    """Raise ValueError if `experts` is unusable or contradicts other arguments.
 
-    `any_layer` allows every layer that maps (..., d) to (..., e, u). `argument` is what
-    the user calls `experts`: those of one level are a part of it.
+    `any_layer` allows every layer that maps (..., d) to (..., e, u). `argument` is the
+    name in messages, such as "experts[1]" for the experts of a level.
     """
     if experts is None:
         if expert_units is None:
@@ -87,16 +87,16 @@ def check_experts(
     if any_layer and not isinstance(experts, keras.layers.Layer):
         raise ValueError(
             f"`{argument}` must be a Keras layer; keras_moe.experts.LayerExperts "
-            f"holds several of any kind. Received: {experts!r}"
+            f"wraps several layers. Received: {experts!r}"
         )
     if not any_layer and not hasattr(experts, "on_slots"):
         raise ValueError(
-            f"`{argument}` must be a layer of keras_moe.experts; LayerExperts holds "
-            f"Keras layers of any kind. Received: {argument}={experts!r}"
+            f"`{argument}` must be a layer of keras_moe.experts; LayerExperts wraps "
+            f"other Keras layers. Received: {argument}={experts!r}"
         )
     if expert_units is not None:
         raise ValueError(
-            "`expert_units` must be None where `experts` is given, which has its own. "
+            "`expert_units` must be None if `experts` is given. "
             f"Received: expert_units={expert_units!r}"
         )
     found = getattr(experts, "num_experts", num_experts)
@@ -107,13 +107,13 @@ def check_experts(
         )
     if found != num_experts:
         raise ValueError(
-            f"`{argument}` must hold {num_experts} experts, those of all tasks and the "
-            f"shared ones. Received: {argument}.num_experts={found}"
+            f"`{argument}` must hold {num_experts} experts, task and shared ones "
+            f"together. Received: {argument}.num_experts={found}"
         )
 
 
 def check_expert_outputs(symbolic: Any, expected: tuple[int | None, ...]) -> None:
-    """Refuse experts whose outputs are not (..., e, u); `expected` is (..., e)."""
+    """Raise ValueError if outputs are not (..., e, u); `expected` is (..., e)."""
     shape: tuple[int | None, ...] = getattr(symbolic, "shape", ())
     if len(shape) != len(expected) + 1 or shape[-2] != expected[-1]:
         raise ValueError(
@@ -128,13 +128,13 @@ def check_leading_axes(
     inputs_shape: Sequence[int | None],
     features: int = 1,
 ) -> None:
-    """Refuse leading axes that a reshape or a broadcast might take all the same.
+    """Raise ValueError if leading axes differ; a reshape might accept them.
 
     Args:
-        argument: str, its name.
-        shape: its shape, or None where there is no such input.
+        argument: str, name of the argument.
+        shape: shape of the argument, or None if it was not given.
         inputs_shape: the shape of `inputs`.
-        features: int, the axes behind the leading ones of `shape`.
+        features: int, number of axes of `shape` after the leading ones.
     """
     if shape is None:
         return
@@ -151,16 +151,16 @@ def check_leading_axes(
 
 
 def checked_rows(argument: str, tensor: Any, inputs: Any) -> Any:
-    """Return a further input; one of another shape or, when run, batch is refused.
+    """Return `tensor` after checking that its leading axes are those of `inputs`.
 
-    A batch of another size would be broadcast or cut silently.
+    A different batch size would be broadcast or truncated silently.
     """
     check_leading_axes(argument, tensor.shape, inputs.shape)
     return checked_batch(argument, tensor, inputs)
 
 
 def checked_batch(argument: str, tensor: Any, inputs: Any) -> Any:
-    """Return `tensor`; another batch is refused where only the run knows it."""
+    """Return `tensor`, with a runtime check of the batch size if it is unknown."""
     if tensor.shape[0] is not None and inputs.shape[0] is not None:
         return tensor
     return _backend.assert_same_rows(

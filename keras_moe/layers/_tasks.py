@@ -1,4 +1,4 @@
-"""What the argument `tasks` means: names give a dict of outputs, a count a list."""
+"""The argument `tasks`: names give a dict of outputs, a number gives a list."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from keras_moe import _checks
 
-# A task names an output, a metric, a weight path and a SavedModel output, so it is
-# held to what all four take.
+# A task name is used for an output, a metric, a weight path and a SavedModel output,
+# so it must be valid in all four.
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 
 
 class Tasks:
-    """The tasks of a layer, and the form in which their outputs are handed out."""
+    """The tasks of a layer, and the structure of their outputs."""
 
     def __init__(self, tasks: int | Sequence[str]) -> None:
         if isinstance(tasks, numbers.Integral):
@@ -26,18 +26,18 @@ class Tasks:
             self.count = len(self.names)
 
     def pack(self, outputs: Sequence[Any]) -> dict[str, Any] | list[Any]:
-        """Return one output a task as a dict by name, or as a list."""
+        """Return one output per task as a dict by name, or as a list."""
         if self.names is None:
             return list(outputs)
         return dict(zip(self.names, outputs, strict=True))
 
     def repeat(self, value: Any) -> dict[str, Any] | list[Any]:
-        """Return `value` once for each task, in the form of the outputs."""
+        """Return `value` for each task, in the structure of the outputs."""
         return self.pack([value] * self.count)
 
     @property
     def config(self) -> int | list[str]:
-        """The value of the argument `tasks` that makes this object again."""
+        """The argument `tasks` that recreates this object."""
         return self.count if self.names is None else list(self.names)
 
 
@@ -55,13 +55,13 @@ def _checked_names(tasks: Any) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(
-                "every name in `tasks` must start with a letter and go on in letters, "
+                "every name in `tasks` must start with a letter, followed by letters, "
                 f"digits, '_', '.' and '-'. Received: {name!r} in tasks={tasks!r}"
             )
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(
-            f"the names in `tasks` must differ. Received {repeated[0]!r} "
+            f"the names in `tasks` must be unique. Received {repeated[0]!r} "
             f"more than once in tasks={tasks!r}"
         )
     return names

@@ -1,10 +1,9 @@
-"""One MLP a task, all computed together, with something between their layers.
+"""One MLP per task, computed together, with a transform after each layer.
 
 Axis letters: n rows, d input features, t tasks, h hidden units, u output units.
 
-`MLPExperts` holds the weights, one expert a task. A layer says what happens to the
-activations of all tasks after each of its layers: `CrossStitch` mixes them across
-tasks, `PPNet` scales them.
+`MLPExperts` holds the weights, one expert per task. The transform gets the activations
+of all tasks: `CrossStitch` mixes them across tasks, `PPNet` scales them.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from keras_moe.experts._protocol import apply_prologue
 def run_towers(
     towers: MLPExperts,
     inputs: Any,
-    between: Callable[[int, Any], Any],
+    transform: Callable[[int, Any], Any],
     training: bool | None = None,
 ) -> list[Any]:
-    """Return one (..., u) a task from inputs (..., d) that all tasks share.
+    """Return one (..., u) per task from inputs (..., d) that all tasks share.
 
-    `between(i, activations)` gives what goes on from layer i, of the shape `(t, n, h)`
-    of the activations. Dropout comes before it.
+    `transform(i, activations)` maps the activations of layer i, after dropout, to the
+    inputs of layer i + 1; both have the shape `(t, n, h)`.
     """
     steps = itertools.count()
 
@@ -39,13 +38,13 @@ def run_towers(
             rows = _shared_matmul(rows, kernel)
         else:
             rows = apply_prologue(prologue, rows)
-            rows = ops.matmul(between(i - 1, rows), kernel)
+            rows = ops.matmul(transform(i - 1, rows), kernel)
         return rows if bias is None else rows + ops.expand_dims(bias, 1)
 
     leading = ops.shape(inputs)[:-1]
     rows = ops.reshape(inputs, (-1, inputs.shape[-1]))
     outputs = towers.on_rows(rows, matmul, training=training)
-    outputs = between(len(towers.units) - 1, outputs)
+    outputs = transform(len(towers.units) - 1, outputs)
     shape = (*_backend.restored_axes(leading), towers.units[-1])
     return [
         ops.reshape(output, shape)
@@ -54,9 +53,9 @@ def run_towers(
 
 
 def towers_config(towers: MLPExperts) -> dict[str, Any]:
-    """Return the arguments of a layer that it has handed on to its towers."""
+    """Return the config entries of a layer that are those of its towers."""
     config = towers.get_config()
-    handed_on = (
+    arguments = (
         "units",
         "activation",
         "dropout",
@@ -64,11 +63,11 @@ def towers_config(towers: MLPExperts) -> dict[str, Any]:
         "kernel_regularizer",
         "seed",
     )
-    return {name: config[name] for name in handed_on}
+    return {name: config[name] for name in arguments}
 
 
 def _shared_matmul(rows: Any, kernel: Any) -> Any:
-    """(n, d), (t, d, h) -> (t, n, h): the tasks share the rows, so one matmul."""
+    """(n, d), (t, d, h) -> (t, n, h) in one matmul, as the tasks share the rows."""
     t, d, h = kernel.shape
     flat = ops.reshape(ops.transpose(kernel, (1, 0, 2)), (d, t * h))
     outputs = ops.reshape(ops.matmul(rows, flat), (-1, t, h))

@@ -1,4 +1,4 @@
-"""Task-to-task fusion: every task reads all experts, and its own once more.
+"""Task-to-task fusion: a gate over all experts plus a residual of a task's own.
 
 Axis letters: n rows, d input features, e experts, m experts of one task, s shared
 experts, t tasks, u output units.
@@ -7,7 +7,7 @@ In a level (Li et al. 2023, section 3.2) the experts of task k read its stream x
 the stream above is the sum of two fusions:
 y_k = G_k(x_k) [all e experts] + v_k [the m experts of task k],
 with the gate G_k(x_k) = softmax(W_k x_k), and learned weights v_k that do not depend on
-the input (1 where a task has a single expert). The second one is a residual.
+the input (1 where a task has a single expert). The second fusion is a residual.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from keras_moe.layers._parts import default_name
 
 @keras.saving.register_keras_serializable("keras_moe")
 class AdaTT(GatedMixture):
-    """Adaptive task-to-task fusion: tasks borrow from each other, level by level.
+    """Adaptive task-to-task fusion in one or more levels.
 
-    Each task has experts of its own. A gate lets it read those of all other tasks as
-    well, and a residual keeps its own at hand. With shared experts it is the general
-    form of the paper, in which a shared module is one more task without a tower.
+    Each task has its own experts. A gate per task mixes the experts of all tasks, and
+    a residual adds the task's own experts. With shared experts it is the paper's
+    general form, in which a shared module is one more task without a tower.
 
     Args:
         num_levels: int, number of levels.
@@ -41,13 +41,13 @@ class AdaTT(GatedMixture):
         tasks: a sequence of task names (the outputs are a dict by name) or a number
             of tasks (the outputs are a list).
         num_shared_experts: int >= 0, experts in each level that belong to no task, s.
-        residual: bool, whether a task's own experts are added once more. The paper
-            finds it crucial.
+        residual: bool, whether to add a residual of the task's own experts, which the
+            paper finds crucial.
         experts: sequence of layers of `keras_moe.experts`, one a level, each with the
             `t * m + s` experts of its level, those of the first task first and the
-            shared ones last. The default are `MLPExperts`.
-        **kwargs: the further arguments of `MMoE` that describe experts and gates, from
-            `activation` to `seed`; not `top_k` and `dispatch`.
+            shared ones last. Default: `MLPExperts`.
+        **kwargs: expert and gate arguments of `MMoE`, from `activation` to `seed`;
+            not `top_k` and `dispatch`.
 
     Call arguments:
         inputs: tensor of shape `(..., d)`, usually `(batch, d)`.
@@ -58,7 +58,7 @@ class AdaTT(GatedMixture):
         is a sequence of names, a list if it is a number.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 
@@ -66,7 +66,7 @@ class AdaTT(GatedMixture):
     >>> adatt(np.ones((2, 8)))["buy"].shape == (2, 16)
     True
 
-    The gates are computed in float32 under any dtype policy and cast back once.
+    Gates are computed in float32 under any dtype policy, then cast once.
 
     References:
         - [Li et al., 2023: AdaTT: Adaptive Task-to-Task Fusion Network for Multitask
@@ -106,7 +106,7 @@ class AdaTT(GatedMixture):
         ]
 
     def _has_shared_stream(self, level: int) -> bool:
-        """Whether shared experts have a stream above this level."""
+        """Whether the next level has a shared stream."""
         return self.num_shared_experts > 0 and level < self.num_levels - 1
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -118,7 +118,7 @@ class AdaTT(GatedMixture):
         for level, experts in enumerate(self.experts):
             self.gates[level].build((None, features))
             rows = keras.KerasTensor((None, features), self.compute_dtype)
-            features = experts(rows).shape[-1]  # A symbolic call builds any kind.
+            features = experts(rows).shape[-1]  # Builds any kind of layer.
             if self.residual and m > 1:
                 weights = self._add_own_weights(f"own_weights_{level}", t, m)
                 self.own_weights.append(weights)
@@ -148,8 +148,8 @@ class AdaTT(GatedMixture):
     def gate_weights(self, inputs: Any) -> list[Any]:
         """Return the gates of each level in inference: `[(..., t, e), ...]`.
 
-        The residual is not among them. Experts of the first task come first, shared
-        ones last; where they have a stream above, its gate is the last one.
+        They exclude the residual. Experts of the first task come first, shared ones
+        last. Below the last level, the shared stream's gate is the last row.
         """
         self.ensure_built(inputs)
         streams = [ops.convert_to_tensor(inputs)] * (self.tasks.count + 1)
@@ -162,7 +162,7 @@ class AdaTT(GatedMixture):
     def _fuse(
         self, level: int, streams: Sequence[Any], training: bool | None
     ) -> list[Any]:
-        """Return the streams above a level; above the last, those of the tasks."""
+        """Return the streams of the next level; after the last, the task outputs."""
         t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
         counts = [m] * t + [s] * (s > 0)
         outputs = on_streams(
@@ -176,18 +176,18 @@ class AdaTT(GatedMixture):
     def _level_gates(
         self, level: int, streams: Sequence[Any], training: bool | None
     ) -> Any:
-        """(..., t, e), and one row more where there is a shared stream above."""
+        """(..., t, e), or (..., t + 1, e) if the next level has a shared stream."""
         count = self.gates[level].num_experts
         logits = on_streams(self.gates[level], streams[:count], [1] * count)
-        return self.weigh(logits, training)
+        return self.gate_probabilities(logits, training)
 
     def _residual(self, level: int, gates: Any) -> Any:
-        """(g, e): what each stream adds to the weights of its own experts."""
+        """(g, e): the residual weights of each stream, 0 except for its own experts."""
         t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
         own = ops.ones((t, m), gates.dtype)
         if m > 1:
             own = ops.convert_to_tensor(self.own_weights[level])
-        # (t, m) -> (t, t * m), block-diagonal. OpenVINO knows no `ops.eye`.
+        # (t, m) -> (t, t * m), block-diagonal. OpenVINO lacks `ops.eye`.
         blocks = ops.cast(np.eye(t)[:, :, None], own.dtype)
         rows = ops.reshape(blocks * ops.expand_dims(own, 0), (t, t * m))
         if s:

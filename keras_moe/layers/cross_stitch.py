@@ -1,9 +1,9 @@
-"""Cross-stitch networks: one MLP a task, whose activations learn to mix.
+"""Cross-stitch networks: one MLP per task, with learned mixing of activations.
 
 Axis letters: n rows, d input features, t tasks, h hidden units, u output units.
 
-After every layer, task i goes on with sum_j A_ij x_j, where x_j are the activations of
-task j and A is learned (Misra et al. 2016, equation 1).
+After every layer, the activations of task i become sum_j A_ij x_j, where x_j are the
+activations of task j and A is learned (Misra et al. 2016, equation 1).
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from keras_moe.layers._towers import run_towers, towers_config
 
 @keras.saving.register_keras_serializable("keras_moe")
 class CrossStitch(Layer):
-    """One MLP a task, with a learned linear combination of the tasks after each layer.
+    """One MLP per task, with learned linear mixing across tasks after each layer.
 
-    How much two tasks share is learned for every depth, from nothing (the combination
-    is the identity: separate MLPs) to everything. Its outputs have the form of those
-    of `MMoE`, so that one swaps for the other in a line.
+    How much two tasks share is learned for every layer; an identity A means separate
+    MLPs. It returns outputs in the same form as `MMoE`, so either can replace the
+    other.
 
     Args:
         units: int or sequence of ints, the widths of the layers of every task's MLP.
         tasks: a sequence of task names (the outputs are a dict by name) or a number
             of tasks (the outputs are a list).
-        self_weight: float in [0, 1], the weight that a task starts with on its own
-            activations. The other tasks share `1 - self_weight` evenly, so that the
-            combination starts as a mean.
-        per_unit: bool, whether every unit has a weight of its own for each pair of
-            tasks (the paper's weights are by channel) or all units share it.
+        self_weight: float in [0, 1], the initial weight of a task's own activations.
+            The other tasks share `1 - self_weight` evenly, so the initial weights sum
+            to 1.
+        per_unit: bool, whether each unit has its own weight for each pair of tasks
+            (the paper has one per channel). By default all units share it.
         activation: activation of every layer, the last one included.
-        dropout: float in [0, 1), dropped share of every hidden layer's units, before
-            they are combined.
+        dropout: float in [0, 1), fraction of each hidden layer's units to drop,
+            before the mixing.
         kernel_initializer: initializer of one task's kernel; each task and each layer
             gets its own draw.
         kernel_regularizer: regularizer of the stacked kernels.
@@ -56,11 +56,11 @@ class CrossStitch(Layer):
         `tasks` is a sequence of names, a list if it is a number.
 
     Attributes:
-        stitches: one variable A a layer, of shape `(t, t)`, or `(t, t, h)` with
-            `per_unit`; row i holds what goes into task i. None for one task.
+        stitches: one variable A per layer, of shape `(t, t)`, or `(t, t, h)` with
+            `per_unit`; row i holds the weights into task i. Empty for one task.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 
@@ -69,8 +69,8 @@ class CrossStitch(Layer):
     >>> outputs["buy"].shape == (2, 16), layer.stitches[0].shape == (2, 2)
     (True, True)
 
-    The paper learns the combinations 100 to 1000 times faster than the rest; here
-    every weight has the learning rate of the optimizer.
+    The paper uses a 100 to 1000 times larger learning rate for A; here all weights use
+    the optimizer's learning rate.
 
     References:
         - [Misra et al., 2016: Cross-stitch Networks for Multi-task Learning](

@@ -1,16 +1,16 @@
-"""A mixture of experts for several tasks whose gates learn which k experts to use.
+"""Multi-gate mixture of experts with differentiable k-sparse gates.
 
-Axis letters: n rows, d input features, e experts, t tasks, k selectors a gate, m bits
-of an expert's number, u expert output units.
+Axis letters: n rows, d input features, e experts, t tasks, k selectors per gate, m bits
+of an expert's index, u expert output units.
 
-A selector r(z) spells the number of an expert in m = ceil(log2 e) smooth bits, and a
+A selector r(z) encodes the index of an expert in m = ceil(log2 e) smooth bits, and a
 gate is a softmax mixture of k selectors (Hazimeh et al. 2021, section 3):
 
 q = sum_k softmax(w)_k r(z_k),  r(z)_i = prod_j S(z_j) if bit j of i is 1, else
 1 - S(z_j).
 
 S is a smooth step, exactly 0 below -gamma / 2 and exactly 1 above gamma / 2, so a gate
-whose bits have arrived at 0 or 1 weighs at most k experts, and gradients lead there.
+whose bits have converged to 0 or 1 has at most k nonzero weights.
 """
 
 from __future__ import annotations
@@ -36,11 +36,10 @@ from keras_moe.layers._parts import (
 class DSelectK(Mixture):
     """`MMoE` with sparse gates that are differentiable: DSelect-k.
 
-    Every task chooses at most k of the shared experts. A top-k gate has no gradient
-    towards the experts that it does not choose, and jumps where its choice changes;
+    Every task learns to use at most k of the shared experts. A top-k gate has no
+    gradient for unselected experts and is discontinuous where the selection changes;
     this one is smooth everywhere. It starts as a mixture of all experts and becomes
-    sparse in training. That makes the mixture sparse, not cheaper: every expert is
-    computed.
+    sparse in training. The cost does not fall: every expert is computed.
 
     Args:
         num_experts: int >= 2, number of shared experts e.
@@ -48,18 +47,18 @@ class DSelectK(Mixture):
             if `experts` is given.
         tasks: a sequence of task names (the outputs are a dict by name) or a number
             of tasks (the outputs are a list).
-        top_k: int, the most experts that a gate weighs in the end, k.
-        gamma: float > 0, the width of the smooth step. A narrow one makes gates choose
-            early, a wide one lets them look around for longer.
-        entropy_weight: float, weight of the entropy of the selectors as a loss, which
-            drives their bits to 0 or 1. The larger it is, the sooner gates are sparse.
-        static: bool, whether a gate is the same for every row, which the task alone
-            decides. By default it is linear in the inputs of the gates.
+        top_k: int, maximum number of experts per gate after convergence, k.
+        gamma: float > 0, the width of the smooth step. Gates converge sooner with a
+            narrow step, later with a wide one.
+        entropy_weight: float, weight of the selectors' entropy as a loss, which drives
+            their bits to 0 or 1. Gates become sparse sooner with a larger weight.
+        static: bool, whether a task's gate is the same for every row. By default it is
+            linear in the inputs of the gates.
         experts: a layer that maps `(..., d)` to `(..., e, u)`, instead of the
-            default `MLPExperts`. The arguments that describe experts (from
-            `activation` to `kernel_regularizer`) then have no effect.
+            default `MLPExperts`. The expert arguments (from `activation` to
+            `kernel_regularizer`) are then ignored.
         activation: activation of every expert layer, the last one included.
-        dropout: float in [0, 1), dropped share of an expert's hidden units.
+        dropout: float in [0, 1), fraction of an expert's hidden units to drop.
         kernel_initializer: initializer of one expert's kernel.
         kernel_regularizer: regularizer of the stacked expert kernels.
         seed: int, the seed of the dropout.
@@ -67,8 +66,8 @@ class DSelectK(Mixture):
     Call arguments:
         inputs: tensor of shape `(..., d)`, usually `(batch, d)`.
         gate_inputs: tensor of shape `(..., g)` with the leading axes of `inputs`,
-            what the gates see. `inputs` by default. Not with `static`.
-        mask: bool tensor of the leading axes, False for rows without part in the
+            the inputs of the gates. Default: `inputs`. Not with `static`.
+        mask: bool tensor of the leading axes, False for rows to exclude from the
             losses.
         training: bool, whether dropout is active.
 
@@ -77,7 +76,7 @@ class DSelectK(Mixture):
         is a sequence of names, a list if it is a number.
 
     Raises:
-        ValueError: if an argument breaks its rule, if the leading axes of
+        ValueError: if an argument is invalid, if the leading axes of
             `gate_inputs` are not those of `inputs`, or if `experts` gives outputs of
             another shape.
 
@@ -88,13 +87,13 @@ class DSelectK(Mixture):
     >>> layer(x)["buy"].shape == (4, 16), layer.gate_weights(x).shape == (4, 2, 8)
     (True, True)
 
-    Where e is no power of two, some numbers of m bits belong to no expert. As in the
-    authors' code, the weights of a gate then sum to less than 1 while it is on its way,
-    and a loss `1 / (sum of r(z)) - 1` a selector keeps it from ending at such a
-    number. Losses are means over rows here and sums over rows there, so that they do
-    not grow with the batch; theirs are 1 larger, without effect on the gradient.
+    If e is not a power of two, some m-bit indices have no expert. As in the authors'
+    code, gate weights may then sum to less than 1 before convergence, and a loss
+    `1 / (sum of r(z)) - 1` per selector penalizes such indices. Here losses are means
+    over rows, independent of the batch size; in the authors' code they are sums over
+    rows, and each is larger by 1, which does not change the gradient.
 
-    The gates are computed in float32 under any dtype policy and cast back once.
+    Gates are computed in float32 under any dtype policy, then cast once.
 
     References:
         - [Hazimeh et al., 2021: DSelect-k: Differentiable Selection in the Mixture of
@@ -127,8 +126,8 @@ class DSelectK(Mixture):
         self.static = static
         self.experts = self.make_experts(self.num_experts, any_layer=True)
         self._gate_dtype = "float64" if self.compute_dtype == "float64" else "float32"
-        # As in the authors' code: near 0, where the smooth step is steepest, and wide
-        # enough for no two selectors to start alike.
+        # As in the authors' code: near 0, where the smooth step is steepest, and
+        # random, to start selectors at different values.
         self._bit_initializer = keras.initializers.RandomUniform(
             -self.gamma / 100, self.gamma / 100
         )
@@ -138,11 +137,11 @@ class DSelectK(Mixture):
                 "selectors", self.top_k * self.num_bits, self._bit_initializer
             )
         if not static and self.top_k > 1:
-            # One selector has no other to be weighed against.
+            # A single selector needs no mixing weights.
             self.mixing = self._linear("mixing", self.top_k, self._mixing_initializer)
 
     def _linear(self, name: str, units: int, initializer: Any) -> MLPExperts:
-        """Return (..., g) -> (..., t, units), one linear function a task."""
+        """Return a layer (..., g) -> (..., t, units), one linear map per task."""
         return MLPExperts(
             self.tasks.count,
             units,
@@ -158,7 +157,7 @@ class DSelectK(Mixture):
         gate_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> None:
         _checks.last_dimension(type(self).__name__, inputs_shape)
-        # A symbolic call builds experts of any kind, unless they are built already.
+        # A symbolic call builds experts of any kind if they are not built yet.
         symbolic = self.experts(keras.KerasTensor(inputs_shape, self.compute_dtype))
         check_expert_outputs(symbolic, (*inputs_shape[:-1], self.num_experts))
         if self.static:
@@ -169,16 +168,18 @@ class DSelectK(Mixture):
             self.mixing.build(gate_inputs_shape or inputs_shape)
 
     def _build_static(self) -> None:
-        self.selector_logits = self._static(
+        self.selector_logits = self._add_static_logits(
             "selector_logits", (self.top_k, self.num_bits), self._bit_initializer
         )
         if self.top_k > 1:
-            self.mixing_logits = self._static(
+            self.mixing_logits = self._add_static_logits(
                 "mixing_logits", (self.top_k,), self._mixing_initializer
             )
 
-    def _static(self, name: str, shape: tuple[int, ...], initializer: Any) -> Any:
-        """Return what static gates have in the place of a function: (t, *shape)."""
+    def _add_static_logits(
+        self, name: str, shape: tuple[int, ...], initializer: Any
+    ) -> Any:
+        """Return the logits of static gates, a variable of shape (t, *shape)."""
         return self.add_weight(
             name=name,
             shape=(self.tasks.count, *shape),
@@ -195,7 +196,7 @@ class DSelectK(Mixture):
         training: bool | None = None,
     ) -> dict[str, Any] | list[Any]:
         if mask is None:
-            # Keras hands it over only where the inputs are the one tensor of a call.
+            # Keras passes the mask only to calls with a single tensor argument.
             mask = _backend.keras_mask(inputs)
         weights, selected = self._gate(inputs, gate_inputs)
         self._add_losses(selected, None if self.static else mask)
@@ -205,8 +206,8 @@ class DSelectK(Mixture):
     def gate_weights(self, inputs: Any, gate_inputs: Any = None) -> Any:
         """Return the gates, `(..., t, e)`.
 
-        Each row sums to 1 where the number of experts is a power of two, and to at
-        most 1 where it is not.
+        Each row sums to 1 if the number of experts is a power of two, else to at
+        most 1.
         """
         self.ensure_built(inputs, gate_inputs)
         inputs = ops.convert_to_tensor(inputs)
@@ -219,11 +220,11 @@ class DSelectK(Mixture):
     def _gate(self, inputs: Any, gate_inputs: Any) -> tuple[Any, Any]:
         """Return the weights (..., t, e) and the selectors (n, t, k, e).
 
-        Those of static gates have no leading axes.
+        With `static`, both lack the leading axes.
         """
         if gate_inputs is not None and self.static:
             raise ValueError(
-                "`gate_inputs` must be None for static gates, which see no inputs. "
+                "`gate_inputs` must be None with static=True. "
                 f"Received: gate_inputs of shape {tuple(gate_inputs.shape)}"
             )
         if self.static:
@@ -246,7 +247,7 @@ class DSelectK(Mixture):
         return ops.reshape(weights, shape), selected
 
     def _mix(self, selector_logits: Any, mixing_logits: Any) -> tuple[Any, Any]:
-        """(..., t, k, m), (..., t, k) -> the weights (..., t, e), (..., t, k, e)."""
+        """(..., t, k, m), (..., t, k) -> (..., t, e) weights, (..., t, k, e)."""
         selected = _selected(smooth_step(selector_logits, self.gamma), self.num_experts)
         if mixing_logits is None:
             return ops.squeeze(selected, axis=-2), selected
@@ -254,7 +255,7 @@ class DSelectK(Mixture):
         return ops.sum(shares * selected, axis=-2), selected
 
     def _add_losses(self, selected: Any, mask: Any) -> None:
-        """Add what drives the selectors, summed over those of a row."""
+        """Add the losses of the selectors, summed over the selectors of a row."""
         per_row = self.tasks.count * self.top_k
         rows = ops.reshape(selected, (-1, self.num_experts))
         if mask is not None:
@@ -286,20 +287,20 @@ class DSelectK(Mixture):
 
 
 def smooth_step(values: Any, gamma: float = 1.0) -> Any:
-    """Return S: 0 up to -gamma / 2, 1 from gamma / 2, a cubic with slope 0 at both.
+    """Return S: 0 below -gamma / 2, 1 above gamma / 2, a smooth cubic between.
 
-    Between, S(x) = -2 (x / gamma)^3 + 3/2 (x / gamma) + 1/2 (Hazimeh et al. 2020).
+    The cubic is -2 (x / gamma)^3 + 3/2 (x / gamma) + 1/2 (Hazimeh et al. 2020).
     """
-    # Clipped first, so that the ends are exactly 0 and 1: these numbers have few bits.
+    # Clipping first makes the ends exactly 0 and 1 in floating point.
     x = ops.clip(values / gamma, -0.5, 0.5)
     return (1.5 - 2.0 * x * x) * x + 0.5
 
 
 def _selected(bits: Any, num_experts: int) -> Any:
-    """(..., m) -> (..., e): how far the bits spell the number of each expert.
+    """(..., m) -> (..., e): r(z), the selector's weight of each expert.
 
-    The first bit is the most significant. Each bit doubles the numbers that are told
-    apart, which takes 2e products and not e * m.
+    The first bit is the most significant. Each step doubles the number of indices,
+    which takes 2e products instead of e * m.
     """
     selected = ops.ones_like(bits[..., :1])
     for j in reversed(range(bits.shape[-1])):
@@ -311,7 +312,7 @@ def _selected(bits: Any, num_experts: int) -> Any:
 def _unreachable_loss(rows: Any, mask: Any) -> Any:
     """Return the mean of 1 / sum_i r(z)_i - 1 over the rows (n * t * k, e)."""
     reached = ops.sum(rows, axis=-1)
-    # Not 0, where a selector has left for good: a number, with a gradient of 0.
+    # The floor avoids a division by 0; below it the gradient is 0.
     values = 1.0 / ops.maximum(reached, 1e-6) - 1.0
     if mask is None:
         count = ops.cast(ops.shape(values)[0], values.dtype)
@@ -324,7 +325,7 @@ def _unreachable_loss(rows: Any, mask: Any) -> Any:
 def _checked_num_experts(num_experts: Any) -> int:
     if _checks.positive_int("num_experts", num_experts) < 2:
         raise ValueError(
-            "`num_experts` must be >= 2, or there is nothing to select. "
+            "`num_experts` must be >= 2 in DSelectK. "
             f"Received: num_experts={num_experts}"
         )
     return int(num_experts)

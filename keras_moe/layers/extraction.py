@@ -1,13 +1,13 @@
-"""Experts of a task's own beside shared ones: customised gates, in one level or more.
+"""Task-specific and shared experts with customized gates, in one or more levels.
 
 Axis letters: n rows, d input features, e experts, m experts of one task, s shared
 experts, t tasks, u output units.
 
-In a level (Tang et al. 2020, equations 1 to 5) the gate of task k weighs the experts
-of task k and the shared ones, S_k:
+In a level (Tang et al. 2020, equations 1 to 5) the gate of task k mixes the experts of
+task k and the shared ones, S_k:
 y_k = sum over S_k of g_k(x_k)_i f_i,  g_k(x_k) = softmax(W_k x_k).
-Below the last level one more gate, the shared one, weighs all experts. Each mixture is
-the stream that the next level's experts and gates of its kind read (equations 6, 7).
+Below the last level a shared gate mixes all experts. Each mixture is the input of the
+next level's experts and gates of the same task, or of the shared ones (equations 6, 7).
 """
 
 from __future__ import annotations
@@ -25,26 +25,25 @@ from keras_moe.layers._parts import default_name
 
 @keras.saving.register_keras_serializable("keras_moe")
 class PLE(GatedMixture):
-    """Progressive layered extraction: each task has experts of its own, level by level.
+    """Progressive layered extraction: levels of task-specific and shared experts.
 
-    Shared experts carry what the tasks have in common, task experts what would harm
-    the others. Without task experts (`num_task_experts=0`) it is the multi-level MMoE,
-    and one level of that is `MMoE`.
+    Shared experts learn what tasks have in common, task experts what is specific to one
+    task. Without task experts (`num_task_experts=0`) it is the multi-level MMoE, and
+    with one level `MMoE`.
 
     Args:
         num_levels: int, number of levels.
-        num_shared_experts: int >= 0, experts in each level that all tasks see, s.
-        num_task_experts: int >= 0, experts in each level that one task has for its
-            own, m.
+        num_shared_experts: int >= 0, experts in each level for all tasks, s.
+        num_task_experts: int >= 0, experts of one task in each level, m.
         expert_units: int or sequence of ints, the widths of an expert's layers, the
             same in each level. None if `experts` is given.
         tasks: a sequence of task names (the outputs are a dict by name) or a number
             of tasks (the outputs are a list).
         experts: sequence of layers of `keras_moe.experts`, one a level, each with the
             `t * m + s` experts of its level, those of the first task first and the
-            shared ones last. The default are `MLPExperts`.
-        **kwargs: the further arguments of `MMoE` that describe experts and gates, from
-            `activation` to `seed`; not `top_k` and `dispatch`.
+            shared ones last. Default: `MLPExperts`.
+        **kwargs: expert and gate arguments of `MMoE`, from `activation` to `seed`;
+            not `top_k` and `dispatch`.
 
     Call arguments:
         inputs: tensor of shape `(..., d)`, usually `(batch, d)`.
@@ -55,7 +54,7 @@ class PLE(GatedMixture):
         is a sequence of names, a list if it is a number.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 
@@ -69,7 +68,7 @@ class PLE(GatedMixture):
     >>> ple(np.ones((2, 8)))["buy"].shape == (2, 16)
     True
 
-    The gates are computed in float32 under any dtype policy and cast back once.
+    Gates are computed in float32 under any dtype policy, then cast once.
 
     References:
         - [Tang et al., 2020: Progressive Layered Extraction (PLE): A Novel Multi-Task
@@ -97,13 +96,13 @@ class PLE(GatedMixture):
         self.num_task_experts = _checks.count("num_task_experts", num_task_experts)
         if num_shared_experts + num_task_experts == 0:
             raise ValueError(
-                "`num_shared_experts` and `num_task_experts` must not both be 0, or "
-                "there is no expert. Received: num_shared_experts=0, num_task_experts=0"
+                "`num_shared_experts` and `num_task_experts` must not both be 0. "
+                "Received: num_shared_experts=0, num_task_experts=0"
             )
         if num_levels > 1 and num_shared_experts == 0:
             raise ValueError(
-                "`num_shared_experts` must be >= 1 where there are several levels: "
-                "without shared experts nothing reads the stream that tasks share. "
+                "`num_shared_experts` must be >= 1 if num_levels > 1: only shared "
+                "experts read the shared stream. "
                 f"Received: num_levels={num_levels}, num_shared_experts=0"
             )
         self.check_levels(self.num_levels)
@@ -124,7 +123,7 @@ class PLE(GatedMixture):
             for gate in gates:
                 gate.build((None, features))
             rows = keras.KerasTensor((None, features), self.compute_dtype)
-            features = experts(rows).shape[-1]  # A symbolic call builds any kind.
+            features = experts(rows).shape[-1]  # Builds any kind of layer.
 
     def call(
         self, inputs: Any, training: bool | None = None
@@ -137,7 +136,7 @@ class PLE(GatedMixture):
     def gate_weights(self, inputs: Any) -> list[Any]:
         """Return the gates of each level in inference: `[(..., t, m + s), ...]`.
 
-        A gate weighs the experts of its task first, then the shared ones.
+        The experts of the task come first, then the shared ones.
         """
         self.ensure_built(inputs)
         streams = [ops.convert_to_tensor(inputs)] * (self.tasks.count + 1)
@@ -150,7 +149,7 @@ class PLE(GatedMixture):
     def _extract(
         self, level: int, streams: Sequence[Any], training: bool | None
     ) -> list[Any]:
-        """Return the streams above a level; above the last, those of the tasks."""
+        """Return the streams of the next level; after the last, the task outputs."""
         t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
         counts = [m] * t + [s]
         outputs = on_streams(self.experts[level], streams, counts, training)
@@ -164,7 +163,8 @@ class PLE(GatedMixture):
                 mixtures = mixtures + shared
         streams_above = list(ops.unstack(mixtures, axis=-2))
         if level < self.num_levels - 1:
-            gate = self.weigh(self.shared_gates[level](streams[-1]), training)
+            logits = self.shared_gates[level](streams[-1])
+            gate = self.gate_probabilities(logits, training)
             streams_above.append(ops.squeeze(self.mix(gate, outputs), axis=-2))
         return streams_above
 
@@ -172,7 +172,8 @@ class PLE(GatedMixture):
         self, level: int, streams: Sequence[Any], training: bool | None
     ) -> Any:
         t = self.tasks.count
-        return self.weigh(on_streams(self.gates[level], streams[:t], [1] * t), training)
+        logits = on_streams(self.gates[level], streams[:t], [1] * t)
+        return self.gate_probabilities(logits, training)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> Any:
         units = input_shape[-1]
@@ -194,8 +195,8 @@ class CGC(PLE):
     """Customized gate control: `PLE` of one level.
 
     Args:
-        num_shared_experts: int >= 0, experts that all tasks see, s.
-        num_task_experts: int >= 0, experts that one task has for its own, m.
+        num_shared_experts: int >= 0, experts for all tasks, s.
+        num_task_experts: int >= 0, experts of one task, m.
         expert_units: int or sequence of ints, the widths of an expert's layers. None
             if `experts` is given.
         tasks: a sequence of task names (the outputs are a dict by name) or a number
@@ -212,7 +213,7 @@ class CGC(PLE):
         is a sequence of names, a list if it is a number.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""The sparse mixture with two levels of gates: groups of experts, and experts in each.
+"""Sparse mixture of experts with two levels of gates: groups, and experts in them.
 
 Expert j of group i has the weight G_primary(x)_i G_i(x)_j (Shazeer et al. 2017,
 appendix B, equation 12).
@@ -18,20 +18,20 @@ from keras_moe.layers.moe import MoE
 
 @keras.saving.register_keras_serializable("keras_moe")
 class HierarchicalMoE(MoE):
-    """Two levels of gates: a token chooses groups of experts, and experts in each.
+    """Sparse Mixture-of-Experts with two levels of gates: groups, then experts.
 
-    A `MoE` whose router is a `keras_moe.routers.HierarchicalRouter`. Where there are
-    many experts, each gate has few of them to choose from.
+    A `MoE` with a `keras_moe.routers.HierarchicalRouter`. With many experts, each gate
+    still has few outputs.
 
     Args:
         num_groups: int, number of groups g.
-        experts_per_group: int, experts in each, so that there are
+        experts_per_group: int, experts in each group; in total there are
             `e = num_groups * experts_per_group`.
         expert_units: int or sequence of ints, the widths of an expert's layers. None
             if `experts` is given.
-        top_k_groups: int, how many groups a token keeps.
-        top_k_experts: int, how many experts it keeps in each of them.
-        **kwargs: further arguments of `MoE`, but for `router`.
+        top_k_groups: int, number of groups per token.
+        top_k_experts: int, number of experts per token in each chosen group.
+        **kwargs: further arguments of `MoE`, except `router`.
 
     Call arguments:
         inputs: tensor of shape `(..., d)`; further ones as in `MoE`.
@@ -40,7 +40,7 @@ class HierarchicalMoE(MoE):
         A tensor of shape `(..., u)`.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 
@@ -69,7 +69,7 @@ class HierarchicalMoE(MoE):
         for argument in ("router", "num_experts", "top_k"):
             if argument in kwargs:
                 raise ValueError(
-                    f"`{argument}` follows from the groups in HierarchicalMoE; for "
+                    f"`{argument}` must not be given to HierarchicalMoE; for "
                     "another router use MoE(router=HierarchicalRouter(...)). "
                     f"Received: {argument}={kwargs[argument]!r}"
                 )

@@ -3,16 +3,16 @@
 Axis letters: n rows, d input features, e experts, c groups, t tasks, m experts of one
 task or group, s shared experts, u output units, r rank of a feature gate.
 
-Three ideas of Wang et al. 2024, section 3, each of which may be switched off:
+Three ideas of Wang et al. 2024, section 3:
 
-- Expert normalisation (equation 6): an expert is Swish(BatchNorm(MLP(x))), so that no
-  expert is silent and all speak equally loud.
-- Hierarchy mask (3.2): at the first, *meta* level a group of tasks sees its own experts
-  and the shared ones. At the second a task sees its own experts, those of its group and
-  the shared ones, each of which reads the stream that the meta level made for its kind.
+- Expert normalization (equation 6): an expert is Swish(BatchNorm(MLP(x))), which gives
+  expert outputs a comparable scale.
+- Hierarchy mask (3.2): at the first, *meta* level a group of tasks mixes its own
+  experts and the shared ones. At the second a task mixes its own experts, those of its
+  group and the shared ones; each reads its group's stream or the shared one.
 - Feature gates (3.3): each expert reads v * 2 sigmoid(v B A) with B, A of rank r.
-  Self gates: every stream adds its own experts once more, weighed by a sigmoid (or, if
-  they are several, a softmax) of what its gate reads.
+  Self gates: every stream adds a residual of its own experts, weighted by a sigmoid
+  (for several experts, a softmax) of a linear map of the gate inputs.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ class HoME(GatedMixture):
     """Hierarchy of multi-gate experts: sharing among all tasks, and within groups.
 
     Args:
-        num_shared_experts: int, experts in each level that all tasks see, s.
+        num_shared_experts: int, experts in each level for all tasks, s.
         num_task_experts: int, experts of one task, and of one group in each level, m.
         expert_units: int or sequence of ints, the widths of an expert's layers, the
             same in both levels.
         tasks: a sequence of task names (the outputs are a dict by name) or a number
             of tasks (the outputs are a list).
         groups: sequence of sequences of tasks, by name if `tasks` are names, else by
-            index; each task in one group. All tasks in one group by default.
-        expert_normalization: bool, whether experts end in batch normalisation and
-            Swish (`activation` is used where it is False).
-        feature_gate_rank: int >= 0, the rank r of the experts' feature gates. 0: the
-            experts read their stream as it is.
-        self_gate: bool, whether a stream adds its own experts once more.
-        **kwargs: the further arguments of `MMoE` that describe experts and gates, from
-            `activation` to `seed`; not `experts`, `top_k` and `dispatch`.
+            index; each task in one group. Default: one group of all tasks.
+        expert_normalization: bool, whether experts end in batch normalization and
+            Swish; if False, in `activation`.
+        feature_gate_rank: int >= 0, the rank r of the experts' feature gates. 0: no
+            feature gates.
+        self_gate: bool, whether to add the residual of a stream's own experts.
+        **kwargs: expert and gate arguments of `MMoE`, from `activation` to `seed`;
+            not `experts`, `top_k` and `dispatch`.
 
     Call arguments:
         inputs: tensor of shape `(..., d)`, usually `(batch, d)`.
-        mask: bool tensor of the leading axes, False for rows without part in the
-            statistics of a batch.
+        mask: bool tensor of the leading axes, False for rows to exclude from the
+            batch statistics.
         training: bool, whether dropout is active and batch statistics are used.
 
     Returns:
@@ -62,7 +62,7 @@ class HoME(GatedMixture):
         is a sequence of names, a list if it is a number.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 
@@ -76,8 +76,8 @@ class HoME(GatedMixture):
     >>> home(np.ones((2, 8)))["like"].shape == (2, 16)
     True
 
-    The gates are computed in float32 under any dtype policy and cast back once. The
-    gates of the second level read the stream of the task's group beside the shared one.
+    Gates are computed in float32 under any dtype policy, then cast once. The inputs of
+    the second level's gates are the stream of the task's group and the shared one.
 
     References:
         - [Wang et al., 2024: HoME: Hierarchy of Multi-Gate Experts for Multi-Task
@@ -100,7 +100,7 @@ class HoME(GatedMixture):
     ) -> None:
         if kwargs.get("experts") is not None:
             raise ValueError(
-                "`experts` must be None: HoME normalises and gates experts of its own. "
+                "`experts` must be None: HoME makes its own experts. "
                 f"Received: experts={kwargs['experts']!r}"
             )
         super().__init__(
@@ -141,7 +141,7 @@ class HoME(GatedMixture):
     def make_experts(
         self, num_experts: int, level: int = 0, any_layer: bool = False
     ) -> keras.layers.Layer:
-        """Return MLPs whose last layer is linear if normalisation follows."""
+        """Return MLPs whose last layer is linear if normalization follows."""
         experts = super().make_experts(num_experts, level, any_layer)
         if self.expert_normalization:
             experts.final_activation = keras.activations.linear
@@ -153,7 +153,7 @@ class HoME(GatedMixture):
         return keras.layers.BatchNormalization(dtype=self.dtype_policy)
 
     def _make_feature_gates(self, level: int, features: int) -> MLPExperts:
-        """Return v B A of every expert of a level."""
+        """Return the low-rank maps v B A of all experts of a level."""
         return MLPExperts(
             self.experts[level].num_experts,
             (self.feature_gate_rank, features),
@@ -192,42 +192,46 @@ class HoME(GatedMixture):
         self, inputs: Any, mask: Any = None, training: bool | None = None
     ) -> dict[str, Any] | list[Any]:
         if mask is None:
-            # Keras hands it over only where the inputs are the one tensor of a call.
+            # Keras passes the mask only to calls with a single tensor argument.
             mask = _backend.keras_mask(inputs)
         if mask is not None:
             mask = ops.reshape(ops.cast(mask, "bool"), (-1,))
-        inputs = ops.cast(inputs, self.compute_dtype)  # They may be integers.
+        inputs = ops.cast(inputs, self.compute_dtype)  # Inputs may be integers.
         *groups, shared = self._meta_level(inputs, training, mask)
         return self.tasks.pack(self._task_level(groups, shared, training, mask))
 
     def gate_weights(self, inputs: Any) -> list[Any]:
         """Return the gates in inference: `[(..., c, m + s), (..., t, 2m + s)]`.
 
-        The first are those of the groups, over their own experts and the shared ones.
-        The second are those of the tasks, over their own experts, their group's and
-        the shared ones. Self gates are not among them.
+        First the gates of the groups, over their own experts and the shared ones. Then
+        the gates of the tasks, over their own experts, their group's and the shared
+        ones. Self gates are excluded.
         """
         self.ensure_built(inputs)
         inputs = ops.convert_to_tensor(inputs)
         *groups, shared = self._meta_level(inputs, training=False)
-        meta = self.weigh(self.group_gates(inputs), training=False)
-        return [meta, self._task_gates(self._read(groups, shared), training=False)]
+        meta = self.gate_probabilities(self.group_gates(inputs), training=False)
+        gate_inputs = self._task_gate_inputs(groups, shared)
+        return [meta, self._task_gates(gate_inputs, training=False)]
 
     def _meta_level(
         self, inputs: Any, training: bool | None, mask: Any = None
     ) -> list[Any]:
-        """Return the streams of the groups, and the shared one as the last."""
+        """Return the streams of the groups, with the shared stream last."""
         c, m, s = self.num_groups, self.num_task_experts, self.num_shared_experts
         streams = [inputs] * (c + 1)
         outputs = self._experts_of(0, streams, [m] * c + [s], training, mask)
         own, shared = outputs[..., : c * m, :], outputs[..., c * m :, :]
-        gates = self.weigh(self.group_gates(inputs), training)  # (..., c, m + s)
+        # (..., c, m + s)
+        gates = self.gate_probabilities(self.group_gates(inputs), training)
         groups = self.mix_own(gates[..., :m], own) + self.mix(gates[..., m:], shared)
-        all_gate = self.weigh(self.shared_gate(inputs), training)
+        all_gate = self.gate_probabilities(self.shared_gate(inputs), training)
         common = self.mix(all_gate, outputs)
         if self.self_gate:
-            groups = groups + self.mix_own(_self(self.group_self_gates(inputs)), own)
-            common = common + self.mix(_self(self.shared_self_gate(inputs)), shared)
+            own_gates = _self_gates(self.group_self_gates(inputs))
+            groups = groups + self.mix_own(own_gates, own)
+            shared_gates = _self_gates(self.shared_self_gate(inputs))
+            common = common + self.mix(shared_gates, shared)
         return [*ops.unstack(groups, axis=-2), ops.squeeze(common, axis=-2)]
 
     def _task_level(
@@ -251,28 +255,28 @@ class HoME(GatedMixture):
             ],
             axis=-2,
         )
-        read = self._read(groups, shared)
-        gates = self._task_gates(read, training)  # (..., t, 2m + s)
+        gate_inputs = self._task_gate_inputs(groups, shared)
+        gates = self._task_gates(gate_inputs, training)  # (..., t, 2m + s)
         mixtures = (
             self.mix_own(gates[..., :m], own)
             + self.mix_own(gates[..., m : 2 * m], grouped)
             + self.mix(gates[..., 2 * m :], outputs[..., (t + c) * m :, :])
         )
         if self.self_gate:
-            logits = on_streams(self.task_self_gates, read, [1] * t)
-            mixtures = mixtures + self.mix_own(_self(logits), own)
+            logits = on_streams(self.task_self_gates, gate_inputs, [1] * t)
+            mixtures = mixtures + self.mix_own(_self_gates(logits), own)
         return ops.unstack(mixtures, axis=-2)
 
-    def _read(self, groups: Sequence[Any], shared: Any) -> list[Any]:
-        """Return what the gates of each task read: two streams side by side."""
+    def _task_gate_inputs(self, groups: Sequence[Any], shared: Any) -> list[Any]:
+        """Return the gate inputs of each task: its group's and the shared stream."""
         return [
             ops.concatenate([groups[group], shared], axis=-1)
             for group in self.group_of_task
         ]
 
-    def _task_gates(self, read: Sequence[Any], training: bool | None) -> Any:
-        logits = on_streams(self.task_gates, read, [1] * len(read))
-        return self.weigh(logits, training)
+    def _task_gates(self, gate_inputs: Sequence[Any], training: bool | None) -> Any:
+        logits = on_streams(self.task_gates, gate_inputs, [1] * len(gate_inputs))
+        return self.gate_probabilities(logits, training)
 
     def _experts_of(
         self,
@@ -284,7 +288,7 @@ class HoME(GatedMixture):
     ) -> Any:
         """(..., e, u): Swish(BatchNorm(MLP(x * FeatureGate(x)))) of every expert.
 
-        Rows where the mask (n,) is False have no part in the statistics.
+        Rows where the mask (n,) is False are excluded from the batch statistics.
         """
         experts, norm = self.experts[level], self.norms[level]
         if self.feature_gate_rank:
@@ -318,8 +322,8 @@ class HoME(GatedMixture):
         }
 
 
-def _self(logits: Any) -> Any:
-    """Weights of a stream's own experts: they need not leave room for others."""
+def _self_gates(logits: Any) -> Any:
+    """Return residual weights of a stream's own experts."""
     if logits.shape[-1] == 1:
         return ops.sigmoid(logits)
     return ops.softmax(logits, axis=-1)
@@ -331,7 +335,7 @@ def _checked_groups(groups: Any, tasks: int | list[str]) -> list[int]:
     if groups is None:
         return [0] * len(known)
     try:
-        # A string is a sequence, too, but of letters.
+        # A string group would be split into characters.
         listed = [
             task for group in groups for task in group if not isinstance(group, str)
         ]
@@ -340,7 +344,7 @@ def _checked_groups(groups: Any, tasks: int | list[str]) -> list[int]:
     complete = len(listed) == len(known) and all(task in listed for task in known)
     if not complete or not all(len(group) for group in groups):
         raise ValueError(
-            "`groups` must be a sequence of sequences that hold every task once. "
+            "`groups` must be a sequence of sequences with every task exactly once. "
             f"Received: groups={groups!r} for the tasks {known}"
         )
     return [

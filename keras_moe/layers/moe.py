@@ -1,9 +1,10 @@
-"""The sparse mixture of experts: route, dispatch, combine.
+"""Sparse mixture of experts: route, dispatch, combine.
 
-Axis letters: n tokens, d input features, e experts, k choices a token, u output units.
+Axis letters: n tokens, d input features, e experts, k choices per token, u output
+units.
 
 y_i = sum over the k experts that the router chose for token i of w_ik f_k(x_i)
-(Shazeer et al. 2017, equation 1), plus the shared experts, which see every token.
+(Shazeer et al. 2017, equation 1), plus the shared experts, applied to every token.
 """
 
 from __future__ import annotations
@@ -26,79 +27,79 @@ from keras_moe.layers._parts import check_experts, default_name
 
 @keras.saving.register_keras_serializable("keras_moe")
 class MoE(Layer):
-    """Sparse Mixture-of-Experts: each token is computed by the few experts it chooses.
+    """Sparse Mixture-of-Experts: a router sends each token to a few experts.
 
-    The layer has as many parameters as all its experts, and costs what `top_k` of them
-    cost. It takes the place of a `Dense` layer or of an MLP.
+    The layer has the parameters of all experts and the cost of `top_k` of them. It can
+    replace a `Dense` layer or an MLP.
 
     Args:
         num_experts: int, number of experts e.
         expert_units: int or sequence of ints, the widths of an expert's layers. None
             if `experts` is given.
-        top_k: int, number of experts that compute a token, k. None: that of `router`
-            where it is an object, else 2 (1 of a single expert).
+        top_k: int, number of experts per token, k. None: `router.top_k` if `router` is
+            an object, else 2 (1 if there is a single expert).
         activation: activation of the hidden layers of an expert; its last layer is
             linear.
-        router: a name out of `keras_moe.routers.KNOWN`, or a router of this layer's
-            own. `TopKRouter` by default.
+        router: a name from `keras_moe.routers.KNOWN`, or a router object that no other
+            layer uses. Default: `TopKRouter`.
         experts: a layer of `keras_moe.experts`, instead of the default `MLPExperts`.
-            The arguments that describe experts (`activation`, and from `use_bias` to
-            `kernel_regularizer`) then have no effect.
-        dispatch: how tokens come to their experts. The result is the same, the cost is
-            not:
+            The expert arguments (`activation`, and from `use_bias` to
+            `kernel_regularizer`) are then ignored.
+        dispatch: how tokens are sent to experts. All give the same result at different
+            cost, except that "capacity" may drop choices:
 
-            - "auto": "capacity" if `capacity_factor` is given or the router is an
-              expert choice; "dense" if every token goes to every expert; else
-              "blocked" where XLA compiles (`jit_compile=True`, JAX; but "dense" for
-              `LayerExperts`), "ragged" on a TPU under JAX, and "split" everywhere
-              else. The layer decides anew for
-              every graph, so one model trains compiled or not, and exports.
-            - "split": exactly the rows chosen. Not for XLA; on a GPU it reads on the
-              host how many rows each expert has.
-            - "blocked": the same in blocks of static size, for XLA.
-            - "ragged": the same by `jax.lax.ragged_dot`. Only for JAX.
-            - "capacity": every expert takes `ceil(capacity_factor * k * n / e)`
-              choices of the n tokens (1.25 by default) and drops what comes later,
-              which then contributes zero. Padding takes no slot but counts in n.
-            - "dense": every expert on every token. What dense gates need.
+            - "auto": "capacity" if `capacity_factor` is given or the router is
+              expert-choice; "dense" if every token goes to every expert; else
+              "blocked" under XLA (`jit_compile=True`, JAX; but "dense" for
+              `LayerExperts`), "ragged" on a TPU under JAX, and "split" otherwise.
+              Works with and without XLA and in exports.
+            - "split": experts compute exactly their rows, with data-dependent shapes.
+              Not for XLA; on a GPU it copies the row counts to the host.
+            - "blocked": the same rows in blocks of static size, for XLA.
+            - "ragged": the same rows with `jax.lax.ragged_dot`. Only for JAX.
+            - "capacity": every expert takes at most `ceil(capacity_factor * k * n / e)`
+              choices (the default factor is 1.25). Choices above that are dropped and
+              contribute zero. Padding takes no slot but counts in n.
+            - "dense": every expert on every token. Required by dense routers.
         capacity_factor: float > 0, see "capacity".
-        priority: "position" or "probability", who comes first when an expert is full
-            (see `keras_moe.routing.capacity_slots`). Only where one can be.
-        num_shared_experts: int, experts of the same shape that every token passes; the
-            outputs are added.
-        load_balancing_loss_weight: float, weight of `keras_moe.losses`'
-            `load_balancing_loss`. None: what the router suggests, 0.01 for "top_k".
+        priority: "position" or "probability", which choices an expert keeps when it is
+            full (see `keras_moe.routing.capacity_slots`). Only with a capacity.
+        num_shared_experts: int, number of experts of the same shape that are applied to
+            every token; their outputs are added.
+        load_balancing_loss_weight: float, weight of
+            `keras_moe.losses.load_balancing_loss`. None: the router's default, 0.01
+            for "top_k".
         router_z_loss_weight: float, weight of `router_z_loss`.
-        importance_loss_weight: float, weight of `importance_loss`. None: what the
-            router suggests, 0.1 for "noisy_top_k".
+        importance_loss_weight: float, weight of `importance_loss`. None: the
+            router's default, 0.1 for "noisy_top_k".
         load_loss_weight: float, weight of `load_loss`, for routers with noise. None:
-            what the router suggests, 0.1 for "noisy_top_k".
+            the router's default, 0.1 for "noisy_top_k".
         entropy_loss_weight: float, weight of `entropy_loss`.
-        routing_metrics: sequence of names out of "expert_load", "load_cv",
+        routing_metrics: sequence of names from "expert_load", "load_cv",
             "dropped_fraction", "router_entropy" and "router_confidence", which `fit`
-            then shows (see `keras_moe.metrics.RoutingMetrics`). They count in every
-            call, also in one of an exported model: export a layer without them.
+            reports (see `keras_moe.metrics.RoutingMetrics`). Every call updates them,
+            in an exported model too: export a layer without them.
         use_bias: bool, whether the expert layers add a bias.
-        dropout: float in [0, 1), dropped share of an expert's hidden units.
+        dropout: float in [0, 1), fraction of an expert's hidden units to drop.
         kernel_initializer: initializer of one expert's kernel.
         kernel_regularizer: regularizer of the stacked expert kernels.
         seed: int, the seed of dropout and of a router's noise.
 
     Call arguments:
         inputs: tensor of shape `(..., d)`. The leading axes are flattened to tokens.
-        mask: bool tensor of the leading axes, False for padding: not routed, without
-            part in losses and capacity, and with zeros as outputs.
-        router_inputs: what the router sees, with the leading axes of `inputs`; for
-            the router "hash" the integer ids that it hashes, of the shape of the
-            leading axes. `inputs` by default.
+        mask: bool tensor of the leading axes, False for padding, which is not routed,
+            is excluded from losses and capacity slots, and has outputs of zero.
+        router_inputs: inputs of the router, with the leading axes of `inputs`; for the
+            router "hash", integer ids with the shape of the leading axes. Default:
+            `inputs`.
         training: bool, whether dropout and noise are active.
 
     Returns:
         A tensor of shape `(..., u)`.
 
     Raises:
-        ValueError: if an argument breaks its rule, or if router, experts and dispatch
-            do not go together.
+        ValueError: if an argument is invalid, or if router, experts and dispatch are
+            incompatible.
 
     Example:
 
@@ -108,14 +109,14 @@ class MoE(Layer):
 
     The router computes in float32 under any dtype policy; the weights are cast once.
 
-    `keras.remat` recomputes the layer with the same choices where its router draws no
-    noise. Three limits there are those of Keras: on TensorFlow losses that are added
-    inside get no gradient, on JAX they and other state are refused, and dropout is
-    drawn anew. A "bias_balanced" router needs no loss.
+    `keras.remat` recomputes the layer with the same routing if its router draws no
+    noise. Keras has three limits there: on TensorFlow, losses added inside get no
+    gradient; on JAX, losses and other state raise an error; dropout is drawn again. A
+    "bias_balanced" router needs no loss.
 
-    NaN and infinity stay in the row of their token. Where tokens compete for places (a
-    capacity, an expert choice, Sinkhorn in training) it counts as padding, and others
-    may have the place that it would take.
+    NaN and infinity affect only the row of their token. Where tokens compete for slots
+    (capacity, expert choice, Sinkhorn in training), such a token counts as padding and
+    takes no slot.
 
     References:
         - [Shazeer et al., 2017: Outrageously Large Neural Networks](
@@ -211,10 +212,10 @@ class MoE(Layer):
 
     @property
     def capacity_factor(self) -> float | None:
-        """How many slots the experts have, in even loads.
+        """Slots per expert, as a multiple of the load at perfect balance.
 
-        May be changed as `dispatch` may, which says whether there are slots at all. An
-        expert choice keeps the factor with which it was made.
+        Can be changed like `dispatch`, which determines whether there is a capacity.
+        An expert-choice router keeps its original factor.
         """
         return self._capacity_factor
 
@@ -226,10 +227,10 @@ class MoE(Layer):
 
     @property
     def dispatch(self) -> str:
-        """How tokens come to their experts.
+        """How tokens are sent to experts.
 
-        May be changed, the weights stay. A model that has been compiled or has
-        predicted already keeps what it has traced until it is compiled again.
+        Can be changed without changing the weights. A model that has traced its
+        functions keeps the old dispatch until it is compiled again.
         """
         return self._dispatch
 
@@ -243,7 +244,7 @@ class MoE(Layer):
 
     @property
     def variables(self) -> list[Any]:
-        """The weights, and the sums of the metrics, which JAX must hand to a step."""
+        """The weights, and the metric sums, which JAX needs as state of a step."""
         metrics = getattr(self, "routing_metrics", None)
         return [*super().variables, *(metrics.sums if metrics else [])]
 
@@ -287,8 +288,8 @@ class MoE(Layer):
         )
 
     def _compute(self, tokens: Any, routing: Any, training: bool | None) -> Any:
-        """(n, d) -> (n, u) through the experts of every token."""
-        name, kept = self._dispatch_now(), None
+        """(n, d) -> (n, u): apply the experts of each token."""
+        name, kept = self._resolve_dispatch(), None
         if name == "capacity" and self.router.choice == "token":
             outputs, kept = dispatch_lib.within_capacity(
                 tokens,
@@ -309,8 +310,8 @@ class MoE(Layer):
             self.routing_metrics.update_state(routing, kept)
         return ops.cast(outputs, self.compute_dtype)
 
-    def _dispatch_now(self) -> str:
-        """The dispatch of the graph that is being traced; the rule is in the docs."""
+    def _resolve_dispatch(self) -> str:
+        """Return the dispatch for this graph, by the rule in the class docstring."""
         if self.dispatch != "auto":
             return dispatch_lib.checked_here(self.dispatch)
         if self.router.choice == "expert" or self.capacity_factor is not None:
@@ -320,10 +321,10 @@ class MoE(Layer):
         return dispatch_lib.dropless_here(self.experts)
 
     def _add_losses(self, routing: Any, training: bool | None) -> None:
-        """Add the auxiliary losses, weighted. Only this layer does so."""
+        """Add the weighted auxiliary losses."""
         weights = dict(self.loss_weights)
         if not training:
-            weights.pop("load", None)  # A count without noise: it has no gradient.
+            weights.pop("load", None)  # Without noise the load has no gradient.
         for loss in losses.auxiliary_losses(routing, weights).values():
             self.add_loss(loss)
 
@@ -381,7 +382,7 @@ class MoE(Layer):
 
 
 def __getattr__(name: str) -> Any:
-    """Give `HierarchicalMoE`, which has a file of its own, under its first address."""
+    """Keep the old import path of `HierarchicalMoE`, now in its own module."""
     if name == "HierarchicalMoE":
         from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 

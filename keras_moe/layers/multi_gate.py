@@ -1,4 +1,4 @@
-"""One input, several tasks: mixtures of experts, with a gate a task or one for all.
+"""Multi-task mixtures of experts, with one gate per task or one for all tasks.
 
 Axis letters: n rows, d input features, e experts, t tasks, u expert output units.
 
@@ -25,17 +25,17 @@ from keras_moe.layers._parts import (
     default_name,
 )
 
-# Under its first address, too.
+# Keeps the old import path.
 from keras_moe.layers.shared_bottom import SharedBottom as SharedBottom
 
 
 @keras.saving.register_keras_serializable("keras_moe")
 class MMoE(GatedMixture):
-    """Multi-gate Mixture-of-Experts: tasks share experts, each mixes them its own way.
+    """Multi-gate Mixture-of-Experts: shared experts with one gate per task.
 
-    Every task has its own softmax gate over one pool of experts, so related tasks
-    can lean on the same experts and conflicting ones on different experts. For several
-    levels of this, see `PLE` without task experts.
+    Every task has its own softmax gate over the shared experts, so related tasks can
+    use the same experts and conflicting tasks different ones. `PLE` without task
+    experts is the version with several levels.
 
     Args:
         num_experts: int, number of shared experts e.
@@ -43,29 +43,29 @@ class MMoE(GatedMixture):
             if `experts` is given.
         tasks: a sequence of task names (the outputs are a dict by name) or a number
             of tasks (the outputs are a list).
-        top_k: int, if given each gate keeps its k largest weights and renormalises
-            them. A single one is not renormalised, because it would always be 1 and
-            the gate would never learn. A row then is computed by the experts that at
-            least one of its gates chose, once each, so that the cost falls with k.
-        dispatch: how rows come to the experts that `top_k` leaves them: "dense" (every
-            expert on every row), "split" (the chosen ones alone; not for XLA),
-            "blocked" (the same for XLA), "ragged" (the same by `jax.lax.ragged_dot`,
-            on a TPU under JAX), or "auto": "dense" if the gates of a row, choosing at
-            random, would leave less than a quarter of the experts idle, else the first
-            of the others that the compiler takes. The result is the same.
+        top_k: int, if given, each gate keeps its k largest weights and renormalizes
+            them. With k = 1 the weight is not renormalized: it would always be 1 and
+            have no gradient. Only experts chosen by at least one gate of a row are
+            computed, once each, so the cost falls with k.
+        dispatch: how rows are sent to experts with `top_k`: "dense" (every expert on
+            every row), "split" (chosen experts only; not for XLA), "blocked" (the same
+            for XLA), "ragged" (the same with `jax.lax.ragged_dot`, on a TPU under
+            JAX), or "auto": "dense" if random gates would leave less than a quarter of
+            the experts unused by a row, else the first of the others that the backend
+            and compiler support. The result is the same.
         gate_units: sequence of ints, hidden layers of the gates. By default a gate
             is linear, as in the paper.
-        gate_temperature: float > 0, the logits are divided by it: below 1 sharpens
-            the gates, above 1 evens them out.
-        gate_dropout: float in [0, 1), the probability with which a gate loses an
-            expert during training. The weights that stay are renormalised, and a
-            gate that would lose all keeps all. It works against gates that polarise
-            on few experts (Zhao et al. 2019, section 4.4).
+        gate_temperature: float > 0, divisor of the gate logits: below 1 makes the
+            gates sharper, above 1 smoother.
+        gate_dropout: float in [0, 1), the probability of dropping an expert from a
+            gate in training. The remaining weights are renormalized; if all would be
+            dropped, none is. It reduces the polarization of gates on few experts
+            (Zhao et al. 2019, section 4.4).
         experts: a layer that maps `(..., d)` to `(..., e, u)`, instead of the
-            default `MLPExperts`. The arguments that describe experts (from
-            `activation` to `kernel_regularizer`) then have no effect.
+            default `MLPExperts`. The expert arguments (from `activation` to
+            `kernel_regularizer`) are then ignored.
         activation: activation of every expert layer, the last one included.
-        dropout: float in [0, 1), dropped share of an expert's hidden units.
+        dropout: float in [0, 1), fraction of an expert's hidden units to drop.
         kernel_initializer: initializer of one expert's kernel.
         kernel_regularizer: regularizer of the stacked expert kernels.
         gate_use_bias: bool, whether the gate layers add a bias.
@@ -75,7 +75,7 @@ class MMoE(GatedMixture):
     Call arguments:
         inputs: tensor of shape `(..., d)`, usually `(batch, d)`.
         gate_inputs: tensor of shape `(..., g)` with the leading axes of `inputs`,
-            what the gates see. `inputs` by default.
+            the inputs of the gates. Default: `inputs`.
         training: bool, whether dropout is active.
 
     Returns:
@@ -83,7 +83,7 @@ class MMoE(GatedMixture):
         is a sequence of names, a list if it is a number.
 
     Raises:
-        ValueError: if an argument breaks its rule, if the leading axes of
+        ValueError: if an argument is invalid, if the leading axes of
             `gate_inputs` are not those of `inputs`, or if `experts` gives outputs of
             another shape.
 
@@ -94,7 +94,7 @@ class MMoE(GatedMixture):
     >>> sorted(outputs), outputs["buy"].shape == (2, 16)
     (['buy', 'click'], True)
 
-    The gates are computed in float32 under any dtype policy and cast back once.
+    Gates are computed in float32 under any dtype policy, then cast once.
 
     References:
         - [Ma et al., 2018: Modeling Task Relationships in Multi-task Learning with
@@ -135,7 +135,7 @@ class MMoE(GatedMixture):
     ) -> None:
         _checks.last_dimension(type(self).__name__, inputs_shape)
         check_leading_axes("gate_inputs", gate_inputs_shape, inputs_shape)
-        # A symbolic call builds experts of any kind, unless they are built already.
+        # A symbolic call builds experts of any kind if they are not built yet.
         symbolic = self.experts(keras.KerasTensor(inputs_shape, self.compute_dtype))
         check_expert_outputs(symbolic, (*inputs_shape[:-1], self.num_experts))
         self.gates.build(gate_inputs_shape or inputs_shape)
@@ -148,7 +148,7 @@ class MMoE(GatedMixture):
         else:
             gate_inputs = checked_rows("gate_inputs", gate_inputs, inputs)
         gates = self._gate(gate_inputs, training)  # (..., g, e)
-        dispatch = self._dispatch_now()
+        dispatch = self._resolve_dispatch()
         if dispatch == "dense":
             expert_outputs = self.experts(inputs, training=training)  # (..., e, u)
             mixtures = self.mix(gates, expert_outputs)
@@ -157,39 +157,39 @@ class MMoE(GatedMixture):
         return self._outputs(ops.unstack(mixtures, axis=-2))
 
     def _outputs(self, mixtures: list[Any]) -> dict[str, Any] | list[Any]:
-        """Hand each task the mixture of its gate."""
+        """Return the mixture of each task's gate."""
         return self.tasks.pack(mixtures)
 
     def gate_weights(self, inputs: Any, gate_inputs: Any = None) -> Any:
         """Return the gates in inference, `(..., g, e)`.
 
-        Each row sums to 1, with `top_k=1` to the one weight that is kept.
+        Each row sums to 1, except with `top_k=1`, where one weight is kept as it is.
         """
         self.ensure_built(inputs, gate_inputs)
         inputs = ops.convert_to_tensor(inputs if gate_inputs is None else gate_inputs)
         return self._gate(inputs, training=False)
 
     def _gate(self, inputs: Any, training: bool | None) -> Any:
-        return self.weigh(self.gates(inputs), training, self.top_k)
+        return self.gate_probabilities(self.gates(inputs), training, self.top_k)
 
-    def _dispatch_now(self) -> str:
-        """The dispatch of the graph that is being traced; the rule is in the docs."""
+    def _resolve_dispatch(self) -> str:
+        """Return the dispatch for this graph, by the rule in the class docstring."""
         if self.dispatch != "auto":
             return dispatch_lib.checked_here(self.dispatch)
         if self.top_k is None or not hasattr(self.experts, "on_pieces"):
             return "dense"
-        # The share of the experts that no gate of a row would choose at random.
+        # Expected fraction of experts that no gate of a row chooses, for random gates.
         idle = (1 - self.top_k / self.num_experts) ** self.num_gates
         return dispatch_lib.dropless_here(self.experts) if idle >= 0.25 else "dense"
 
     def _max_chosen(self) -> int:
-        """The most experts that the gates of one row can choose."""
+        """Return the maximum number of experts chosen by the gates of one row."""
         return min(self.num_gates * (self.top_k or 1), self.num_experts)
 
     def _mix_chosen(
         self, inputs: Any, gates: Any, dispatch: str, training: bool | None
     ) -> Any:
-        """(..., d), (..., g, e) -> (..., g, u), each chosen expert computed once."""
+        """(..., d), (..., g, e) -> (..., g, u), computing each chosen expert once."""
         leading = ops.shape(inputs)[:-1]
         tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
         gates = ops.reshape(gates, (-1, self.num_gates, self.num_experts))
@@ -223,8 +223,8 @@ class MMoE(GatedMixture):
 class OMoE(MMoE):
     """One-gate Mixture-of-Experts: all tasks share the experts and the gate.
 
-    The mixture is the same for every task; only what follows tells them apart. It is
-    the baseline that shows what the gates of `MMoE` are worth.
+    The mixture is the same for every task. It is the baseline for measuring the effect
+    of the task gates of `MMoE`.
 
     Args:
         num_experts: int, number of shared experts e.
@@ -242,7 +242,7 @@ class OMoE(MMoE):
         `tasks` is a sequence of names, a list if it is a number.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 
@@ -288,8 +288,8 @@ def _checked_dispatch(dispatch: str, top_k: int | None, experts: Any) -> str:
         return dispatch
     if top_k is None:
         raise ValueError(
-            '`dispatch` must be "dense" (or "auto") where every gate weighs every '
-            f"expert, which is top_k=None. Received: dispatch={dispatch!r}"
+            '`dispatch` must be "dense" or "auto" with top_k=None. Received: '
+            f"dispatch={dispatch!r}"
         )
     dispatch_lib.check_serves(dispatch, experts)
     return dispatch

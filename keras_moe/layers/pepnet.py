@@ -1,16 +1,16 @@
-"""PEPNet: prior knowledge about a row scales its embedding and its hidden units.
+"""PEPNet: gates from prior features scale the embedding and the hidden units.
 
 Axis letters: n rows, d input features, p prior features, t tasks, h hidden units,
 u output units.
 
-A gate unit (Gate NU) makes gates between 0 and a scale gamma, around 1 for gamma = 2:
-gates = gamma * sigmoid(relu(z W + b) W' + b'). With E the shared embedding, F_d what
-is known of the domain, P the prior about user, item and author, and sg the stop of the
-gradient (Chang et al. 2023):
+A gate unit (Gate NU) outputs gates between 0 and a scale gamma, near 1 for gamma = 2:
+gates = gamma * sigmoid(relu(z W + b) W' + b'). With E the shared embedding, F_d the
+domain features, P the prior features of user, item and author, and sg the stop-gradient
+(Chang et al. 2023):
 
-EPNet:  O = gates([F_d, sg(E)]) * E, the embedding as the domain sees it.
+EPNet:  O = gates([F_d, sg(E)]) * E, the domain-specific embedding.
 PPNet:  H_1 = f(O W_0 + b_0), H_l+1 = f((gates_l([P, sg(O)]) * H_l) W_l + b_l), with
-        towers and gates of every task's own.
+        separate towers and gates for each task.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from keras_moe.layers._towers import run_towers, towers_config
 
 @keras.saving.register_keras_serializable("keras_moe")
 class GateNU(Adaptable):
-    """Gate unit: two layers that end in gates between 0 and `scale`.
+    """Gate unit: two dense layers that output gates between 0 and `scale`.
 
-    `scale * sigmoid(relu(x W + b) W' + b')`. With a scale of 2, gates start around 1,
-    and what they multiply starts as if they were not there.
+    `scale * sigmoid(relu(x W + b) W' + b')`. With a scale of 2, gates start near 1, so
+    they barely change the gated values at initialization.
 
     Args:
         units: int, number of gates u.
         hidden_units: int, width of the hidden layer. `units` by default.
         scale: float > 0, the largest value of a gate.
-        kernel_initializer: initializer of the two kernels; each gets its own draw.
+        kernel_initializer: initializer of the two kernels, drawn independently.
 
     Call arguments:
         inputs: tensor of shape `(..., d)`.
@@ -54,7 +54,7 @@ class GateNU(Adaptable):
         A tensor of shape `(..., u)`.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 
@@ -62,7 +62,7 @@ class GateNU(Adaptable):
     >>> gate(np.ones((2, 8))).shape == (2, 16)
     True
 
-    The gates are computed in float32 under any dtype policy and cast back once.
+    Gates are computed in float32 under any dtype policy, then cast once.
 
     References:
         - [Chang et al., 2023: PEPNet: Parameter and Embedding Personalized Network for
@@ -123,15 +123,15 @@ class GateNU(Adaptable):
 
 @keras.saving.register_keras_serializable("keras_moe")
 class EPNet(Adaptable):
-    """An embedding that every domain scales its own way.
+    """Scales an embedding by gates computed from domain features.
 
-    What is known of the domain (scenario, page, market) makes a gate for every unit of
-    the shared embedding. The gates see the embedding too, without passing a gradient to
-    it: the embedding learns from what it is scaled to, not from how.
+    Domain features (scenario, page, market) give a gate for every unit of the shared
+    embedding. The embedding is an input of the gates too, with its gradient stopped
+    there.
 
     Args:
-        gate_units: int, width of the hidden layer of the gates. That of the embedding
-            by default.
+        gate_units: int, width of the hidden layer of the gates. Default: the width of
+            the embedding.
         gate_scale: float > 0, the largest value of a gate.
         gate_kernel_initializer: initializer of the gates' kernels; each gets its own
             draw.
@@ -145,7 +145,7 @@ class EPNet(Adaptable):
         A tensor of shape `(..., d)`.
 
     Raises:
-        ValueError: if an argument breaks its rule, or the leading axes of
+        ValueError: if an argument is invalid, or the leading axes of
             `domain_inputs` are not those of `inputs`.
 
     Example:
@@ -184,7 +184,7 @@ class EPNet(Adaptable):
         features = _checks.last_dimension(name, inputs_shape)
         check_leading_axes("domain_inputs", domain_inputs_shape, inputs_shape)
         domain_features = _checks.last_dimension(name, domain_inputs_shape)
-        # Without it, an embedding of one unit would be broadcast to all gates.
+        # Without this check, an embedding of one unit would be broadcast.
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
         self.gate = GateNU(
             features,
@@ -198,9 +198,10 @@ class EPNet(Adaptable):
 
     def call(self, inputs: Any, domain_inputs: Any) -> Any:
         domain_inputs = checked_rows("domain_inputs", domain_inputs, inputs)
-        inputs = ops.cast(inputs, self.compute_dtype)  # They may be integers.
-        seen = ops.concatenate([domain_inputs, ops.stop_gradient(inputs)], axis=-1)
-        return self.gate(seen) * inputs
+        inputs = ops.cast(inputs, self.compute_dtype)  # Inputs may be integers.
+        embedding = ops.stop_gradient(inputs)
+        gate_inputs = ops.concatenate([domain_inputs, embedding], axis=-1)
+        return self.gate(gate_inputs) * inputs
 
     def compute_output_shape(
         self,
@@ -222,22 +223,22 @@ class EPNet(Adaptable):
 
 @keras.saving.register_keras_serializable("keras_moe")
 class PPNet(Adaptable):
-    """One MLP a task, whose hidden units are scaled for each row.
+    """One MLP per task, whose hidden units are scaled by gates from prior features.
 
-    What is known beforehand of user, item and author makes a gate for every unit of
-    every layer of every task, so that each row has, in effect, parameters of its own.
-    The gates see the inputs too, without passing a gradient to them.
+    Prior features of user, item and author give a gate for every unit of every layer
+    and task, which personalizes the MLP for each row. The inputs of the MLP are inputs
+    of the gates too, with their gradient stopped there.
 
     Args:
         units: int or sequence of ints, the widths of the layers of every task's MLP.
         tasks: a sequence of task names (the outputs are a dict by name) or a number
             of tasks (the outputs are a list).
-        gate_units: int, width of the hidden layer of the gates, one gate unit a layer
-            for all tasks. By default that of the layer that it scales.
+        gate_units: int, width of the hidden layer of the gates; each layer has one gate
+            unit for all tasks. Default: the width of the layer that is scaled.
         gate_scale: float > 0, the largest value of a gate.
-        activation: activation of every layer, the last one included; the gates scale
-            what comes after it.
-        dropout: float in [0, 1), dropped share of every hidden layer's units.
+        activation: activation of every layer, the last one included. Gates multiply
+            its outputs.
+        dropout: float in [0, 1), fraction of each hidden layer's units to drop.
         kernel_initializer: initializer of one task's kernel; each task and each layer
             gets its own draw.
         kernel_regularizer: regularizer of the stacked kernels.
@@ -246,10 +247,10 @@ class PPNet(Adaptable):
         seed: int, the seed of the dropout.
 
     Call arguments:
-        inputs: tensor of shape `(..., d)`, usually what `EPNet` gives.
+        inputs: tensor of shape `(..., d)`, usually the output of `EPNet`.
         prior_inputs: tensor of shape `(..., p)` with the leading axes of `inputs`,
-            embedded features of user, item and author. By default the gates see
-            `inputs` alone.
+            embedded features of user, item and author. By default the gates read
+            `inputs` only.
         training: bool, whether dropout is active.
 
     Returns:
@@ -257,7 +258,7 @@ class PPNet(Adaptable):
         `tasks` is a sequence of names, a list if it is a number.
 
     Raises:
-        ValueError: if an argument breaks its rule, or the leading axes of
+        ValueError: if an argument is invalid, or the leading axes of
             `prior_inputs` are not those of `inputs`.
 
     Example:
@@ -266,8 +267,8 @@ class PPNet(Adaptable):
     >>> ppnet(np.ones((2, 8)), np.ones((2, 3)))["buy"].shape == (2, 16)
     True
 
-    The paper leaves the last layer of a tower, which gives the prediction, without
-    gates. That layer is a `Tower` of its own here; all that comes before it has gates.
+    As in the paper, the prediction layer has no gates: here it is a separate `Tower`
+    after this layer, and every layer of this one has gates.
 
     References:
         - [Chang et al., 2023: PEPNet: Parameter and Embedding Personalized Network for
@@ -331,30 +332,30 @@ class PPNet(Adaptable):
         check_leading_axes("prior_inputs", prior_inputs_shape, inputs_shape)
         self.towers.build(inputs_shape)
         self.input_spec = self.towers.input_spec
-        seen = _checks.last_dimension(name, inputs_shape)
+        gate_features = _checks.last_dimension(name, inputs_shape)
         if prior_inputs_shape is not None:
-            seen += _checks.last_dimension(name, prior_inputs_shape)
+            gate_features += _checks.last_dimension(name, prior_inputs_shape)
         for gate in self.gates:
-            gate.build((*inputs_shape[:-1], seen))
+            gate.build((*inputs_shape[:-1], gate_features))
 
     def call(
         self, inputs: Any, prior_inputs: Any = None, training: bool | None = None
     ) -> dict[str, Any] | list[Any]:
-        seen = ops.stop_gradient(inputs)
+        gate_inputs = ops.stop_gradient(inputs)
         if prior_inputs is not None:
             prior_inputs = checked_rows("prior_inputs", prior_inputs, inputs)
-            seen = ops.concatenate([prior_inputs, seen], axis=-1)
+            gate_inputs = ops.concatenate([prior_inputs, gate_inputs], axis=-1)
 
         def scaled(i: int, activations: Any) -> Any:
-            return self._gates_of_layer(i, seen) * activations
+            return self._gates_of_layer(i, gate_inputs) * activations
 
         outputs = run_towers(self.towers, inputs, scaled, training)
         return self.tasks.pack(outputs)
 
-    def _gates_of_layer(self, i: int, seen: Any) -> Any:
+    def _gates_of_layer(self, i: int, gate_inputs: Any) -> Any:
         """(..., p + d) -> (t, n, h)."""
         shape = (-1, self.tasks.count, self.towers.units[i])
-        return ops.transpose(ops.reshape(self.gates[i](seen), shape), (1, 0, 2))
+        return ops.transpose(ops.reshape(self.gates[i](gate_inputs), shape), (1, 0, 2))
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         return None if mask is None else self.tasks.repeat(mask)
@@ -381,20 +382,20 @@ class PPNet(Adaptable):
 
 @keras.saving.register_keras_serializable("keras_moe")
 class PEPNet(Adaptable):
-    """`EPNet`, then `PPNet`: domains scale the embedding, priors the task towers.
+    """`EPNet`, then `PPNet`: gates on the embedding and on the task towers.
 
-    Its outputs have the form of those of `MMoE`, so that one swaps for the other where
-    several domains and several tasks are learned together.
+    For models of several domains and tasks. It returns outputs in the same form as
+    `MMoE`, so either can replace the other.
 
     Args:
         units: int or sequence of ints, the widths of the layers of every task's MLP.
         tasks: a sequence of task names (the outputs are a dict by name) or a number
             of tasks (the outputs are a list).
-        gate_units: int, width of the hidden layer of the gates, of `EPNet` as of
-            `PPNet`. By default that of what they scale.
+        gate_units: int, width of the hidden layer of the gates of `EPNet` and `PPNet`.
+            Default: the width of the layer that is scaled.
         gate_scale: float > 0, the largest value of a gate.
         activation: activation of every layer of the towers, the last one included.
-        dropout: float in [0, 1), dropped share of every hidden layer's units.
+        dropout: float in [0, 1), fraction of each hidden layer's units to drop.
         kernel_initializer: initializer of one task's kernel.
         kernel_regularizer: regularizer of the stacked kernels of the towers.
         gate_kernel_initializer: initializer of the gates' kernels; each gets its own
@@ -405,8 +406,8 @@ class PEPNet(Adaptable):
         inputs: tensor of shape `(..., d)`, the shared embedding.
         domain_inputs: tensor of shape `(..., p)`, embedded features of the domain.
         prior_inputs: tensor of shape `(..., q)`, embedded features of user, item and
-            author. By default the gates of the towers see the scaled embedding alone.
-            All have the leading axes of `inputs`.
+            author. By default the gates of the towers read the scaled embedding only.
+            All inputs have the same leading axes.
         training: bool, whether dropout is active.
 
     Returns:
@@ -414,7 +415,7 @@ class PEPNet(Adaptable):
         `tasks` is a sequence of names, a list if it is a number.
 
     Raises:
-        ValueError: if an argument breaks its rule, or inputs differ in leading axes.
+        ValueError: if an argument is invalid, or inputs differ in leading axes.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""One MLP for all tasks: the baseline of every multi-task layer.
+"""One MLP for all tasks: the multi-task baseline.
 
 y_t = f(x) for every task t (Caruana 1997).
 """
@@ -20,17 +20,16 @@ from keras_moe.layers._towers import towers_config
 
 @keras.saving.register_keras_serializable("keras_moe")
 class SharedBottom(Layer):
-    """One MLP whose output every task shares: the classical multi-task baseline.
+    """One MLP shared by all tasks: the classical multi-task baseline.
 
-    Its outputs have the form of those of `MMoE`, so that one swaps for the other in
-    a line.
+    It returns outputs in the same form as `MMoE`, so either can replace the other.
 
     Args:
         units: int or sequence of ints, the widths of the layers.
         tasks: a sequence of task names (the outputs are a dict by name) or a number
             of tasks (the outputs are a list).
         activation: activation of every layer, the last one included.
-        dropout: float in [0, 1), dropped share of every hidden layer's units.
+        dropout: float in [0, 1), fraction of each hidden layer's units to drop.
         kernel_initializer: initializer of the kernels.
         kernel_regularizer: regularizer of the kernels.
         seed: int, the seed of the dropout.
@@ -44,7 +43,7 @@ class SharedBottom(Layer):
         name if `tasks` is a sequence of names, a list if it is a number.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 
@@ -72,7 +71,7 @@ class SharedBottom(Layer):
         super().__init__(**kwargs)
         self.supports_masking = True
         self.tasks = Tasks(tasks)
-        # A shared bottom is a mixture of one expert, whose gate is always 1.
+        # A shared bottom is a mixture of one expert with gate 1.
         self.bottom = MLPExperts(
             1,
             _checks.unit_sizes("units", units),

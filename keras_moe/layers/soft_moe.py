@@ -1,12 +1,12 @@
-"""The soft mixture of experts: slots that are mixtures of tokens, and back.
+"""Soft mixture of experts: slots are mixtures of tokens, outputs mixtures of slots.
 
-Axis letters: t tokens of a sequence, d input features, e experts, s slots an expert,
+Axis letters: t tokens of a sequence, d input features, e experts, s slots per expert,
 m = e * s slots of all experts, u output units.
 
 For one sequence X with logits of shape (t, m) (Puigcerver et al. 2023, section 2): the
-slots are D^T X, with D the softmax of the logits over the tokens. Each expert works on
-its own s slots. The outputs are C Y, with Y what the experts make of all slots, and C
-the softmax of the logits over the slots.
+slots are D^T X, with D the softmax of the logits over the tokens. Each expert computes
+its s slots. The outputs are C Y, with Y the expert outputs of all slots, and C the
+softmax of the logits over the slots.
 """
 
 from __future__ import annotations
@@ -26,54 +26,53 @@ from keras_moe.layers._parts import check_experts, default_name
 
 @keras.saving.register_keras_serializable("keras_moe")
 class SoftMoE(Layer):
-    """Soft Mixture-of-Experts: each expert sees a few mixtures of a sequence's tokens.
+    """Soft Mixture-of-Experts: each expert computes a few mixtures of tokens.
 
-    Nothing is chosen and nothing dropped, so the layer is differentiable throughout
-    and needs no balance loss. An expert costs what its slots cost: one with
-    `slots_per_expert` s computes s rows for every sequence, however long that is.
+    There is no discrete routing and no dropped token, so the layer is fully
+    differentiable and needs no balance loss. Each expert computes `slots_per_expert`
+    rows per sequence, whatever its length.
 
-    The tokens of one sequence are mixed with each other, in both directions, so the
-    layer does not belong where a token must not see later ones. Sequences of a batch
-    are never mixed.
+    Tokens of a sequence are mixed in both directions, so the layer is not causal and
+    not suited to autoregressive models. Sequences of a batch are never mixed.
 
     Args:
         num_experts: int, number of experts e.
         expert_units: int or sequence of ints, the widths of an expert's layers. None
             if `experts` is given.
-        slots_per_expert: int, number of slots s of an expert in every sequence.
+        slots_per_expert: int, number of slots s per expert and sequence.
         activation: activation of the hidden layers of an expert; its last layer is
             linear.
         experts: a layer of `keras_moe.experts`, instead of the default `MLPExperts`.
-            The arguments that describe experts (`activation`, and from `use_bias` to
-            `kernel_regularizer`) then have no effect.
-        normalize: bool, whether tokens and the columns of `phi` are scaled to length
-            1, and their products multiplied by a learned `scale`. If not, the logits
-            are `X phi`, and both softmaxes saturate as d grows.
+            The expert arguments (`activation`, and from `use_bias` to
+            `kernel_regularizer`) are then ignored.
+        normalize: bool, whether tokens and the columns of `phi` are L2-normalized and
+            their products multiplied by a learned `scale`. If False, the logits are
+            `X phi`, and both softmaxes saturate as d grows.
         phi_initializer: initializer of `phi`.
         use_bias: bool, whether the expert layers add a bias.
-        dropout: float in [0, 1), dropped share of an expert's hidden units.
+        dropout: float in [0, 1), fraction of an expert's hidden units to drop.
         kernel_initializer: initializer of one expert's kernel.
         kernel_regularizer: regularizer of the stacked expert kernels.
         seed: int, the seed of the dropout.
 
     Call arguments:
-        inputs: tensor of shape `(..., t, d)`, of rank 3 at least.
+        inputs: tensor of shape `(..., t, d)`, of rank >= 3.
         mask: bool tensor of shape `(..., t)`, False for padding, which is in no slot
-            and has zeros as outputs.
+            and has outputs of zero.
         training: bool, whether dropout is active.
 
     Returns:
-        A tensor of shape `(..., t, u)`. A token whose logits are not finite is in no
-        slot either, and has NaN as its output; all others are as if it were padding.
+        A tensor of shape `(..., t, u)`. A token whose logits are not finite is treated
+        as padding in the slots, and its output is NaN.
 
     Attributes:
-        phi: variable of shape `(d, m)`; expert k has the columns from k s to
-            (k + 1) s.
+        phi: variable of shape `(d, m)`; the columns k s to (k + 1) s - 1 belong to
+            expert k.
         scale: scalar variable, 1 at the start; None without `normalize`.
         experts: the layer of experts.
 
     Raises:
-        ValueError: if an argument breaks its rule, or the inputs have a rank below 3.
+        ValueError: if an argument is invalid, or the inputs have a rank below 3.
 
     Example:
 
@@ -81,8 +80,8 @@ class SoftMoE(Layer):
     >>> soft_moe(np.ones((2, 5, 16))).shape == (2, 5, 16)
     True
 
-    The logits and both softmaxes are computed in float32 under any dtype policy, and
-    the weights of the two mixtures cast once.
+    The logits and both softmaxes are computed in float32 under any dtype policy, then
+    cast once.
 
     References:
         - [Puigcerver et al., 2023: From Sparse to Soft Mixtures of Experts](
@@ -149,7 +148,7 @@ class SoftMoE(Layer):
         self.phi = self.add_weight(
             name="phi",
             shape=(features, self.num_experts * self.slots_per_expert),
-            # A key longer than those of `PerExpert`, or phi could be an expert's draw.
+            # A longer key than in `PerExpert` keeps phi different from expert kernels.
             initializer=independent(self.phi_initializer, 0, 0, 1),
             autocast=False,
         )
@@ -162,11 +161,11 @@ class SoftMoE(Layer):
             self.experts.build((None, features))
 
     def call(self, inputs: Any, mask: Any = None, training: bool | None = None) -> Any:
-        # Integers would round the mixtures of tokens to zero.
+        # With integer inputs the mixture weights would be rounded to zero.
         inputs = ops.cast(inputs, self.compute_dtype)
         if mask is not None:
             mask = ops.expand_dims(ops.cast(mask, "bool"), -1)  # (..., t, 1)
-            # So that a NaN in padding cannot reach a gradient.
+            # Keeps NaN in padding out of the gradients.
             inputs = ops.where(mask, inputs, ops.zeros_like(inputs))
         logits = self._logits(inputs)  # (..., t, m)
         dispatch, combine, present = _mixtures(logits, mask)
@@ -182,10 +181,10 @@ class SoftMoE(Layer):
         if self.scale is None:
             return ops.matmul(tokens, phi)
         scale = ops.cast(self.scale, dtype)
-        return ops.matmul(_of_length_1(tokens, -1), scale * _of_length_1(phi, 0))
+        return ops.matmul(_l2_normalize(tokens, -1), scale * _l2_normalize(phi, 0))
 
     def _on_slots(self, slots: Any, training: bool | None) -> Any:
-        """(..., m, d) -> (..., m, u): every expert on its slots of all sequences."""
+        """(..., m, d) -> (..., m, u): apply each expert to its slots."""
         leading = ops.shape(slots)[:-2]
         e, s, d = self.num_experts, self.slots_per_expert, slots.shape[-1]
         slots = ops.transpose(ops.reshape(slots, (-1, e, s, d)), (1, 0, 2, 3))
@@ -193,7 +192,7 @@ class SoftMoE(Layer):
         outputs = self.experts.on_slots(slots, training=training)
         u = outputs.shape[-1]
         outputs = ops.transpose(ops.reshape(outputs, (e, -1, s, u)), (1, 0, 2, 3))
-        # One unknown axis is all that a reshape can infer, hence -1 for the batch.
+        # A reshape can infer only one axis, here the batch.
         return ops.reshape(outputs, (-1, *leading[1:], e * s, u))
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
@@ -233,14 +232,14 @@ class SoftMoE(Layer):
 
 
 def _mixtures(logits: Any, mask: Any) -> tuple[Any, Any, Any]:
-    """Return D (..., t, m), C (..., t, m), and which tokens are in the slots.
+    """Return D (..., t, m), C (..., t, m), and a mask of the tokens in the slots.
 
-    Padding has zeros in both. A token whose logits are not finite has zeros in D and,
-    where it is no padding, NaN in C.
+    Padding is 0 in both. A token whose logits are not finite is 0 in D and, unless it
+    is padding, NaN in C.
     """
     finite = ops.all(ops.isfinite(logits), axis=-1, keepdims=True)
     present = finite if mask is None else ops.logical_and(finite, mask)
-    # The lowest finite number, not -inf: a sequence may be nothing but padding.
+    # Finite, not -inf: all tokens of a sequence may be padding.
     absent = ops.full_like(logits, _LOWEST)
     dispatch = _softmax(ops.where(present, logits, absent), axis=-2)
     dispatch = ops.where(present, dispatch, ops.zeros_like(dispatch))
@@ -254,14 +253,14 @@ _LOWEST = -3.0e38
 
 
 def _softmax(logits: Any, axis: int) -> Any:
-    """Softmax over an axis that may have any size: Keras warns of 1, and of 0 fails."""
+    """Softmax over an axis of any size; Keras warns for size 1 and fails for 0."""
     peak = ops.max(logits, axis=axis, keepdims=True, initial=_LOWEST)
     shares = ops.exp(logits - ops.stop_gradient(peak))
     return shares / ops.sum(shares, axis=axis, keepdims=True)
 
 
-def _of_length_1(vectors: Any, axis: int) -> Any:
-    """Scale to length 1 what is longer than 1e-6; so zeros have a gradient."""
+def _l2_normalize(vectors: Any, axis: int) -> Any:
+    """L2-normalize vectors; the floor of 1e-6 gives zeros a finite gradient."""
     squared = ops.sum(ops.square(vectors), axis=axis, keepdims=True)
     return vectors * ops.rsqrt(ops.maximum(squared, 1e-12))
 
@@ -270,6 +269,6 @@ def _check_rank(shape: tuple[int | None, ...]) -> None:
     if len(shape) < 3:
         raise ValueError(
             "SoftMoE expects inputs of rank >= 3, (..., tokens, features): it mixes "
-            "the tokens of a sequence, and must not mix the examples of a batch. "
+            "the tokens of a sequence, not the examples of a batch. "
             f"Received an input of shape {tuple(shape)}"
         )

@@ -1,14 +1,14 @@
-"""Shared and task-specific embeddings, kept apart in the backward pass.
+"""Shared and task-specific embeddings, separated in the backward pass.
 
 Axis letters: n rows, d input features, e experts, m experts of one task, s shared
 experts, t tasks, u output units.
 
 The experts of task k read its own embeddings x_k, the shared experts the shared ones
-x_s. All forward, task-wise backward (Su et al. 2024): the gate of task k weighs the
-experts of all tasks, and what comes from other tasks has its gradient stopped, SG:
+x_s. All forward, task-wise backward (Su et al. 2024): the gate of task k mixes the
+experts of all tasks, with the gradient of other tasks' experts stopped, SG:
 y_k = sum over own and shared experts of g_ki f_i + sum over others of g_ki SG(f_i),
 g_k = softmax(W_k (x_k + x_s)).
-So a task's embeddings and experts learn from that task alone, yet all can be read.
+A task's embeddings and experts are trained by that task only, but used by all.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ class STEM(GatedMixture):
     """Shared and task-specific embeddings with all-forward task-wise-backward gates.
 
     Args:
-        num_shared_experts: int, experts that read the shared embeddings, s.
-        num_task_experts: int, experts that read the embeddings of one task, m.
+        num_shared_experts: int, experts on the shared embeddings, s.
+        num_task_experts: int, experts on the embeddings of one task, m.
         expert_units: int or sequence of ints, the widths of an expert's layers. None
             if `experts` is given.
         tasks: a sequence of task names (the outputs are a dict by name) or a number
             of tasks (the outputs are a list).
-        num_levels: int, number of levels. Below the last one, a gate that reads the
-            shared stream and weighs all experts makes the next shared stream. That
-            stream, too, has no gradient by the experts of tasks, so that no task
-            learns through it from another one; the authors' code lets it pass there.
+        num_levels: int, number of levels. Below the last one, a gate on the shared
+            stream mixes all experts into the next shared stream. Gradients through it
+            to task experts are stopped too, to keep tasks separate; the authors' code
+            does not stop them.
         experts: sequence of layers of `keras_moe.experts`, one a level, each with the
             `t * m + s` experts of its level, those of the first task first and the
-            shared ones last. The default are `MLPExperts`.
-        **kwargs: the further arguments of `MMoE` that describe experts and gates, from
-            `activation` to `seed`; not `top_k` and `dispatch`.
+            shared ones last. Default: `MLPExperts`.
+        **kwargs: expert and gate arguments of `MMoE`, from `activation` to `seed`;
+            not `top_k` and `dispatch`.
 
     Call arguments:
-        inputs: tensor of shape `(..., d)`, the shared embeddings of a row side by
-            side.
-        task_inputs: tensor of shape `(..., t, d)`, the embeddings of each task, looked
-            up in tables of its own. By default every task reads `inputs`; what is left
-            of the paper then is the task-wise backward pass of the experts.
+        inputs: tensor of shape `(..., d)`, the concatenated shared embeddings of a
+            row.
+        task_inputs: tensor of shape `(..., t, d)`, the embeddings of each task, from
+            separate tables. Default: `inputs` for every task, which leaves only the
+            task-wise backward pass of the experts.
         training: bool, whether dropout is active.
 
     Returns:
@@ -58,7 +58,7 @@ class STEM(GatedMixture):
         is a sequence of names, a list if it is a number.
 
     Raises:
-        ValueError: if an argument breaks its rule, or `task_inputs` is not
+        ValueError: if an argument is invalid, or `task_inputs` is not
             `(..., t, d)`.
 
     Example:
@@ -68,7 +68,7 @@ class STEM(GatedMixture):
     >>> outputs["buy"].shape == (2, 16)
     True
 
-    The gates are computed in float32 under any dtype policy and cast back once.
+    Gates are computed in float32 under any dtype policy, then cast once.
 
     References:
         - [Su et al., 2024: STEM: Unleashing the Power of Embeddings for Multi-task
@@ -119,7 +119,7 @@ class STEM(GatedMixture):
             for gate in gates:
                 gate.build((None, features))
             rows = keras.KerasTensor((None, features), self.compute_dtype)
-            features = experts(rows).shape[-1]  # A symbolic call builds any kind.
+            features = experts(rows).shape[-1]  # Builds any kind of layer.
 
     def call(
         self, inputs: Any, task_inputs: Any = None, training: bool | None = None
@@ -146,7 +146,7 @@ class STEM(GatedMixture):
         return found
 
     def _first_streams(self, inputs: Any, task_inputs: Any) -> list[Any]:
-        """Return the streams of the tasks, and the shared one as the last."""
+        """Return the streams of the tasks, with the shared stream last."""
         if task_inputs is None:
             return [inputs] * (self.tasks.count + 1)
         self._check_task_inputs(inputs.shape, task_inputs.shape)
@@ -156,7 +156,7 @@ class STEM(GatedMixture):
     def _extract(
         self, level: int, streams: Sequence[Any], training: bool | None
     ) -> list[Any]:
-        """Return the streams above a level; above the last, those of the tasks."""
+        """Return the streams of the next level; after the last, the task outputs."""
         t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
         outputs = on_streams(self.experts[level], streams, [m] * t + [s], training)
         gates = self._task_gates(level, streams, training)
@@ -169,22 +169,25 @@ class STEM(GatedMixture):
         )
         streams_above = list(ops.unstack(mixtures, axis=-2))
         if level < self.num_levels - 1:
-            gate = self.weigh(self.shared_gates[level](streams[-1]), training)
-            # Else a task would teach the experts of others through the shared stream.
+            logits = self.shared_gates[level](streams[-1])
+            gate = self.gate_probabilities(logits, training)
+            # Otherwise a task would train other tasks' experts via the shared stream.
             of_tasks = ops.stop_gradient(outputs[..., : t * m, :])
-            read = ops.concatenate([of_tasks, outputs[..., t * m :, :]], axis=-2)
-            streams_above.append(ops.squeeze(self.mix(gate, read), axis=-2))
+            mixed = ops.concatenate([of_tasks, outputs[..., t * m :, :]], axis=-2)
+            streams_above.append(ops.squeeze(self.mix(gate, mixed), axis=-2))
         return streams_above
 
     def _task_gates(
         self, level: int, streams: Sequence[Any], training: bool | None
     ) -> Any:
         *own, shared = streams
-        # One sum only where all streams are one tensor, so that one matmul does all.
+        # If all streams are the same tensor, one sum allows one matmul for all gates.
         same = all(stream is shared for stream in own)
-        read = [own[0] + shared] * len(own) if same else [x + shared for x in own]
-        logits = on_streams(self.gates[level], read, [1] * len(read))
-        return self.weigh(logits, training)
+        gate_inputs = (
+            [own[0] + shared] * len(own) if same else [x + shared for x in own]
+        )
+        logits = on_streams(self.gates[level], gate_inputs, [1] * len(gate_inputs))
+        return self.gate_probabilities(logits, training)
 
     def _check_task_inputs(
         self, inputs_shape: Sequence[int | None], shape: Sequence[int | None] | None
@@ -198,7 +201,7 @@ class STEM(GatedMixture):
         )
         if not same:
             raise ValueError(
-                "`task_inputs` must have the shape (..., t, d), here "
+                "`task_inputs` must have the shape (..., t, d), which is "
                 f"{expected}. Received: task_inputs of shape {tuple(shape)}"
             )
 
@@ -222,7 +225,7 @@ class STEM(GatedMixture):
 
 
 def _diagonal_blocks(gates: Any, t: int, m: int) -> Any:
-    """(..., t, t * m) -> (..., t, m): of every task the weights of its own experts."""
+    """(..., t, t * m) -> (..., t, m): each task's weights of its own experts."""
     blocks = [gates[..., k, k * m : (k + 1) * m] for k in range(t)]
     return ops.stack(blocks, axis=-2)
 

@@ -14,17 +14,17 @@ from keras_moe.layers._parts import Adaptable
 
 @keras.saving.register_keras_serializable("keras_moe")
 class Tower(Adaptable):
-    """A task head: an MLP that ends in one unit.
+    """A task head: an MLP with one output unit.
 
     Args:
         units: int or sequence of ints, widths of the hidden layers; `()` for none.
-        activation: activation of the one output unit: None for a logit or a
+        activation: activation of the output unit: None for a logit or a
             regression, "sigmoid" for a probability.
         hidden_activation: activation of the hidden layers.
-        dropout: float in [0, 1), dropped share of every hidden layer's units.
-        kernel_initializer: initializer of the kernels; each layer gets its own draw.
-        bias_initializer: initializer of the biases. For the last unit, a constant
-            near the label's mean (for a logit, its log odds) saves the first steps.
+        dropout: float in [0, 1), fraction of each hidden layer's units to drop.
+        kernel_initializer: initializer of the kernels, drawn independently per layer.
+        bias_initializer: initializer of the output unit's bias. A constant near the
+            mean label (for a logit, its log odds) speeds up the first steps.
         kernel_regularizer: regularizer of the kernels.
         seed: int, the seed of the dropout.
 
@@ -33,11 +33,11 @@ class Tower(Adaptable):
         training: bool, whether dropout is active.
 
     Returns:
-        A tensor of shape `(..., 1)`, in float32 where the dtype policy computes in a
-        shorter type: losses and metrics of a half-precision logit lose digits.
+        A tensor of shape `(..., 1)`, in float32 even under a half-precision dtype
+        policy, for accurate losses and metrics.
 
     Raises:
-        ValueError: if an argument breaks its rule.
+        ValueError: if an argument is invalid.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Models of several tasks, and how their losses are weighed against each other."""
+"""Multi-task models and weighting of their losses."""
 
 from keras_moe.multitask.model import MultiTaskModel
 from keras_moe.multitask.weighting import UncertaintyWeighting

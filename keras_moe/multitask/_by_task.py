@@ -1,9 +1,9 @@
-"""Labels and sample weights by task: the rows that are defined, and the others.
+"""Labels and sample weights by task, and which rows are defined.
 
 Axis letters: n rows, t tasks.
 
-A row with sample weight 0, or outside the mask of a prediction, is undefined for its
-task. Weight 0 alone does not take a label out: 0 times NaN is NaN.
+A row with sample weight 0, or masked in the prediction, is undefined for its task. Its
+label is replaced, since weight 0 alone does not remove a NaN: 0 * NaN is NaN.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from keras_moe import _backend
 
 
 def check_keys(argument: str, value: Any, tasks: Sequence[str]) -> None:
-    """Refuse a dict with a key that is no task; what is no dict passes."""
+    """Raise ValueError if `value` is a dict with a key that is not a task."""
     if not isinstance(value, dict):
         return
     unknown = [key for key in value if key not in tasks]
@@ -33,7 +33,7 @@ def check_keys(argument: str, value: Any, tasks: Sequence[str]) -> None:
 def aligned(
     y: Any, y_pred: dict[str, Any], sample_weight: Any, needed: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return labels, weights and which rows are defined, each by task.
+    """Return labels, weights and masks of defined rows, each by task.
 
     Args:
         y: as in `labels_by_task`.
@@ -41,7 +41,7 @@ def aligned(
         sample_weight: as in `weights_by_task`.
         needed: the tasks that must have labels.
     """
-    weights = as_wide_as_masks(weights_by_task(sample_weight, y_pred), y_pred)
+    weights = broadcast_to_masks(weights_by_task(sample_weight, y_pred), y_pred)
     defined = {task: defined_rows(y_pred[task], weights[task]) for task in weights}
     return labels_by_task(y, y_pred, needed), weights, defined
 
@@ -49,10 +49,10 @@ def aligned(
 def labels_by_task(
     y: Any, y_pred: dict[str, Any], needed: Collection[str]
 ) -> dict[str, Any]:
-    """Return the labels as a dict with an entry for every task, None where missing.
+    """Return a dict of labels with an entry for every task, None if missing.
 
     Args:
-        y: dict of labels by task; or a sequence of them, or one tensor for one task.
+        y: dict of labels by task, sequence of labels, or a tensor if there is one task.
         y_pred: dict of predictions by task.
         needed: the tasks that must have labels.
     """
@@ -80,7 +80,7 @@ def labels_by_task(
 
 
 def weights_by_task(sample_weight: Any, y_pred: dict[str, Any]) -> dict[str, Any]:
-    """Return the weights with an entry for every task, None where all are 1."""
+    """Return a dict of weights with an entry for every task, None if all are 1."""
     tasks = list(y_pred)
     check_keys("sample_weight", sample_weight, tasks)
     if sample_weight is None or isinstance(sample_weight, dict):
@@ -97,24 +97,26 @@ def weights_by_task(sample_weight: Any, y_pred: dict[str, Any]) -> dict[str, Any
     return keras.tree.pack_sequence_as(y_pred, flat)
 
 
-def as_wide_as_masks(weights: dict[str, Any], y_pred: dict[str, Any]) -> dict[str, Any]:
-    """Return weights of the shape of the mask of a prediction, where there are both.
+def broadcast_to_masks(
+    weights: dict[str, Any], y_pred: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the weights, broadcast to the mask of the prediction if there is one.
 
-    Keras multiplies the two, and some backends take nothing but equal shapes.
+    Keras multiplies the two, and some backends require equal shapes.
     """
     masks = {task: _backend.keras_mask(part) for task, part in y_pred.items()}
     return {
         task: weight
         if weight is None or masks[task] is None
-        # A product, as torch cannot write into a broadcast tensor, and Keras does.
-        else _of_rank(ops.convert_to_tensor(weight), len(masks[task].shape))
+        # A product, as Keras writes into it, which torch forbids for a broadcast view.
+        else _with_rank(ops.convert_to_tensor(weight), len(masks[task].shape))
         * ops.ones_like(masks[task], "float32")
         for task, weight in weights.items()
     }
 
 
-def completed(sample_weight: Any, y: Any, outputs: dict[str, Any]) -> Any:
-    """Return a dict of weights with ones for the tasks of `y` that it leaves out.
+def fill_sample_weight(sample_weight: Any, y: Any, outputs: dict[str, Any]) -> Any:
+    """Return the dict of weights, with ones for tasks of `y` that it lacks.
 
     Args:
         sample_weight: the argument of `fit`.
@@ -128,15 +130,16 @@ def completed(sample_weight: Any, y: Any, outputs: dict[str, Any]) -> Any:
     return {
         task: _ones_for(labels, outputs[task].shape)
         if sample_weight.get(task) is None
-        else _flat_if_one_a_row(sample_weight[task], outputs[task].shape)
+        else _squeeze_last_axis(sample_weight[task], outputs[task].shape)
         for task, labels in y.items()
     }
 
 
 def _ones_for(labels: Any, output_shape: Sequence[int | None]) -> np.ndarray:
-    """Return a weight for every value of the loss: all axes but the last.
+    """Return ones for every value of the loss: all axes but the last.
 
-    One weight a row would be the divisor of a mean over all steps of a sequence.
+    With one weight per row, the mean loss of a sequence would be divided by the number
+    of rows instead of the number of steps.
     """
     given = np.shape(labels)
     axes = [
@@ -146,8 +149,8 @@ def _ones_for(labels: Any, output_shape: Sequence[int | None]) -> np.ndarray:
     return np.ones((given[0], *axes[1:]), "float32")
 
 
-def _flat_if_one_a_row(weight: Any, output_shape: Sequence[int | None]) -> Any:
-    """Return (n,) for (n, 1): with another rank every time, TensorFlow forgets it."""
+def _squeeze_last_axis(weight: Any, output_shape: Sequence[int | None]) -> Any:
+    """Return (n,) for (n, 1), as TensorFlow loses the rank if it varies."""
     shape = np.shape(weight)
     if len(output_shape) == 2 and len(shape) == 2 and shape[1] == 1:
         return np.reshape(ops.convert_to_numpy(weight), (-1,))
@@ -155,9 +158,10 @@ def _flat_if_one_a_row(weight: Any, output_shape: Sequence[int | None]) -> Any:
 
 
 def defined_rows(prediction: Any, weight: Any) -> Any:
-    """Return bool, True where a row is defined; None if all are.
+    """Return a bool mask, True for defined rows; None if all are defined.
 
-    The shape is that of `weight`, or of the mask of the prediction, or of both.
+    It has the shape of `weight` or of the mask of the prediction; if both are given,
+    of the two broadcast.
     """
     mask = _backend.keras_mask(prediction)
     if mask is not None:
@@ -168,30 +172,29 @@ def defined_rows(prediction: Any, weight: Any) -> Any:
     if mask is None:
         return counts
     rank = max(len(counts.shape), len(mask.shape))
-    return ops.logical_and(_of_rank(counts, rank), _of_rank(mask, rank))
+    return ops.logical_and(_with_rank(counts, rank), _with_rank(mask, rank))
 
 
-def without_undefined(labels: Any, defined: Any) -> Any:
-    """Return `labels` with numbers for NaN and infinity in rows that are not `defined`.
+def replace_undefined(labels: Any, defined: Any) -> Any:
+    """Return `labels` with NaN and infinity replaced in rows that are not `defined`.
 
-    Any label will do whose loss is finite, since it is multiplied by 0. It is that of
-    the first defined row, for which the loss was made; a loss of the logarithm of the
-    label has none at 0.
+    The replacement only needs a finite loss, which is multiplied by 0. The label of the
+    first defined row is used, as 0 may be invalid, for example in a log loss.
     """
     if labels is None or defined is None:
         return labels
     labels = ops.convert_to_tensor(labels)
     if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(labels.dtype)):
         return labels
-    defined = _of_rank(defined, len(labels.shape))
+    defined = _with_rank(defined, len(labels.shape))
     of_row = ops.any(defined, axis=tuple(range(1, len(labels.shape))))
     filler = ops.take(labels, ops.argmax(ops.cast(of_row, "int32"), axis=0), axis=0)
     filler = ops.where(ops.isfinite(filler), filler, ops.ones_like(filler))
     return ops.where(ops.logical_or(defined, ops.isfinite(labels)), labels, filler)
 
 
-def _of_rank(flags: Any, rank: int) -> Any:
-    """Add axes at the end, or take away those of size 1."""
+def _with_rank(flags: Any, rank: int) -> Any:
+    """Add or remove trailing axes of size 1 to get `rank` axes."""
     while len(flags.shape) < rank:
         flags = ops.expand_dims(flags, -1)
     while len(flags.shape) > rank and flags.shape[-1] == 1:

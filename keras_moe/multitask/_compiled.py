@@ -1,7 +1,7 @@
-"""What `compile` has made of losses and metrics, task by task.
+"""Per-task losses and metrics from the objects that Keras' `compile` creates.
 
-Keras hands out the sum of its losses alone, and updates all metrics with one set of
-labels. What is read of its compiled objects for more than that is read in this file.
+Keras returns only the sum of its losses, and updates all metrics with the same labels.
+All use of private attributes of Keras' compiled objects is in this file.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import keras
 
 
 class TaskLosses:
-    """The loss of each task, by the same rules as in Keras' `compile`.
+    """The loss of each task, with the semantics of Keras' `compile`.
 
     Args:
         tasks: the names of all tasks.
     """
 
     def __init__(self, tasks: list[str]) -> None:
-        # Made with the model, so that they belong to its distribution strategy.
+        # Created with the model, to be in the scope of its distribution strategy.
         self._trackers = {
             task: keras.metrics.Mean(name=f"{task}_loss") for task in tasks
         }
@@ -28,21 +28,21 @@ class TaskLosses:
     def compile(
         self, compiled: Any, loss: Any, output_names: Any, with_loss: list[str]
     ) -> None:
-        """Take over the argument `loss` of the model's `compile`.
+        """Set the losses to the argument `loss` of the model's `compile`.
 
         Args:
-            compiled: what Keras has made of it, unbuilt.
-            loss: the argument.
-            output_names: those of the model.
+            compiled: Keras' unbuilt compiled loss.
+            loss: the argument of `compile`.
+            output_names: output names of the model.
             with_loss: the tasks that have a loss.
         """
-        # One of its own: that of the model would show a second loss for every task.
+        # A separate object: the model's own would report each task loss twice.
         self._compiled = type(compiled)(loss, None, output_names=output_names)
         self._with_loss = with_loss
 
     @property
     def trackers(self) -> list[keras.metrics.Mean]:
-        """The mean loss of every task that has one."""
+        """The mean-loss metric of every task that has a loss."""
         return [self._trackers[task] for task in self._with_loss]
 
     def __call__(
@@ -52,7 +52,7 @@ class TaskLosses:
         weights: dict[str, Any],
         replicas: int,
     ) -> dict[str, Any]:
-        """Return the losses by task, as they would be on a single device."""
+        """Return the losses by task, without division by the number of replicas."""
         if not self._compiled.built:
             self._compiled.build(y, y_pred)
         found: dict[str, Any] = {}
@@ -75,7 +75,7 @@ def update_metrics(
     y_pred: dict[str, Any],
     weights: dict[str, Any],
 ) -> None:
-    """Update metrics with the labels `y`, and weighted ones with `y_defined`."""
+    """Update metrics with labels `y`, and weighted metrics with `y_defined`."""
     if not compiled.built:
         compiled.build(y, y_pred)
     kinds = (
@@ -84,7 +84,7 @@ def update_metrics(
     )
     for metrics, labels, weight in kinds:
         order = compiled._resolved_output_names or list(y_pred)
-        # Not strictly: Keras 3.12 has an empty list where there are no metrics.
+        # Not strict: Keras 3.12 has an empty list if there are no metrics.
         for metric, task in zip(metrics, order, strict=False):
             if metric:
                 metric.update_state(

@@ -16,41 +16,41 @@ from keras_moe.multitask._compiled import TaskLosses, update_metrics
 
 @keras.saving.register_keras_serializable("keras_moe")
 class MultiTaskModel(keras.Model):
-    """A functional Keras model whose outputs are tasks.
+    """A functional Keras model with one output per task.
 
-    Compile, fit, evaluate, predict, save and export it as any Keras model: losses and
-    metrics are dicts by task name. An output without a loss is only predicted, and
-    needs no labels: leave it out of `loss`, or give it None there.
+    Compile, fit, evaluate, predict, save and export it like any Keras model; losses
+    and metrics are dicts by task name. An output whose loss is missing or None in
+    `loss` is only predicted and needs no labels.
 
-    A task that is not defined on some rows (a rating exists only where the movie was
-    watched) is masked by sample weights: 0 for such a row, whose label may then be NaN
-    or infinite. For the row to add exactly nothing, give the loss
-    `reduction="mean_with_sample_weight"`, which divides by the sum of the weights, and
-    list the task's metrics under `weighted_metrics`: those under `metrics` count every
-    row with the label it has, as Keras has it, so that a NaN there gives NaN. Tasks
-    missing in a dict of sample weights have weights of 1.
+    If a task is not defined on some rows (a rating exists only for watched movies),
+    give these rows a sample weight of 0; their labels may be NaN or infinite. To
+    exclude them exactly, use a loss with `reduction="mean_with_sample_weight"`, which
+    divides by the sum of the weights, and list the task's metrics under
+    `weighted_metrics`: those under `metrics` count every row, as in Keras, and a NaN
+    label makes them NaN. Tasks missing in a dict of sample weights have weights of 1.
 
-    `keras.models.clone_model` makes a plain functional model of it, without
+    `keras.models.clone_model` returns a plain functional model without
     `loss_weighting`; `MultiTaskModel.from_config(model.get_config())` keeps both.
 
     Args:
-        inputs: the input tensors, in any structure that `keras.Model` takes.
+        inputs: the input tensors, in any structure that `keras.Model` accepts.
         outputs: dict of output tensors by task name.
         loss_weighting: None for the sum of the losses (times `loss_weights` of
-            `compile`), or a layer that turns the task losses, shape `(t,)` in the
-            order of `outputs`, into the total, such as
+            `compile`), or a layer that maps the task losses, shape `(t,)` in the order
+            of `outputs`, to the total loss, such as
             `keras_moe.multitask.UncertaintyWeighting()`. If its call has an argument
-            `mask`, it is told which tasks have a loss and a defined row in the batch;
-            the loss of the others is 0. The total, `loss` and `val_loss` in the logs,
-            then is not comparable between epochs and may be negative: judge a model by
-            the loss or metric of a task, such as `val_click_loss`.
+            `mask`, that is True for tasks with a loss and a defined row in the batch;
+            the loss of other tasks is 0. With learned weights the total (`loss` and
+            `val_loss` in the logs) is not comparable between epochs and may be
+            negative: evaluate models by the loss or metric of a task, such as
+            `val_click_loss`.
         **kwargs: passed on to `keras.Model`.
 
     Raises:
-        ValueError: if `outputs` is not a dict by valid task names, if
+        ValueError: if `outputs` is not a dict by valid task names, or
             `loss_weighting` is not a layer; in `compile`, if a dict has a key that is
-            no task, or if there are `loss_weights` or no loss at all beside a
-            `loss_weighting`; in training, if labels or weights do not fit the tasks.
+            not a task, or if `loss_weighting` is combined with `loss_weights` or with
+            no loss; in training, if labels or weights do not match the tasks.
 
     Example:
 
@@ -93,8 +93,8 @@ class MultiTaskModel(keras.Model):
             loss_weighting, keras.layers.Layer
         ):
             raise ValueError(
-                "`loss_weighting` must be None or a layer that turns the task losses "
-                f"into the total. Received: {loss_weighting!r}"
+                "`loss_weighting` must be None or a layer that maps the task losses "
+                f"to the total loss. Received: {loss_weighting!r}"
             )
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self.tasks = tasks
@@ -105,7 +105,7 @@ class MultiTaskModel(keras.Model):
         if loss_weighting is not None:
             if not loss_weighting.built:
                 loss_weighting.build((tasks.count,))
-            # Keras 3.12 tracks no layer that a functional model is given later.
+            # Keras 3.12 does not track layers added to a functional model later.
             if all(layer is not loss_weighting for layer in self.layers):
                 self._layers.append(loss_weighting)
             self._task_losses = TaskLosses(self.task_names)
@@ -117,7 +117,7 @@ class MultiTaskModel(keras.Model):
 
     @property
     def metrics(self) -> list[Any]:
-        """The metrics that Keras shows, and the loss of every task."""
+        """The metrics of Keras, and the loss of every task."""
         if self.loss_weighting is None or not self.compiled:
             return super().metrics
         return [*super().metrics, *self._task_losses.trackers]
@@ -138,17 +138,17 @@ class MultiTaskModel(keras.Model):
             _by_task.check_keys(argument, given.get(argument), self.task_names)
         if self.loss_weighting is not None and loss_weights is not None:
             raise ValueError(
-                "`loss_weights` must be None with a `loss_weighting`, which learns "
-                f"them. Received: loss_weights={loss_weights!r}"
+                "`loss_weights` must be None with a `loss_weighting`. "
+                f"Received: loss_weights={loss_weights!r}"
             )
         super().compile(optimizer, loss, loss_weights, *args, **kwargs)
-        # By Keras' rules for `loss`: None, a dict, or the losses of all outputs.
-        self._with_loss = _with_entry(loss, self.task_names)
+        # As in Keras, `loss` is None, a dict, or the losses of all outputs.
+        self._with_loss = _tasks_with_value(loss, self.task_names)
         if self.loss_weighting is not None:
             if not self._with_loss:
                 raise ValueError(
-                    "`loss` must give at least one task a loss with a "
-                    f"`loss_weighting`. Received: loss={loss!r}"
+                    "`loss` must give at least one task a loss if `loss_weighting` is "
+                    f"set. Received: loss={loss!r}"
                 )
             self._task_losses.compile(
                 self._compile_loss, loss, self.output_names, self._with_loss
@@ -156,49 +156,49 @@ class MultiTaskModel(keras.Model):
         self._with_metrics = {
             task
             for argument in ("metrics", "weighted_metrics")
-            for task in _with_entry(given.get(argument), self.task_names)
+            for task in _tasks_with_value(given.get(argument), self.task_names)
         }
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        # Keras skips this step for a model with a `compile` of its own.
+        # Keras skips this step for models that override `compile`.
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
-        return super().fit(**self._with_all_weights(super().fit, args, kwargs))
+        return super().fit(**self._fill_sample_weight(super().fit, args, kwargs))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         return super().evaluate(
-            **self._with_all_weights(super().evaluate, args, kwargs)
+            **self._fill_sample_weight(super().evaluate, args, kwargs)
         )
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         return super().train_on_batch(
-            **self._with_all_weights(super().train_on_batch, args, kwargs)
+            **self._fill_sample_weight(super().train_on_batch, args, kwargs)
         )
 
     def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         return super().test_on_batch(
-            **self._with_all_weights(super().test_on_batch, args, kwargs)
+            **self._fill_sample_weight(super().test_on_batch, args, kwargs)
         )
 
-    def _with_all_weights(
+    def _fill_sample_weight(
         self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Return the arguments by name, with weights of 1 where a dict leaves them out.
+        """Return the arguments by name, with missing sample weights set to 1.
 
-        Keras wants a weight for every label before `compute_loss` sees any.
+        Keras requires a weight for every label before it calls `compute_loss`.
         """
         arguments = dict(inspect.signature(method).bind(*args, **kwargs).arguments)
         arguments |= arguments.pop("kwargs", {})
         if arguments.get("sample_weight") is not None:
-            arguments["sample_weight"] = _by_task.completed(
+            arguments["sample_weight"] = _by_task.fill_sample_weight(
                 arguments["sample_weight"], arguments.get("y"), self.output
             )
         held_out = arguments.get("validation_data")
         if isinstance(held_out, list | tuple) and len(held_out) == 3:
             x, y, weight = held_out
-            weight = _by_task.completed(weight, y, self.output)
+            weight = _by_task.fill_sample_weight(weight, y, self.output)
             arguments["validation_data"] = x, y, weight
         return arguments
 
@@ -212,14 +212,14 @@ class MultiTaskModel(keras.Model):
     ) -> Any:
         if self._compile_loss is None:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
-        # Before anything waits for other replicas, whose calls clear these.
+        # Before any sync with other replicas, whose calls clear these losses.
         further = [self._aggregate_additional_loss(loss) for loss in self.losses]
         y, weights, defined = _by_task.aligned(
             y, y_pred, sample_weight, self._with_loss
         )
         y = {
-            # Keras wants a label for each output, of whatever value without a loss.
-            task: _by_task.without_undefined(label, defined[task])
+            # Keras requires a label for each output, even without a loss.
+            task: _by_task.replace_undefined(label, defined[task])
             if task in self._with_loss
             else y_pred[task]
             for task, label in y.items()
@@ -239,17 +239,16 @@ class MultiTaskModel(keras.Model):
         weights: dict[str, Any],
         defined: dict[str, Any],
     ) -> Any:
-        """Return the weighed loss of a replica's batch, scaled as Keras scales it.
+        """Return the weighted loss of a replica's batch, scaled as in Keras.
 
-        Keras' losses are divided by the number of replicas, since the optimizer adds
-        up their gradients. A weighting is given the losses as they are without, and
-        its total is divided.
+        Keras divides losses by the number of replicas, since the optimizer sums their
+        gradients. The weighting gets undivided losses, and its total is divided.
         """
         replicas = _backend.num_replicas()
         found = self._task_losses(y, y_pred, weights, replicas)
-        nothing = ops.zeros_like(found[self._with_loss[0]])
-        # Not in the order of `y_pred`, which JAX and torch sort by name.
-        task_losses = [found.get(task, nothing) for task in self.task_names]
+        zero = ops.zeros_like(found[self._with_loss[0]])
+        # `y_pred` may be in another order: JAX and torch sort it by name.
+        task_losses = [found.get(task, zero) for task in self.task_names]
         weighting: Any = self.loss_weighting
         arguments = {}
         if self._weighting_takes_mask:
@@ -265,7 +264,7 @@ class MultiTaskModel(keras.Model):
                 y, y_pred, sample_weight, self._with_metrics
             )
             known = {
-                task: _by_task.without_undefined(label, defined[task])
+                task: _by_task.replace_undefined(label, defined[task])
                 for task, label in y.items()
             }
             update_metrics(self._compile_metrics, y, known, y_pred, weights)
@@ -294,12 +293,12 @@ class MultiTaskModel(keras.Model):
         )
 
 
-def _with_entry(value: Any, tasks: list[str]) -> list[str]:
-    """Return the tasks to which an argument of `compile` gives something."""
+def _tasks_with_value(value: Any, tasks: list[str]) -> list[str]:
+    """Return the tasks that have a value in an argument of `compile`."""
     if value is None:
         return []
     if isinstance(value, list | tuple) and len(value) == len(tasks) > 1:
-        # One for each output, in the order of Keras.
+        # One for each output, in Keras' order.
         value = keras.tree.pack_sequence_as(dict.fromkeys(tasks), list(value))
     if isinstance(value, dict):
         return [task for task in tasks if value.get(task) is not None]
@@ -307,7 +306,7 @@ def _with_entry(value: Any, tasks: list[str]) -> list[str]:
 
 
 def _tasks_defined(defined: dict[str, Any], with_loss: list[str]) -> Any:
-    """Return (t,) bool: the tasks that have a loss and a defined row; None if all."""
+    """Return a (t,) bool mask of tasks with a loss and a defined row; None if all."""
     if len(with_loss) == len(defined) and all(d is None for d in defined.values()):
         return None
     rows_of = [
@@ -316,5 +315,5 @@ def _tasks_defined(defined: dict[str, Any], with_loss: list[str]) -> Any:
         else ops.cast(ops.any(rows), "float32")
         for task, rows in defined.items()
     ]
-    # A task that is defined on one replica is defined in the batch of all.
+    # A task defined on one replica is defined in the global batch.
     return _backend.sum_over_replicas(ops.stack(rows_of)) > 0

@@ -1,4 +1,4 @@
-"""How the losses of several tasks become one: learned weights.
+"""Learned weights for the total of several task losses.
 
 Axis letters: t tasks.
 """
@@ -16,22 +16,22 @@ from keras_moe._layer import Layer
 
 @keras.saving.register_keras_serializable("keras_moe")
 class UncertaintyWeighting(Layer):
-    """Weighs every task's loss by a learned noise variance.
+    """Weights each task's loss by a learned noise variance.
 
     total = 1/2 sum_t (exp(-s_t) loss_t + s_t), with s_t = log sigma_t^2 learned from 0.
-    A task whose loss stays high gets a large variance and so a small weight. Kendall
-    et al. give classification losses twice the weight of regression losses
-    (equations 7 and 10); here all have one formula, whose optimum is
-    sigma_t^2 = loss_t.
+    A task with a large loss gets a large variance and hence a small weight. Kendall et
+    al. give classification losses twice the weight of regression losses (equations 7
+    and 10); here all losses use one formula, with the optimum sigma_t^2 = loss_t.
 
-    The total is negative where losses are well below 1, and it falls when only the s_t
-    do. It says nothing about the quality of a model: stop training and choose models
-    by the loss or metric of a task (`val_click_loss`), not by `loss` or `val_loss`.
+    The total is negative if losses are well below 1, and it can fall while the task
+    losses do not. It does not measure model quality: use the loss or metric of a task
+    (`val_click_loss`) for early stopping and model selection, not `loss` or
+    `val_loss`.
 
     Call arguments:
         task_losses: tensor of shape `(t,)`.
         mask: bool tensor of shape `(t,)`, False for a task that is not defined on any
-            row of the batch: it adds nothing, and its s_t gets no gradient.
+            row of the batch: its term is 0, and its s_t gets no gradient.
 
     Returns:
         The total loss, a scalar.
@@ -56,7 +56,7 @@ class UncertaintyWeighting(Layer):
     least_rank = 1
 
     def __init__(self, **kwargs: Any) -> None:
-        # A total in half precision would round the losses of a mixed policy.
+        # Autocast would round the losses to half precision under a mixed policy.
         super().__init__(autocast=False, **kwargs)
         self.supports_masking = True
 
@@ -73,7 +73,7 @@ class UncertaintyWeighting(Layer):
         task_losses = ops.cast(task_losses, s.dtype)
         _checks.axes(task_losses=(task_losses, "t"), mask=(mask, "t?"))
         if mask is not None:
-            # Before the product, whose gradient a NaN would reach.
+            # Before the product, to keep NaN out of the gradient.
             task_losses = ops.where(mask, task_losses, ops.zeros_like(s))
         terms = ops.exp(-s) * task_losses + s
         if mask is not None:
@@ -81,7 +81,7 @@ class UncertaintyWeighting(Layer):
         return 0.5 * ops.sum(terms)
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> None:
-        """A total is of all tasks: there is no mask to pass on."""
+        """Return None: the total covers all tasks."""
         return None
 
     def compute_output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -269,7 +269,7 @@ def test_gate_dropout_renormalises():
     layer(x)
     layer.experts[0].kernels[0].assign(np.zeros((3, 3, 1)))
     layer.experts[0].biases[0].assign(np.ones((3, 1)))
-    assert (array(layer.weigh(layer.gates[0](x), True)) == 0).any()
+    assert (array(layer.gate_probabilities(layer.gates[0](x), True)) == 0).any()
     for output in layer(x, training=True):
         np.testing.assert_allclose(array(output), 2.0, rtol=1e-5)
 
@@ -303,17 +303,17 @@ def test_a_row_of_nan_stays_in_its_row():
         ({"num_task_experts": 0}, r"`num_task_experts` must be an integer >= 1.*0"),
         ({"num_shared_experts": -1}, r"`num_shared_experts` must be .*>= 0.*-1"),
         ({"expert_units": None}, "`expert_units` must be given.*or `experts`"),
-        ({"tasks": ["a", "a"]}, "must differ. Received 'a' more than once"),
+        ({"tasks": ["a", "a"]}, "must be unique. Received 'a' more than once"),
         ({"tasks": ["a:0"]}, "Received: 'a:0'"),
         ({"residual": "no"}, "`residual` must be True or False.*'no'"),
         ({"gate_use_bias": 1}, "`gate_use_bias` must be True or False.*=1"),
         (
             {"experts": [MLPExperts(2, 4)], "expert_units": None},
-            "`experts` must be one layer.*level.*num_levels=2",
+            "`experts` must hold a separate layer.*level.*num_levels=2",
         ),
         (
             {"experts": [MLPExperts(2, 4)] * 2, "expert_units": None},
-            "`experts` must be one layer of its own for each level",
+            "`experts` must hold a separate layer for each level",
         ),
         (
             {"experts": [MLPExperts(2, 4), MLPExperts(3, 4)], "expert_units": None},

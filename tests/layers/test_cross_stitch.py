@@ -189,7 +189,7 @@ def test_a_row_of_nan_stays_in_its_row():
         ({"units": ()}, "`units` must name at least one layer"),
         ({"units": (4, 0)}, r"`units\[1\]` must be .*0"),
         ({"tasks": 0}, "`tasks` must be an integer >= 1"),
-        ({"tasks": ["a", "a"]}, "must differ. Received 'a' more than once"),
+        ({"tasks": ["a", "a"]}, "must be unique. Received 'a' more than once"),
         ({"self_weight": 1.1}, r"`self_weight` must be in \[0, 1\].*1\.1"),
         ({"self_weight": -0.1}, r"`self_weight` must be in \[0, 1\].*-0\.1"),
         ({"self_weight": float("nan")}, "`self_weight` must be a finite number.*nan"),

@@ -278,7 +278,10 @@ def test_gate_dropout_renormalises():
     layer = PLE(2, 2, 2, 1, 2, activation="linear", gate_dropout=0.6, seed=0)
     x = rows(40, 3).astype("float32")
     layer(x)
-    assert len(np.unique(array(layer.weigh(layer.gates[0](x), True)) > 0)) == 2
+    assert (
+        len(np.unique(array(layer.gate_probabilities(layer.gates[0](x), True)) > 0))
+        == 2
+    )
     for experts in layer.experts:
         experts.kernels[0].assign(np.zeros(experts.kernels[0].shape))
         experts.biases[0].assign(np.ones(experts.biases[0].shape))
@@ -367,7 +370,7 @@ def test_few_large_matmuls_however_many_tasks(tasks):
         ({"expert_units": (4, 0)}, r"`expert_units\[1\]` must be .*0"),
         ({"expert_units": None}, "`expert_units` must be given.*or `experts`"),
         ({"tasks": 0}, "`tasks` must be an integer >= 1"),
-        ({"tasks": ["a", "b", "a"]}, "must differ. Received 'a' more than once"),
+        ({"tasks": ["a", "b", "a"]}, "must be unique. Received 'a' more than once"),
         ({"tasks": ["a", "b c"]}, "Received: 'b c'"),
         ({"tasks": ["1a"]}, "must start with a letter"),
         ({"gate_temperature": -1}, "`gate_temperature` must be a finite number > 0"),
@@ -403,10 +406,10 @@ class _NoSlots(keras.layers.Layer):
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
-        (MLPExperts(3, 4), "`experts` must be one layer.*each level.*num_levels=2"),
-        ([MLPExperts(3, 4)], "`experts` must be one layer.*each level.*num_levels=2"),
-        ([MLPExperts(3, 4) for _ in range(3)], "`experts` must be one layer.*level"),
-        ([_SAME, _SAME], "`experts` must be one layer of its own for each level"),
+        (MLPExperts(3, 4), "`experts` must hold a separate.*each level.*num_levels=2"),
+        ([MLPExperts(3, 4)], "`experts` must hold a sep.*each level.*num_levels=2"),
+        ([MLPExperts(3, 4) for _ in range(3)], "`experts` must hold a sep.*level"),
+        ([_SAME, _SAME], "`experts` must hold a separate layer for each level"),
         ([MLPExperts(3, 4), MLPExperts(2, 4)], r"`experts\[1\]` must hold 3.*=2"),
         ([_NoSlots(), _NoSlots()], r"`experts\[0\]` must be a layer of keras_moe"),
         ([keras.layers.Dense(4), "mlp"], r"`experts\[0\]` must be a layer of"),

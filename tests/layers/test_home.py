@@ -373,7 +373,7 @@ def test_gate_dropout_renormalises():
     for experts in layer.experts:
         experts.kernels[0].assign(np.zeros(experts.kernels[0].shape))
         experts.biases[0].assign(np.ones(experts.biases[0].shape))
-    assert (array(layer.weigh(layer.group_gates(x), True)) == 0).any()
+    assert (array(layer.gate_probabilities(layer.group_gates(x), True)) == 0).any()
     for output in layer(x, training=True):
         np.testing.assert_allclose(array(output), 1.0, rtol=1e-5)
 
@@ -407,22 +407,28 @@ def test_a_row_of_nan_stays_in_its_row_in_inference():
         ({"num_task_experts": 0}, r"`num_task_experts` must be an integer >= 1.*0"),
         ({"expert_units": ()}, "`expert_units` must name at least one layer"),
         ({"expert_units": None}, "`expert_units` must be given"),
-        ({"tasks": ["a", "a"]}, "must differ. Received 'a' more than once"),
+        ({"tasks": ["a", "a"]}, "must be unique. Received 'a' more than once"),
         ({"tasks": ["a b"]}, "Received: 'a b'"),
         ({"feature_gate_rank": -1}, r"`feature_gate_rank` must be .*>= 0.*-1"),
         ({"experts": MLPExperts(3, 4)}, "`experts` must be None.*MLPExperts"),
-        ({"groups": [["a"]]}, r"`groups` must .* every task once.*\[\['a'\]\].*'b'"),
-        ({"groups": [["a", "b"], ["b"]]}, "`groups` must .* every task once"),
-        ({"groups": [["a", "a"]]}, "`groups` must .* every task once"),
-        ({"groups": [["a"], ["c"]]}, "`groups` must .* every task once.*'c'"),
-        ({"groups": [["a", "b"], []]}, "`groups` must .* every task once"),
-        ({"groups": [[0], [1]]}, "`groups` must .* every task once"),
-        ({"groups": ["ab"]}, "`groups` must .* every task once.*'ab'"),
+        (
+            {"groups": [["a"]]},
+            r"`groups` must .* every task exactly once.*\[\['a'\]\].*'b'",
+        ),
+        ({"groups": [["a", "b"], ["b"]]}, "`groups` must .* every task exactly once"),
+        ({"groups": [["a", "a"]]}, "`groups` must .* every task exactly once"),
+        ({"groups": [["a"], ["c"]]}, "`groups` must .* every task exactly once.*'c'"),
+        ({"groups": [["a", "b"], []]}, "`groups` must .* every task exactly once"),
+        ({"groups": [[0], [1]]}, "`groups` must .* every task exactly once"),
+        ({"groups": ["ab"]}, "`groups` must .* every task exactly once.*'ab'"),
         ({"self_gate": None}, "`self_gate` must be True or False.*None"),
         ({"expert_normalization": 0}, "`expert_normalization` must be True or.*=0"),
-        ({"groups": 2}, "`groups` must .* every task once.*groups=2"),
-        ({"tasks": 2, "groups": [[1], [2]]}, "`groups` must .* every task once"),
-        ({"tasks": 2, "groups": [0, 1]}, "`groups` must .* every task once"),
+        ({"groups": 2}, "`groups` must .* every task exactly once.*groups=2"),
+        (
+            {"tasks": 2, "groups": [[1], [2]]},
+            "`groups` must .* every task exactly once",
+        ),
+        ({"tasks": 2, "groups": [0, 1]}, "`groups` must .* every task exactly once"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -349,7 +349,7 @@ def _built(layer, rows=3):
         ({"tasks": 0}, "`tasks` must be an integer >= 1"),
         ({"tasks": []}, "`tasks` must name at least one task"),
         ({"tasks": "click"}, "`tasks` must be a number of tasks or a sequence"),
-        ({"tasks": ["a", "a"]}, "must differ. Received 'a' more than once"),
+        ({"tasks": ["a", "a"]}, "must be unique. Received 'a' more than once"),
         ({"tasks": ["a b"]}, "Received: 'a b'"),
         ({"tasks": ["a/b"]}, "Received: 'a/b'"),
         ({"tasks": ["_a"]}, "must start with a letter"),
@@ -800,7 +800,7 @@ def test_what_xla_compiled_once_serves_every_routing():
     call, dense = _compiled(layer, True, None), _compiled(layer, False, None)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(100, E))
-    assert layer._dispatch_now() == "split"
+    assert layer._resolve_dispatch() == "split"
     for batch in (x, x + 5.0, np.ones_like(x), 0.0 * x, np.full_like(x, np.nan)):
         found = call(tf.constant(batch))
         if np.isfinite(batch).all():

@@ -273,7 +273,7 @@ def test_gate_dropout_renormalises():
     layer(x)
     layer.experts[0].kernels[0].assign(np.zeros((3, 3, 1)))
     layer.experts[0].biases[0].assign(np.ones((3, 1)))
-    assert (array(layer.weigh(layer.gates[0](x), True)) == 0).any()
+    assert (array(layer.gate_probabilities(layer.gates[0](x), True)) == 0).any()
     for output in layer(x, training=True):
         np.testing.assert_allclose(array(output), 1.0, rtol=1e-5)
 
@@ -307,11 +307,11 @@ def test_a_row_of_nan_stays_in_its_row():
         ({"num_task_experts": 0}, r"`num_task_experts` must be an integer >= 1.*0"),
         ({"num_levels": 0}, r"`num_levels` must be an integer >= 1.*0"),
         ({"expert_units": None}, "`expert_units` must be given.*or `experts`"),
-        ({"tasks": ["a", "a"]}, "must differ. Received 'a' more than once"),
+        ({"tasks": ["a", "a"]}, "must be unique. Received 'a' more than once"),
         ({"tasks": ["a b"]}, "Received: 'a b'"),
         (
             {"experts": [MLPExperts(3, 4)] * 2, "expert_units": None},
-            "`experts` must be one layer of its own for each level.*num_levels=1",
+            "`experts` must hold a separate layer for each level.*num_levels=1",
         ),
         (
             {"experts": MLPExperts(2, 4), "expert_units": None},
