@@ -21,9 +21,11 @@ class Layer(keras.layers.Layer):
 
     Class attributes:
         least_rank: the minimum rank of the first input.
+        rank_reason: why, for the message of a wrong rank.
     """
 
     least_rank: ClassVar[int] = 2
+    rank_reason: ClassVar[str] = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer; raise ValueError for an unsupported input."""
@@ -49,7 +51,8 @@ class Layer(keras.layers.Layer):
         if len(shape) < self.least_rank:
             raise ValueError(
                 f"{type(self).__name__} expects `{name}` of rank >= {self.least_rank}, "
-                f"{_axes(self.least_rank)}. Received: {name} of shape {tuple(shape)}"
+                f"{_axes(self.least_rank)}{self.rank_reason}. "
+                f"Received: {name} of shape {tuple(shape)}"
             )
 
 

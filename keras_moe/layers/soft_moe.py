@@ -89,6 +89,7 @@ class SoftMoE(Layer):
     """
 
     least_rank = 3
+    rank_reason = ": it mixes the tokens of a sequence, not the examples of a batch"
 
     def __init__(
         self,
@@ -268,7 +269,6 @@ def _l2_normalize(vectors: Any, axis: int) -> Any:
 def _check_rank(shape: tuple[int | None, ...]) -> None:
     if len(shape) < 3:
         raise ValueError(
-            "SoftMoE expects inputs of rank >= 3, (..., tokens, features): it mixes "
-            "the tokens of a sequence, not the examples of a batch. "
-            f"Received an input of shape {tuple(shape)}"
+            "SoftMoE expects inputs of rank >= 3, (..., tokens, features)"
+            f"{SoftMoE.rank_reason}. Received an input of shape {tuple(shape)}"
         )

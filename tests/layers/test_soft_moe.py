@@ -466,11 +466,13 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_examples_of_a_batch_are_no_sequence():
-    reason = r"rank >= 3.*tokens, features.*\(4, 3\)"
+    reason = r"rank >= 3.*tokens, features.*not the examples of a batch.*\(4, 3\)"
     with pytest.raises(ValueError, match=reason):
         SoftMoE(2, 5)(np.ones((4, 3)))
     with pytest.raises(ValueError, match="rank >= 3"):
         SoftMoE(2, 5)(keras.Input((3,)))
+    with pytest.raises(ValueError, match=reason):
+        SoftMoE(2, 5).build((4, 3))
     layer = SoftMoE(2, 5)
     layer(np.ones((2, 4, 3)))
     with pytest.raises(ValueError, match="rank >= 3"):
