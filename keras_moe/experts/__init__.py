@@ -11,6 +11,8 @@ by expert and calls one of the three methods in `_protocol`: `on_pieces`, `on_sl
 `on_rows` (only for stacked kernels).
 """
 
+# `restored_axes` is imported for callers of its old address.
+from keras_moe._backend import restored_axes  # noqa: F401
 from keras_moe.experts._glu import GLUExperts
 from keras_moe.experts._layers import LayerExperts
 from keras_moe.experts._mlp import MLPExperts

@@ -111,8 +111,13 @@ class NoisyTopKRouter(LinearRouter):
         if not training:
             indices = _scoring.top_k(clean, self.top_k)
             record = _scoring.record(clean, indices, mask, "softmax", renormalize=True)
-            chosen = ops.one_hot(indices, self.num_experts, dtype=clean.dtype)
-            return record._replace(choice_probs=ops.sum(chosen, axis=1))
+            weights = ops.ones_like(record.combine_weights)
+            chosen = routing.gates(
+                record._replace(combine_weights=weights),
+                self.num_experts,
+                ops.shape(clean)[0],
+            )
+            return record._replace(choice_probs=chosen)
         scale = ops.softplus(
             ops.matmul(tokens, ops.cast(self.noise_kernel, self._routing_dtype))
         )
