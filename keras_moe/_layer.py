@@ -1,23 +1,33 @@
-"""The base layer: input checks before `keras.layers.Layer.__call__`.
+"""The base layer: input checks, state that is not a weight, and the dtype of gates.
 
-Without them an invalid input fails in an inner layer. These errors name the layer and
-the argument of the user's own call.
+Without the checks an invalid input fails in an inner layer. These errors name the layer
+and the argument of the user's own call.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, ClassVar
 
 import keras
 
+from keras_moe import _backend
+
 # Arguments of `call` that are not inputs.
 _NON_INPUTS = ("self", "mask", "training")
 
 
+class Untracked:
+    """A list of variables that Keras does not find: they do not become weights."""
+
+    def __init__(self, variables: Iterable[Any] = ()) -> None:
+        self.variables = list(variables)
+
+
 class Layer(keras.layers.Layer):
-    """A Keras layer that validates its inputs.
+    """A Keras layer that validates its inputs and can have state beside its weights.
 
     Class attributes:
         least_rank: the minimum rank of the first input.
@@ -26,6 +36,47 @@ class Layer(keras.layers.Layer):
 
     least_rank: ClassVar[int] = 2
     rank_reason: ClassVar[str] = ""
+
+    def add_state(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        initializer: Any = "zeros",
+        dtype: str = "float32",
+        aggregation: str = "none",
+        synchronization: str = "auto",
+    ) -> Any:
+        """Return a variable that calls of the layer change and that is not a weight.
+
+        It is not saved, and no dtype policy casts it. In a training step on JAX a call
+        can only change the `variables` of layers, so it is one of them.
+        """
+        variable = keras.Variable(
+            initializer=initializer,
+            shape=shape,
+            dtype=dtype,
+            trainable=False,
+            autocast=False,
+            aggregation=aggregation,
+            synchronization=synchronization,
+            name=name,
+        )
+        if not hasattr(self, "_state"):
+            self._state = Untracked()
+        self._state.variables.append(variable)
+        return variable
+
+    @property
+    def variables(self) -> list[Any]:
+        """The weights, the states of random generators, and the variables above."""
+        state = getattr(self, "_state", None)
+        return [*super().variables, *(state.variables if state else [])]
+
+    @property
+    def full_precision(self) -> str:
+        """The dtype of gates and router logits: float32 or, if asked for, float64."""
+        return "float64" if self.compute_dtype == "float64" else "float32"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer; raise ValueError for an unsupported input."""
@@ -54,6 +105,14 @@ class Layer(keras.layers.Layer):
                 f"{_axes(self.least_rank)}{self.rank_reason}. "
                 f"Received: {name} of shape {tuple(shape)}"
             )
+
+
+def given_or_attached(mask: Any, inputs: Any) -> Any:
+    """Return `mask`, or the mask that Keras has attached to `inputs`, or None.
+
+    Keras passes an attached mask only to calls with a single tensor argument.
+    """
+    return _backend.keras_mask(inputs) if mask is None else mask
 
 
 def _axes(rank: int) -> str:

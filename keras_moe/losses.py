@@ -190,10 +190,18 @@ def entropy_loss(router_probs: Any, mask: Any = None) -> Any:
     _checks.axes(router_probs=(router_probs, "ne"), mask=(mask, "n?"))
     mask = _bool_mask(mask)
     probs = _masked(router_probs, mask)
+    return _mean(entropy(probs), mask)
+
+
+def entropy(probs: Any) -> Any:
+    """(..., e) -> (...,): the entropy of each distribution, in nats.
+
+    >>> float(keras_moe.losses.entropy(np.array([1.0, 0.0])))
+    0.0
+    """
     # About the smallest normal float32. At p = 0 the entropy is exact, and its
     # gradient, infinite in theory, is large and finite.
-    logs = ops.log(ops.maximum(probs, 1e-37))
-    return _mean(-ops.sum(probs * logs, axis=-1), mask)
+    return -ops.sum(probs * ops.log(ops.maximum(probs, 1e-37)), axis=-1)
 
 
 def auxiliary_losses(routing: Any, weights: Mapping[str, float]) -> dict[str, Any]:

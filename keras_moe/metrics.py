@@ -15,6 +15,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks, losses
+from keras_moe._layer import Layer, Untracked
 from keras_moe.routing import (
     DenseRouting,
     ExpertChoiceRouting,
@@ -43,17 +44,13 @@ class RoutingMetrics(keras.metrics.Metric):
     Padding and tokens with non-finite probabilities are not counted. Without any
     counted token, figures are 0.
 
-    The sums are not among the `variables` of the metric. In training on JAX a layer
-    call can only change the `variables` of layers, so the layer that has the metric
-    must add `sums` to its own:
-
-        @property
-        def variables(self):
-            return [*super().variables, *self.routing_metrics.sums]
-
-    They are then neither weights nor saved. On JAX, `fit` shows 0 during an epoch and
-    the figures at its end, because a step cannot read state that its forward pass has
-    changed; on the other backends the progress bar is updated at every step.
+    In a training step on JAX a call can only change the state of its layer. A metric
+    that a layer updates in its `call` therefore keeps its sums there: pass a layer as
+    `state_of`, which must have the method `add_state` (that of `MoE` and of every layer
+    of this package). The sums are then neither weights nor saved. On JAX, `fit` shows 0
+    during an epoch and the figures at its end, because a step cannot read state that
+    its forward pass has changed; on the other backends the progress bar is updated at
+    every step.
 
     Args:
         num_experts: int, number of experts e.
@@ -61,6 +58,8 @@ class RoutingMetrics(keras.metrics.Metric):
         prefix: str, prefix of the names in the result, which must differ between the
             layers of a model.
         name: str, name of the metric.
+        state_of: a layer of this package that holds the sums, see above. Default: the
+            metric holds them, as any other of Keras.
 
     Call arguments:
         routing: a routing record of `keras_moe.routing`, of any of the three kinds.
@@ -106,6 +105,8 @@ class RoutingMetrics(keras.metrics.Metric):
         show: Sequence[str],
         prefix: str = "moe",
         name: str = "routing",
+        *,
+        state_of: Layer | None = None,
     ) -> None:
         super().__init__(name=name, dtype="float32")
         self.num_experts = _checks.positive_int("num_experts", num_experts)
@@ -113,36 +114,40 @@ class RoutingMetrics(keras.metrics.Metric):
         self.prefix = prefix
         needed = {part for figure in self.show for part in _SUMS_OF[figure]}
         self._sum_names = sorted(needed)
-        self._sums = [self._add_sum(part) for part in self._sum_names]
+        # False while a model is exported: `update_state` then does nothing.
+        self.active = True
+        sums = [self._add_sum(part, state_of) for part in self._sum_names]
+        self._sums = Untracked(sums)
+        if state_of is None:
+            self._own_sums = sums  # Keras finds them here.
 
-    def _add_sum(self, name: str) -> Any:
+    def _add_sum(self, name: str, state_of: Layer | None) -> Any:
+        options: dict[str, Any] = {
+            "name": name,
+            "shape": (self.num_experts,) if name == "load" else (),
+            "initializer": "zeros",
+            "dtype": "float32",
+            "aggregation": "sum",
+            "synchronization": "on_read",
+        }
+        if state_of is not None:
+            return state_of.add_state(**options)
         # Like `add_variable`, but without autocast: a mixed policy would round the sums
         # to half precision in a layer call, where 256 + 1 is 256 in bfloat16.
-        return keras.Variable(
-            initializer="zeros",
-            shape=(self.num_experts,) if name == "load" else (),
-            dtype="float32",
-            trainable=False,
-            autocast=False,
-            aggregation="sum",
-            synchronization="on_read",
-            name=name,
-        )
+        return keras.Variable(trainable=False, autocast=False, **options)
 
     @property
     def sums(self) -> list[Any]:
-        return list(self._sums)
-
-    @property
-    def variables(self) -> list[Any]:
-        return []
+        return list(self._sums.variables)
 
     def update_state(self, routing: Any, kept: Any = None) -> None:
+        if not self.active:
+            return
         routing = checked_record(routing, self.num_experts)
         _check_kept(routing, kept)
         self._check_probs(routing)
         counted = _counted(routing)
-        for name, total in zip(self._sum_names, self._sums, strict=True):
+        for name, total in zip(self._sum_names, self.sums, strict=True):
             batch = _SUMS[name](routing, counted, kept, self.num_experts)
             total.assign(total + ops.cast(batch, "float32"))
 
@@ -155,11 +160,11 @@ class RoutingMetrics(keras.metrics.Metric):
             )
 
     def reset_state(self) -> None:
-        for total in self._sums:
+        for total in self.sums:
             total.assign(ops.zeros(total.shape, dtype="float32"))
 
     def result(self) -> dict[str, Any]:
-        values = [_value(total) for total in self._sums]
+        values = [_value(total) for total in self.sums]
         sums = dict(zip(self._sum_names, values, strict=True))
         figures: dict[str, Any] = {}
         for name in self.show:
@@ -245,7 +250,7 @@ def _tokens(record: Any, counted: Any, kept: Any, num_experts: int) -> Any:
 
 def _entropy(record: Any, counted: Any, kept: Any, num_experts: int) -> Any:
     probs = _rows(record.router_probs, counted)
-    return -ops.sum(probs * ops.log(ops.maximum(probs, 1e-37)))  # 0 log 0 is 0.
+    return ops.sum(losses.entropy(probs))
 
 
 def _confidence(record: Any, counted: Any, kept: Any, num_experts: int) -> Any:

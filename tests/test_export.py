@@ -79,6 +79,42 @@ def test_experts_choose_in_onnx_too(tmp_path):
         _assert_equal(run(_rows(n)), model(_rows(n)))
 
 
+@pytest.mark.parametrize("format", export.FORMATS)
+def test_routing_metrics_are_not_exported(format, tmp_path):
+    model = _sparse(dispatch="capacity", routing_metrics=("load_cv",))
+    model.compile("sgd", "mse")
+    expected = model.evaluate(_rows(64), np.zeros((64, 1)), verbose=0, return_dict=True)
+    assert expected["mixture_load_cv"] > 0
+    path = tmp_path / f"file{export.FORMATS[format]}"
+    export.export_model(model, path, format)
+    _assert_equal(runner(path, format)(_rows(7)), model(_rows(7)))
+    # They are still updated in the model itself.
+    found = model.evaluate(_rows(64), np.zeros((64, 1)), verbose=0, return_dict=True)
+    assert found == expected
+
+
+def _saved_by_export_model(model, path):
+    export.export_model(model, path, "tf_saved_model")
+
+
+def _saved_by_keras(model, path):
+    model.export(path, verbose=False)
+
+
+@pytest.mark.parametrize("save", [_saved_by_export_model, _saved_by_keras])
+def test_a_saved_model_does_not_update_routing_metrics(save, tmp_path):
+    import tensorflow as tf
+
+    model = _sparse(dispatch="capacity", routing_metrics=("load_cv", "expert_load"))
+    save(model, str(tmp_path / "1"))
+    served = tf.saved_model.load(str(tmp_path / "1"))
+    graph = served.signatures["serving_default"].graph
+    functions = graph.as_graph_def().library.function
+    names = {node.op for function in functions for node in function.node_def}
+    assert "MatMul" in names
+    assert not {name for name in names if name.startswith("Assign")}
+
+
 @pytest.mark.parametrize("format", ["onnx", "litert", "openvino"])
 def test_what_a_format_has_no_operation_for_is_refused(format, tmp_path):
     inputs = keras.Input((8,), name="features")

@@ -11,7 +11,7 @@ ROOT = Path(keras_moe.__file__).parent
 LEVELS = {
     "_backend": 0,
     "_checks": 0,
-    "_layer": 0,
+    "_layer": 1,
     "_version": 0,
     "initializers": 1,
     "routing": 1,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_moe._layer import Layer
 from keras_moe.layers import MoE
 from keras_moe.metrics import RoutingMetrics
 from keras_moe.routers import TopKRouter
@@ -201,17 +202,13 @@ def test_bad_arguments_are_named(arguments, message):
 # In a layer
 
 
-class Watched(keras.layers.Layer):
+class Watched(Layer):
     """A router whose tokens are its logits, and its figures."""
 
     def __init__(self, show=ALL, **kwargs):
         super().__init__(**kwargs)
         self.router = TopKRouter(4, 2, kernel_initializer="identity")
-        self.routing_metrics = RoutingMetrics(4, show)
-
-    @property
-    def variables(self):
-        return [*super().variables, *self.routing_metrics.sums]
+        self.routing_metrics = RoutingMetrics(4, show, state_of=self)
 
     def build(self, input_shape):
         self.router.build(input_shape)

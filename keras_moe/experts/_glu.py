@@ -12,12 +12,11 @@ from keras import ops
 
 from keras_moe import _backend, _checks
 from keras_moe.experts._protocol import GroupedMatmul
-from keras_moe.experts._stacked import StackedExperts, activation_function
-from keras_moe.initializers import PerExpert
+from keras_moe.experts._stacked import Stacked
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class GLUExperts(StackedExperts):
+class GLUExperts(Stacked):
     """e gated linear units of one shape: y = (activation(x G) * (x U)) D.
 
     With the activation "silu" this is SwiGLU, with "gelu" GEGLU, with "sigmoid" GLU.
@@ -63,6 +62,8 @@ class GLUExperts(StackedExperts):
           https://arxiv.org/abs/2002.05202)
     """
 
+    num_matmuls = 3
+
     def __init__(
         self,
         num_experts: int,
@@ -70,63 +71,25 @@ class GLUExperts(StackedExperts):
         units: int | None = None,
         activation: Any = "silu",
         use_bias: bool = False,
-        *,
-        dropout: float = 0.0,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        kernel_regularizer: Any = None,
-        bias_regularizer: Any = None,
-        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.supports_masking = True
-        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        super().__init__(num_experts, activation, use_bias, **kwargs)
         self.hidden_units = _checks.positive_int("hidden_units", hidden_units)
         self.units = None if units is None else _checks.positive_int("units", units)
-        self.activation = activation_function("activation", activation)
-        self.use_bias = use_bias
-        self.dropout = _checks.rate("dropout", dropout)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
-        self.seed = seed
-        if self.dropout > 0.0:
-            self.seed_generator = keras.random.SeedGenerator(seed)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         features = _checks.last_dimension(type(self).__name__, input_shape)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
-        units = self.units or features
+        hidden, units = self.hidden_units, self.units or features
         self.gate_kernel, self.gate_bias = self._add_dense(
-            "gate", 0, features, self.hidden_units
+            0, features, hidden, kernel="gate_kernel", bias="gate_bias"
         )
         self.up_kernel, self.up_bias = self._add_dense(
-            "up", 1, features, self.hidden_units
+            1, features, hidden, kernel="up_kernel", bias="up_bias"
         )
         self.down_kernel, self.down_bias = self._add_dense(
-            "down", 2, self.hidden_units, units
+            2, hidden, units, kernel="down_kernel", bias="down_bias"
         )
-
-    def _add_dense(
-        self, name: str, stream: int, inputs: int, outputs: int
-    ) -> tuple[Any, Any]:
-        kernel = self.add_weight(
-            name=f"{name}_kernel",
-            shape=(self.num_experts, inputs, outputs),
-            initializer=PerExpert(self.kernel_initializer, stream=stream),
-            regularizer=self.kernel_regularizer,
-        )
-        if not self.use_bias:
-            return kernel, None
-        bias = self.add_weight(
-            name=f"{name}_bias",
-            shape=(self.num_experts, outputs),
-            initializer=PerExpert(self.bias_initializer, stream=3 + stream),
-            regularizer=self.bias_regularizer,
-        )
-        return kernel, bias
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         leading = ops.shape(inputs)[:-1]
@@ -163,15 +126,6 @@ class GLUExperts(StackedExperts):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "num_experts": self.num_experts,
             "hidden_units": self.hidden_units,
             "units": self.units,
-            "activation": keras.activations.serialize(self.activation),
-            "use_bias": self.use_bias,
-            "dropout": self.dropout,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
-            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
-            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
-            "seed": self.seed,
         }

@@ -13,55 +13,11 @@ from keras import ops
 
 from keras_moe import _backend, _checks
 from keras_moe.experts._protocol import GroupedMatmul, Prologue
-from keras_moe.experts._stacked import StackedExperts, activation_function
-from keras_moe.initializers import PerExpert
+from keras_moe.experts._stacked import Stacked, activation_function
 
 
-@keras.saving.register_keras_serializable("keras_moe")
-class MLPExperts(StackedExperts):
-    """e multi-layer perceptrons of the same shape, with stacked kernels.
-
-    Args:
-        num_experts: int, number of experts e.
-        units: int or sequence of ints, the layer widths of an expert; the last one is
-            the output width u.
-        activation: activation of the hidden layers.
-        use_bias: bool, whether every layer adds a bias.
-        final_activation: activation of the last layer. Linear by default.
-        dropout: float in [0, 1), dropout rate of every hidden layer.
-        kernel_initializer: initializer of one expert's kernel, applied independently
-            to each expert and layer (see `keras_moe.initializers.PerExpert`).
-        bias_initializer: initializer of the biases.
-        kernel_regularizer: regularizer of every stacked kernel.
-        bias_regularizer: regularizer of every stacked bias.
-        seed: int, the seed of the dropout.
-
-    Call arguments:
-        inputs: tensor of shape `(..., d)`; every expert computes every row.
-        training: bool, whether dropout is active.
-
-    Returns:
-        A tensor of shape `(..., e, u)`.
-
-    Attributes:
-        kernels: list of one variable per layer, of shape `(e, in, out)`.
-        biases: list of one variable per layer, of shape `(e, out)`; empty without bias.
-
-    Raises:
-        ValueError: if an argument is invalid, or the last axis of the inputs has no
-            static size.
-
-    Example:
-
-    >>> experts = keras_moe.experts.MLPExperts(num_experts=4, units=(32, 8))
-    >>> outputs = experts(np.ones((2, 16)))
-    >>> outputs.shape == (2, 4, 8), experts.kernels[1].shape == (4, 32, 8)
-    (True, True)
-
-    References:
-        - [Jacobs et al., 1991: Adaptive Mixtures of Local Experts](
-          https://doi.org/10.1162/neco.1991.3.1.79)
-    """
+class StackedMLP(Stacked):
+    """MLPs of one shape with stacked kernels: experts, gates or the towers of tasks."""
 
     def __init__(
         self,
@@ -71,31 +27,14 @@ class MLPExperts(StackedExperts):
         use_bias: bool = True,
         *,
         final_activation: Any = None,
-        dropout: float = 0.0,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        kernel_regularizer: Any = None,
-        bias_regularizer: Any = None,
-        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.supports_masking = True
-        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        super().__init__(num_experts, activation, use_bias, **kwargs)
         self.units = _checks.unit_sizes("units", units)
-        self.activation = activation_function("activation", activation)
-        self.use_bias = use_bias
+        self.num_matmuls = len(self.units)
         self.final_activation = activation_function(
             "final_activation", final_activation
         )
-        self.dropout = _checks.rate("dropout", dropout)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
-        self.seed = seed
-        if self.dropout > 0.0:
-            self.seed_generator = keras.random.SeedGenerator(seed)
         self.kernels: list[Any] = []
         self.biases: list[Any] = []
 
@@ -104,25 +43,12 @@ class MLPExperts(StackedExperts):
         # Without it, the reshapes in `call` could accept inputs of a wrong width.
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
         for i, units in enumerate(self.units):
-            self.kernels.append(
-                self.add_weight(
-                    name=f"kernel_{i}",
-                    shape=(self.num_experts, features, units),
-                    initializer=PerExpert(self.kernel_initializer, stream=i),
-                    regularizer=self.kernel_regularizer,
-                )
+            kernel, bias = self._add_dense(
+                i, features, units, kernel=f"kernel_{i}", bias=f"bias_{i}"
             )
-            if self.use_bias:
-                self.biases.append(
-                    self.add_weight(
-                        name=f"bias_{i}",
-                        shape=(self.num_experts, units),
-                        initializer=PerExpert(
-                            self.bias_initializer, stream=len(self.units) + i
-                        ),
-                        regularizer=self.bias_regularizer,
-                    )
-                )
+            self.kernels.append(kernel)
+            if bias is not None:
+                self.biases.append(bias)
             features = units
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
@@ -188,15 +114,53 @@ class MLPExperts(StackedExperts):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "num_experts": self.num_experts,
             "units": self.units,
-            "activation": keras.activations.serialize(self.activation),
-            "use_bias": self.use_bias,
             "final_activation": keras.activations.serialize(self.final_activation),
-            "dropout": self.dropout,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
-            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
-            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
-            "seed": self.seed,
         }
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class MLPExperts(StackedMLP):
+    """e multi-layer perceptrons of the same shape, with stacked kernels.
+
+    Args:
+        num_experts: int, number of experts e.
+        units: int or sequence of ints, the layer widths of an expert; the last one is
+            the output width u.
+        activation: activation of the hidden layers.
+        use_bias: bool, whether every layer adds a bias.
+        final_activation: activation of the last layer. Linear by default.
+        dropout: float in [0, 1), dropout rate of every hidden layer.
+        kernel_initializer: initializer of one expert's kernel, applied independently
+            to each expert and layer (see `keras_moe.initializers.PerExpert`).
+        bias_initializer: initializer of the biases.
+        kernel_regularizer: regularizer of every stacked kernel.
+        bias_regularizer: regularizer of every stacked bias.
+        seed: int, the seed of the dropout.
+
+    Call arguments:
+        inputs: tensor of shape `(..., d)`; every expert computes every row.
+        training: bool, whether dropout is active.
+
+    Returns:
+        A tensor of shape `(..., e, u)`.
+
+    Attributes:
+        kernels: list of one variable per layer, of shape `(e, in, out)`.
+        biases: list of one variable per layer, of shape `(e, out)`; empty without bias.
+
+    Raises:
+        ValueError: if an argument is invalid, or the last axis of the inputs has no
+            static size.
+
+    Example:
+
+    >>> experts = keras_moe.experts.MLPExperts(num_experts=4, units=(32, 8))
+    >>> outputs = experts(np.ones((2, 16)))
+    >>> outputs.shape == (2, 4, 8), experts.kernels[1].shape == (4, 32, 8)
+    (True, True)
+
+    References:
+        - [Jacobs et al., 1991: Adaptive Mixtures of Local Experts](
+          https://doi.org/10.1162/neco.1991.3.1.79)
+    """

@@ -1,4 +1,4 @@
-"""Stacked experts: `on_slots` and `on_pieces` implemented by `on_rows`.
+"""Layers with stacked kernels: common arguments, and calls implemented by `on_rows`.
 
 Axis letters: e experts, d input features, u output units, c slots per expert.
 """
@@ -11,18 +11,71 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe import _checks
 from keras_moe._layer import Layer
 from keras_moe.experts._protocol import GroupedMatmul, Prologue, apply_prologue
+from keras_moe.initializers import PerExpert
 
 
-class StackedExperts(Layer):
-    """The base class of experts with stacked kernels; a subclass defines `on_rows`.
+class Stacked(Layer):
+    """The base class of layers with stacked kernels; a subclass defines `on_rows`.
 
     It implements the protocol `keras_moe.experts._protocol.GroupedExperts`.
     """
 
-    num_experts: int
     on_rows: Callable[..., Any]
+    num_matmuls: int
+
+    def __init__(
+        self,
+        num_experts: int,
+        activation: Any,
+        use_bias: bool,
+        *,
+        dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        self.activation = activation_function("activation", activation)
+        self.use_bias = _checks.flag("use_bias", use_bias)
+        self.dropout = _checks.rate("dropout", dropout)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.seed = seed
+        if self.dropout > 0.0:
+            self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def _add_dense(
+        self, i: int, features: int, units: int, kernel: str, bias: str
+    ) -> tuple[Any, Any]:
+        """Add the kernel (e, in, out) and the bias (e, out), or None, of matmul i."""
+        # Streams: a kernel and a bias of one seed would start with the same values.
+        stacked_kernel = self.add_weight(
+            name=kernel,
+            shape=(self.num_experts, features, units),
+            initializer=PerExpert(self.kernel_initializer, stream=i),
+            regularizer=self.kernel_regularizer,
+            autocast=self.autocast,
+        )
+        if not self.use_bias:
+            return stacked_kernel, None
+        stacked_bias = self.add_weight(
+            name=bias,
+            shape=(self.num_experts, units),
+            initializer=PerExpert(self.bias_initializer, stream=self.num_matmuls + i),
+            regularizer=self.bias_regularizer,
+            autocast=self.autocast,
+        )
+        return stacked_kernel, stacked_bias
 
     def on_slots(self, slots: Any, training: bool | None = None) -> Any:
         """(e, c, d) -> (e, c, u): each expert on its own slots."""
@@ -65,6 +118,20 @@ class StackedExperts(Layer):
             self.on_rows(rows, matmul_of(k), training=training)
             for k, rows in enumerate(pieces)
         ]
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "activation": keras.activations.serialize(self.activation),
+            "use_bias": self.use_bias,
+            "dropout": self.dropout,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
+            "seed": self.seed,
+        }
 
 
 def activation_function(argument: str, activation: Any) -> Callable[..., Any]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import keras
 
-from keras_moe import _checks, routers
+from keras_moe import _checks
 from keras_moe import dispatch as dispatch_lib
 from keras_moe.export._files import atomic_write
+from keras_moe.export._inference import without_metrics
 from keras_moe.export._ports import (
     as_inputs,
     check_backend,
@@ -28,8 +29,6 @@ FORMATS = {
     "litert": ".tflite",
     "openvino": ".xml",
 }
-# Routers with wrong outputs after conversion: OpenVINO integers do not wrap around.
-_UNSUPPORTED_ROUTERS = {"openvino": routers.HashRouter}
 
 
 def export_model(model: keras.Model, path: str | Path, format: str) -> None:
@@ -92,6 +91,7 @@ def export_model(model: keras.Model, path: str | Path, format: str) -> None:
     with (
         atomic_write(path, *companions) as unfinished,
         _exportable_dispatches(model, format),
+        without_metrics(model),
     ):
         try:
             model.export(
@@ -136,7 +136,7 @@ def _check_layers(model: keras.Model, format: str) -> None:
                 f"the layer {layer.name!r} that computes in {layer.compute_dtype}"
             )
         router = getattr(layer, "router", None)
-        if isinstance(router, _UNSUPPORTED_ROUTERS.get(format, ())):
+        if format in getattr(router, "wrong_in_exports", ()):
             raise ValueError(
                 f"`model` must not have a {type(router).__name__} for "
                 f"format={format!r}: its outputs would differ. Use another router or "

@@ -11,6 +11,7 @@ import keras
 from keras_moe import _checks
 from keras_moe.export import _requests
 from keras_moe.export._files import atomic_write, check_free
+from keras_moe.export._inference import without_metrics
 from keras_moe.export._ports import (
     as_inputs,
     check_backend,
@@ -77,7 +78,8 @@ def export_saved_model(
     def serve(features: dict[str, Any]) -> dict[str, Any]:
         if refuse_nan:
             features = _requests.check_finite(features)
-        return model(as_inputs(model, features), training=False)
+        with without_metrics(model):
+            return model(as_inputs(model, features), training=False)
 
     for request in requests:  # A failing request would prevent a server's startup.
         _requests.call(serve, request)

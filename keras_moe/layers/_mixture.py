@@ -15,53 +15,29 @@ import keras
 from keras import ops
 
 from keras_moe import _backend, _checks, routing
-from keras_moe._layer import Layer
-from keras_moe.experts import MLPExperts
+from keras_moe.experts._mlp import StackedMLP
 from keras_moe.initializers import independent, is_seeded
+from keras_moe.layers._mlp_layer import TaskLayer
 from keras_moe.layers._parts import check_experts
-from keras_moe.layers._tasks import Tasks
 
 
-class Gates(MLPExperts):
-    """Logits of g gates with stacked weights, on one stream or on g streams."""
-
-    def call(
-        self, inputs: Any, training: bool | None = None, per_stream: bool = False
-    ) -> Any:
-        """(..., d) -> (..., g, e), or (g, n, d) -> (g, n, e).
-
-        Computes in the dtype of the gates, unlike `on_slots`.
-        """
-        if per_stream:
-            return self.on_slots(inputs, training)
-        return super().call(inputs, training)
+class Gates(StackedMLP):
+    """The gates of a level: MLPs whose outputs are logits. Files hold this name."""
 
 
-class Mixture(Layer):
+class Mixture(TaskLayer):
     """Experts and task outputs; see `MMoE` for the arguments."""
 
     def __init__(
         self,
         expert_units: int | Sequence[int] | None,
-        tasks: int | Sequence[str],
+        tasks: int | Sequence[str] | None,
         *,
         experts: Any = None,
-        activation: Any = "relu",
-        dropout: float = 0.0,
-        kernel_initializer: Any = "glorot_uniform",
-        kernel_regularizer: Any = None,
-        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.supports_masking = True
+        super().__init__(tasks, **kwargs)
         self.expert_units = expert_units
-        self.tasks = Tasks(tasks)
-        self.activation = keras.activations.get(activation)
-        self.dropout = _checks.rate("dropout", dropout)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.seed = seed
         self._experts_given = experts
 
     def make_experts(
@@ -75,18 +51,13 @@ class Mixture(Layer):
         check_experts(given, num_experts, self.expert_units, any_layer, argument)
         if given is not None:
             return given
-        return MLPExperts(
+        return self.make_mlps(
             num_experts,
             _checks.unit_sizes("expert_units", self.expert_units),
-            self.activation,
-            final_activation=self.activation,
-            dropout=self.dropout,
+            name=_name_of_level("experts", level),
             kernel_initializer=_initializer_of_level(self.kernel_initializer, level),
-            kernel_regularizer=self.kernel_regularizer,
             # seed + 1 is the seed of the gates' dropout.
             seed=None if self.seed is None else self.seed + level + (level > 0),
-            dtype=self.dtype_policy,
-            name=_name_of_level("experts", level),
         )
 
     def check_levels(self, num_levels: int) -> None:
@@ -125,9 +96,6 @@ class Mixture(Layer):
         if not self.built:
             self(*inputs)
 
-    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
-        return None if mask is None else self.tasks.repeat(mask)
-
     def output_units(self, experts: keras.layers.Layer, features: int | None) -> int:
         """Return u, the output width of `experts` for an input of width `features`."""
         rows = keras.KerasTensor((None, features), self.compute_dtype)
@@ -142,13 +110,7 @@ class Mixture(Layer):
         return {
             **super().get_config(),
             "expert_units": self.expert_units,
-            "tasks": self.tasks.config,
             "experts": experts,
-            "activation": keras.activations.serialize(self.activation),
-            "dropout": self.dropout,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
-            "seed": self.seed,
         }
 
     @classmethod
@@ -171,7 +133,7 @@ class GatedMixture(Mixture):
     def __init__(
         self,
         expert_units: int | Sequence[int] | None,
-        tasks: int | Sequence[str],
+        tasks: int | Sequence[str] | None,
         *,
         gate_units: int | Sequence[int] = (),
         gate_temperature: float = 1.0,
@@ -197,7 +159,7 @@ class GatedMixture(Mixture):
     def make_gates(
         self, num_gates: int, num_experts: int, level: int = 0, name: str = "gates"
     ) -> Gates:
-        """Return a layer of stacked MLPs: `num_gates` gates over `num_experts`.
+        """Return stacked MLPs that map (..., d) to the logits (..., g, e).
 
         Gates of different widths in one level need different names.
         """
@@ -210,9 +172,19 @@ class GatedMixture(Mixture):
             (*self.gate_units, num_experts),
             use_bias=self.gate_use_bias,
             kernel_initializer=initializer,
-            dtype="float64" if self.compute_dtype == "float64" else "float32",
+            dtype=self.full_precision,
+            autocast=False,  # No policy of an outer layer rounds the gates.
             name=_name_of_level(name, level),
         )
+
+    def gate_logits(self, gates: Gates, inputs: Any) -> Any:
+        """(..., d) -> (..., g, e); `inputs` may be a list of one stream per gate."""
+        if not isinstance(inputs, list):
+            return gates(ops.cast(inputs, gates.compute_dtype))
+        # One cast for each tensor: equal streams must stay the same object.
+        full = {id(stream): ops.cast(stream, gates.compute_dtype) for stream in inputs}
+        streams = [full[id(stream)] for stream in inputs]
+        return on_streams(gates, streams, [1] * len(streams))
 
     def gate_probabilities(
         self, logits: Any, training: bool | None, top_k: int | None = None
@@ -271,11 +243,7 @@ def on_streams(
     used = [s for s, count in zip(streams, counts, strict=True) if count]
     if all(stream is used[0] for stream in used):
         return stacked(used[0], training=training)
-    slots = to_slots(streams, counts)
-    if isinstance(stacked, Gates):
-        outputs = stacked(slots, per_stream=True)
-    else:
-        outputs = stacked.on_slots(slots, training=training)
+    outputs = stacked.on_slots(to_slots(streams, counts), training=training)
     return from_slots(outputs, ops.shape(streams[0])[:-1])
 
 

@@ -9,17 +9,15 @@ from typing import Any
 
 from keras import ops
 
-from keras_moe import _backend
 from keras_moe import routing as routing_lib
+from keras_moe._layer import given_or_attached
 from keras_moe.layers._parts import check_leading_axes, checked_batch
 
 
 def tokens(inputs: Any, mask: Any) -> tuple[Any, Any]:
     """(..., d) and a mask of the leading axes, or None -> (n, d) and (n,) or None."""
     rows = ops.reshape(inputs, (-1, inputs.shape[-1]))
-    if mask is None:
-        # Keras passes the mask only to calls with a single tensor argument.
-        mask = _backend.keras_mask(inputs)
+    mask = given_or_attached(mask, inputs)
     if mask is None:
         return rows, None
     mask = ops.convert_to_tensor(mask)

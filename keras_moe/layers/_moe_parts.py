@@ -13,6 +13,7 @@ import keras
 
 from keras_moe import _checks, routers
 from keras_moe import dispatch as dispatch_lib
+from keras_moe._layer import Layer
 from keras_moe.initializers import independent
 from keras_moe.metrics import RoutingMetrics
 
@@ -162,9 +163,9 @@ def checked_loss_weights(router: Any, **weights: float | None) -> dict[str, floa
 
 
 def make_metrics(
-    names: Sequence[str], router: Any, prefix: str
+    names: Sequence[str], router: Any, layer: Layer
 ) -> RoutingMetrics | None:
-    """Return a metric of the given figures, or None if `names` is empty."""
+    """Return a metric of the given figures for `layer`, or None if there are none."""
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise ValueError(
             "`routing_metrics` must be a sequence of names from "
@@ -187,4 +188,4 @@ def make_metrics(
             f"{type(router).__name__}, which has no probabilities. Received: "
             f"routing_metrics={names!r}"
         )
-    return RoutingMetrics(router.num_experts, names, prefix=prefix)
+    return RoutingMetrics(router.num_experts, names, layer.name, state_of=layer)

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_moe import _backend
+from keras_moe import _backend, _checks
 from keras_moe._layer import Layer
 
 
@@ -15,6 +15,28 @@ def default_name(name: str) -> str:
     """Return "moe", "moe_1", ...; Keras would turn the class name into "mo_e"."""
     count = keras.backend.get_uid(name)
     return name if count == 1 else f"{name}_{count - 1}"
+
+
+class Dispatches:
+    """A layer whose `dispatch` can be changed after it was made."""
+
+    @property
+    def dispatch(self) -> str:
+        """How rows are sent to experts.
+
+        Can be changed without changing the weights. A model that has traced its
+        functions keeps the old dispatch until it is compiled again.
+        """
+        return self._dispatch
+
+    @dispatch.setter
+    def dispatch(self, name: str) -> None:
+        self._check_dispatch(name)
+        self._dispatch = name
+
+    def _check_dispatch(self, name: str) -> None:
+        """Raise ValueError if the layer does not support the dispatch."""
+        raise NotImplementedError
 
 
 class Adaptable(Layer):
@@ -63,6 +85,20 @@ class Adaptable(Layer):
                 layer.quantize(done["quantize"]["mode"], config=found)
             if "lora" in done and not layer.lora_enabled:
                 layer.enable_lora(**done["lora"])
+
+
+def expert_count(num_experts: Any, *parts: Any) -> int:
+    """Return `num_experts`, by default that of given experts or a given router."""
+    counts = [getattr(part, "num_experts", None) for part in parts]
+    known = [count for count in counts if count is not None]
+    if num_experts is None and not known:
+        raise ValueError(
+            "`num_experts` must be given, or `experts` with an attribute "
+            "`num_experts`. Received neither."
+        )
+    return _checks.positive_int(
+        "num_experts", known[0] if num_experts is None else num_experts
+    )
 
 
 def check_experts(

@@ -17,10 +17,13 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 class Tasks:
     """The tasks of a layer, and the structure of their outputs."""
 
-    def __init__(self, tasks: int | Sequence[str]) -> None:
+    count: int
+    names: tuple[str, ...] | None
+
+    def __init__(self, tasks: int | Sequence[str] | None) -> None:
         if isinstance(tasks, numbers.Integral):
             self.count = _checks.positive_int("tasks", tasks)
-            self.names: tuple[str, ...] | None = None
+            self.names = None
         else:
             self.names = _checked_names(tasks)
             self.count = len(self.names)
@@ -34,6 +37,11 @@ class Tasks:
     def repeat(self, value: Any) -> dict[str, Any] | list[Any]:
         """Return `value` for each task, in the structure of the outputs."""
         return self.pack([value] * self.count)
+
+    @property
+    def keys(self) -> tuple[Any, ...]:
+        """The keys of the outputs: names, or indices."""
+        return tuple(range(self.count)) if self.names is None else self.names
 
     @property
     def config(self) -> int | list[str]:

@@ -52,20 +52,6 @@ def run_towers(
     ]
 
 
-def towers_config(towers: MLPExperts) -> dict[str, Any]:
-    """Return the config entries of a layer that are those of its towers."""
-    config = towers.get_config()
-    arguments = (
-        "units",
-        "activation",
-        "dropout",
-        "kernel_initializer",
-        "kernel_regularizer",
-        "seed",
-    )
-    return {name: config[name] for name in arguments}
-
-
 def _shared_matmul(rows: Any, kernel: Any) -> Any:
     """(n, d), (t, d, h) -> (t, n, h) in one matmul, as the tasks share the rows."""
     t, d, h = kernel.shape

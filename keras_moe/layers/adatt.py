@@ -62,7 +62,12 @@ class AdaTT(GatedMixture):
 
     Example:
 
-    >>> adatt = keras_moe.layers.AdaTT(2, 1, (32, 16), tasks=["click", "buy"])
+    >>> adatt = keras_moe.layers.AdaTT(
+    ...     num_levels=2,
+    ...     num_task_experts=1,
+    ...     expert_units=(32, 16),
+    ...     tasks=["click", "buy"],
+    ... )
     >>> adatt(np.ones((2, 8)))["buy"].shape == (2, 16)
     True
 
@@ -77,8 +82,8 @@ class AdaTT(GatedMixture):
         self,
         num_levels: int,
         num_task_experts: int,
-        expert_units: int | Sequence[int] | None,
-        tasks: int | Sequence[str],
+        expert_units: int | Sequence[int] | None = None,
+        tasks: int | Sequence[str] | None = None,
         *,
         num_shared_experts: int = 0,
         residual: bool = True,
@@ -97,7 +102,7 @@ class AdaTT(GatedMixture):
         )
         self.residual = _checks.flag("residual", residual)
         self.check_levels(self.num_levels)
-        t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
+        t, m, s = self._tasks.count, self.num_task_experts, self.num_shared_experts
         levels = range(self.num_levels)
         self.experts = [self.make_experts(t * m + s, level) for level in levels]
         self.gates = [
@@ -112,7 +117,7 @@ class AdaTT(GatedMixture):
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         features = _checks.last_dimension(type(self).__name__, input_shape)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
-        t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
+        t, m, s = self._tasks.count, self.num_task_experts, self.num_shared_experts
         self.own_weights: list[Any] = []
         self.shared_own_weights: list[Any] = []
         for level, experts in enumerate(self.experts):
@@ -140,10 +145,10 @@ class AdaTT(GatedMixture):
     def call(
         self, inputs: Any, training: bool | None = None
     ) -> dict[str, Any] | list[Any]:
-        streams = [inputs] * (self.tasks.count + 1)  # The shared stream comes last.
+        streams = [inputs] * (self._tasks.count + 1)  # The shared stream comes last.
         for level in range(self.num_levels):
             streams = self._fuse(level, streams, training)
-        return self.tasks.pack(streams)
+        return self._tasks.pack(streams)
 
     def gate_weights(self, inputs: Any) -> list[Any]:
         """Return the gates of each level in inference: `[(..., t, e), ...]`.
@@ -152,7 +157,7 @@ class AdaTT(GatedMixture):
         last. Below the last level, the shared stream's gate is the last row.
         """
         self.ensure_built(inputs)
-        streams = [ops.convert_to_tensor(inputs)] * (self.tasks.count + 1)
+        streams = [ops.convert_to_tensor(inputs)] * (self._tasks.count + 1)
         found = []
         for level in range(self.num_levels):
             found.append(self._level_gates(level, streams, training=False))
@@ -163,7 +168,7 @@ class AdaTT(GatedMixture):
         self, level: int, streams: Sequence[Any], training: bool | None
     ) -> list[Any]:
         """Return the streams of the next level; after the last, the task outputs."""
-        t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
+        t, m, s = self._tasks.count, self.num_task_experts, self.num_shared_experts
         counts = [m] * t + [s] * (s > 0)
         outputs = on_streams(
             self.experts[level], streams[: len(counts)], counts, training
@@ -178,12 +183,12 @@ class AdaTT(GatedMixture):
     ) -> Any:
         """(..., t, e), or (..., t + 1, e) if the next level has a shared stream."""
         count = self.gates[level].num_experts
-        logits = on_streams(self.gates[level], streams[:count], [1] * count)
+        logits = self.gate_logits(self.gates[level], list(streams[:count]))
         return self.gate_probabilities(logits, training)
 
     def _residual(self, level: int, gates: Any) -> Any:
         """(g, e): the residual weights of each stream, 0 except for its own experts."""
-        t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
+        t, m, s = self._tasks.count, self.num_task_experts, self.num_shared_experts
         own = ops.ones((t, m), gates.dtype)
         if m > 1:
             own = ops.convert_to_tensor(self.own_weights[level])
@@ -204,7 +209,7 @@ class AdaTT(GatedMixture):
         units = input_shape[-1]
         for experts in self.experts:
             units = self.output_units(experts, units)
-        return self.tasks.repeat((*input_shape[:-1], units))
+        return self._tasks.repeat((*input_shape[:-1], units))
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -16,14 +16,12 @@ import numpy as np
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe._layer import Layer
-from keras_moe.experts import MLPExperts
-from keras_moe.layers._tasks import Tasks
-from keras_moe.layers._towers import run_towers, towers_config
+from keras_moe.layers._mlp_layer import TaskLayer
+from keras_moe.layers._towers import run_towers
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class CrossStitch(Layer):
+class CrossStitch(TaskLayer):
     """One MLP per task, with learned linear mixing across tasks after each layer.
 
     How much two tasks share is learned for every layer; an identity A means separate
@@ -84,40 +82,23 @@ class CrossStitch(Layer):
         *,
         self_weight: float = 0.9,
         per_unit: bool = False,
-        activation: Any = "relu",
-        dropout: float = 0.0,
-        kernel_initializer: Any = "glorot_uniform",
-        kernel_regularizer: Any = None,
-        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.supports_masking = True
-        self.tasks = Tasks(tasks)
+        super().__init__(tasks, **kwargs)
+        self.units = _checks.unit_sizes("units", units)
         self.self_weight = _checked_self_weight(self_weight)
-        self.per_unit = per_unit
-        self.towers = MLPExperts(
-            self.tasks.count,
-            _checks.unit_sizes("units", units),
-            activation,
-            final_activation=activation,
-            dropout=dropout,
-            kernel_initializer=kernel_initializer,
-            kernel_regularizer=kernel_regularizer,
-            seed=seed,
-            dtype=self.dtype_policy,
-            name="towers",
-        )
+        self.per_unit = _checks.flag("per_unit", per_unit)
+        self.towers = self.make_mlps(self._tasks.count, self.units, name="towers")
         self.stitches: list[Any] = []
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         _checks.last_dimension(type(self).__name__, input_shape)
         self.towers.build(input_shape)
         self.input_spec = self.towers.input_spec
-        t = self.tasks.count
+        t = self._tasks.count
         if t == 1:
             return
-        for i, units in enumerate(self.towers.units):
+        for i, units in enumerate(self.units):
             self.stitches.append(
                 self.add_weight(
                     name=f"stitch_{i}",
@@ -137,7 +118,7 @@ class CrossStitch(Layer):
         self, inputs: Any, training: bool | None = None
     ) -> dict[str, Any] | list[Any]:
         outputs = run_towers(self.towers, inputs, self._stitch, training)
-        return self.tasks.pack(outputs)
+        return self._tasks.pack(outputs)
 
     def _stitch(self, i: int, activations: Any) -> Any:
         """(t, n, h) -> (t, n, h), equation 1."""
@@ -149,19 +130,15 @@ class CrossStitch(Layer):
         mixed = ops.matmul(stitch, ops.reshape(activations, (t, -1)))
         return ops.reshape(mixed, (t, -1, h))
 
-    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
-        return None if mask is None else self.tasks.repeat(mask)
-
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> Any:
-        return self.tasks.repeat((*input_shape[:-1], self.towers.units[-1]))
+        return self._tasks.repeat((*input_shape[:-1], self.units[-1]))
 
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "tasks": self.tasks.config,
+            "units": self.units,
             "self_weight": self.self_weight,
             "per_unit": self.per_unit,
-            **towers_config(self.towers),
         }
 
 

@@ -22,6 +22,7 @@ import keras
 from keras import ops
 
 from keras_moe import _backend, _checks, losses
+from keras_moe._layer import given_or_attached
 from keras_moe.experts import MLPExperts
 from keras_moe.initializers import PerExpert
 from keras_moe.layers._mixture import Mixture
@@ -29,6 +30,7 @@ from keras_moe.layers._parts import (
     check_expert_outputs,
     checked_rows,
     default_name,
+    expert_count,
 )
 
 
@@ -42,7 +44,7 @@ class DSelectK(Mixture):
     sparse in training. The cost does not fall: every expert is computed.
 
     Args:
-        num_experts: int >= 2, number of shared experts e.
+        num_experts: int >= 2, number of shared experts e. Default: that of `experts`.
         expert_units: int or sequence of ints, the widths of an expert's layers. None
             if `experts` is given.
         tasks: a sequence of task names (the outputs are a dict by name) or a number
@@ -50,14 +52,16 @@ class DSelectK(Mixture):
         top_k: int, maximum number of experts per gate after convergence, k.
         gamma: float > 0, the width of the smooth step. Gates converge sooner with a
             narrow step, later with a wide one.
-        entropy_weight: float, weight of the selectors' entropy as a loss, which drives
-            their bits to 0 or 1. Gates become sparse sooner with a larger weight.
+        entropy_loss_weight: float, weight of the selectors' entropy as a loss, which
+            drives their bits to 0 or 1. Gates become sparse sooner with a larger
+            weight. (`entropy_weight`, its old name, is accepted too.)
         static: bool, whether a task's gate is the same for every row. By default it is
             linear in the inputs of the gates.
         experts: a layer that maps `(..., d)` to `(..., e, u)`, instead of the
             default `MLPExperts`. The expert arguments (from `activation` to
             `kernel_regularizer`) are then ignored.
         activation: activation of every expert layer, the last one included.
+        use_bias: bool, whether the expert layers add a bias.
         dropout: float in [0, 1), fraction of an expert's hidden units to drop.
         kernel_initializer: initializer of one expert's kernel.
         kernel_regularizer: regularizer of the stacked expert kernels.
@@ -82,7 +86,9 @@ class DSelectK(Mixture):
 
     Example:
 
-    >>> layer = keras_moe.layers.DSelectK(8, (32, 16), ["click", "buy"], top_k=2)
+    >>> layer = keras_moe.layers.DSelectK(
+    ...     num_experts=8, expert_units=(32, 16), tasks=["click", "buy"], top_k=2
+    ... )
     >>> x = np.ones((4, 6))
     >>> layer(x)["buy"].shape == (4, 16), layer.gate_weights(x).shape == (4, 2, 8)
     (True, True)
@@ -105,27 +111,32 @@ class DSelectK(Mixture):
 
     def __init__(
         self,
-        num_experts: int,
-        expert_units: int | Sequence[int] | None,
-        tasks: int | Sequence[str],
+        num_experts: int | None = None,
+        expert_units: int | Sequence[int] | None = None,
+        tasks: int | Sequence[str] | None = None,
         top_k: int = 2,
         *,
         gamma: float = 1.0,
-        entropy_weight: float = 0.0,
+        entropy_loss_weight: float = 0.0,
         static: bool = False,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
         name = name or default_name("dselect_k")
+        # Its old name, also in the configs of old files.
+        entropy_loss_weight = kwargs.pop("entropy_weight", entropy_loss_weight)
         super().__init__(expert_units, tasks, name=name, **kwargs)
-        self.num_experts = _checked_num_experts(num_experts)
+        self.num_experts = _checked_num_experts(
+            expert_count(num_experts, self._experts_given)
+        )
         self.num_bits = (self.num_experts - 1).bit_length()
         self.top_k = _checks.top_k(top_k, self.num_experts)
         self.gamma = _checks.positive_number("gamma", gamma)
-        self.entropy_weight = _checks.finite_number("entropy_weight", entropy_weight)
-        self.static = static
+        self.entropy_loss_weight = _checks.finite_number(
+            "entropy_loss_weight", entropy_loss_weight
+        )
+        self.static = _checks.flag("static", static)
         self.experts = self.make_experts(self.num_experts, any_layer=True)
-        self._gate_dtype = "float64" if self.compute_dtype == "float64" else "float32"
         # As in the authors' code: near 0, where the smooth step is steepest, and
         # random, to start selectors at different values.
         self._bit_initializer = keras.initializers.RandomUniform(
@@ -143,11 +154,11 @@ class DSelectK(Mixture):
     def _linear(self, name: str, units: int, initializer: Any) -> MLPExperts:
         """Return a layer (..., g) -> (..., t, units), one linear map per task."""
         return MLPExperts(
-            self.tasks.count,
+            self._tasks.count,
             units,
             kernel_initializer=initializer,
             bias_initializer=initializer,
-            dtype=self._gate_dtype,
+            dtype=self.full_precision,
             name=name,
         )
 
@@ -182,9 +193,9 @@ class DSelectK(Mixture):
         """Return the logits of static gates, a variable of shape (t, *shape)."""
         return self.add_weight(
             name=name,
-            shape=(self.tasks.count, *shape),
+            shape=(self._tasks.count, *shape),
             initializer=PerExpert(initializer),
-            dtype=self._gate_dtype,
+            dtype=self.full_precision,
             autocast=False,
         )
 
@@ -195,13 +206,11 @@ class DSelectK(Mixture):
         mask: Any = None,
         training: bool | None = None,
     ) -> dict[str, Any] | list[Any]:
-        if mask is None:
-            # Keras passes the mask only to calls with a single tensor argument.
-            mask = _backend.keras_mask(inputs)
+        mask = given_or_attached(mask, inputs)
         weights, selected = self._gate(inputs, gate_inputs)
         self._add_losses(selected, None if self.static else mask)
         expert_outputs = self.experts(inputs, training=training)  # (..., e, u)
-        return self.tasks.pack(ops.unstack(self.mix(weights, expert_outputs), axis=-2))
+        return self._tasks.pack(ops.unstack(self.mix(weights, expert_outputs), axis=-2))
 
     def gate_weights(self, inputs: Any, gate_inputs: Any = None) -> Any:
         """Return the gates, `(..., t, e)`.
@@ -238,12 +247,12 @@ class DSelectK(Mixture):
             gate_inputs = checked_rows("gate_inputs", gate_inputs, inputs)
         leading = ops.shape(gate_inputs)[:-1]
         rows = ops.reshape(gate_inputs, (-1, gate_inputs.shape[-1]))
-        bits = (-1, self.tasks.count, self.top_k, self.num_bits)
+        bits = (-1, self._tasks.count, self.top_k, self.num_bits)
         weights, selected = self._mix(
             ops.reshape(self.selectors(rows), bits),
             self.mixing(rows) if self.top_k > 1 else None,
         )
-        shape = (*_backend.restored_axes(leading), self.tasks.count, self.num_experts)
+        shape = (*_backend.restored_axes(leading), self._tasks.count, self.num_experts)
         return ops.reshape(weights, shape), selected
 
     def _mix(self, selector_logits: Any, mixing_logits: Any) -> tuple[Any, Any]:
@@ -256,14 +265,14 @@ class DSelectK(Mixture):
 
     def _add_losses(self, selected: Any, mask: Any) -> None:
         """Add the losses of the selectors, summed over the selectors of a row."""
-        per_row = self.tasks.count * self.top_k
+        per_row = self._tasks.count * self.top_k
         rows = ops.reshape(selected, (-1, self.num_experts))
         if mask is not None:
             mask = ops.reshape(ops.cast(mask, "bool"), (-1,))
             mask = ops.repeat(mask, per_row)
-        if self.entropy_weight != 0.0:
+        if self.entropy_loss_weight != 0.0:
             entropy = losses.entropy_loss(rows, mask)
-            self.add_loss(self.entropy_weight * per_row * entropy)
+            self.add_loss(self.entropy_loss_weight * per_row * entropy)
         if self.num_experts < 2**self.num_bits:
             self.add_loss(per_row * _unreachable_loss(rows, mask))
 
@@ -273,7 +282,7 @@ class DSelectK(Mixture):
         gate_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> Any:
         units = self.output_units(self.experts, inputs_shape[-1])
-        return self.tasks.repeat((*inputs_shape[:-1], units))
+        return self._tasks.repeat((*inputs_shape[:-1], units))
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -281,7 +290,7 @@ class DSelectK(Mixture):
             "num_experts": self.num_experts,
             "top_k": self.top_k,
             "gamma": self.gamma,
-            "entropy_weight": self.entropy_weight,
+            "entropy_loss_weight": self.entropy_loss_weight,
             "static": self.static,
         }
 

@@ -81,8 +81,8 @@ class PLE(GatedMixture):
         num_levels: int,
         num_shared_experts: int,
         num_task_experts: int,
-        expert_units: int | Sequence[int] | None,
-        tasks: int | Sequence[str],
+        expert_units: int | Sequence[int] | None = None,
+        tasks: int | Sequence[str] | None = None,
         *,
         name: str | None = None,
         **kwargs: Any,
@@ -106,7 +106,7 @@ class PLE(GatedMixture):
                 f"Received: num_levels={num_levels}, num_shared_experts=0"
             )
         self.check_levels(self.num_levels)
-        t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
+        t, m, s = self._tasks.count, self.num_task_experts, self.num_shared_experts
         levels = range(self.num_levels)
         self.experts = [self.make_experts(t * m + s, level) for level in levels]
         self.gates = [self.make_gates(t, m + s, level) for level in levels]
@@ -128,10 +128,10 @@ class PLE(GatedMixture):
     def call(
         self, inputs: Any, training: bool | None = None
     ) -> dict[str, Any] | list[Any]:
-        streams = [inputs] * (self.tasks.count + 1)  # The shared stream comes last.
+        streams = [inputs] * (self._tasks.count + 1)  # The shared stream comes last.
         for level in range(self.num_levels):
             streams = self._extract(level, streams, training)
-        return self.tasks.pack(streams)
+        return self._tasks.pack(streams)
 
     def gate_weights(self, inputs: Any) -> list[Any]:
         """Return the gates of each level in inference: `[(..., t, m + s), ...]`.
@@ -139,7 +139,7 @@ class PLE(GatedMixture):
         The experts of the task come first, then the shared ones.
         """
         self.ensure_built(inputs)
-        streams = [ops.convert_to_tensor(inputs)] * (self.tasks.count + 1)
+        streams = [ops.convert_to_tensor(inputs)] * (self._tasks.count + 1)
         found = []
         for level in range(self.num_levels):
             found.append(self._task_gates(level, streams, training=False))
@@ -150,7 +150,7 @@ class PLE(GatedMixture):
         self, level: int, streams: Sequence[Any], training: bool | None
     ) -> list[Any]:
         """Return the streams of the next level; after the last, the task outputs."""
-        t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
+        t, m, s = self._tasks.count, self.num_task_experts, self.num_shared_experts
         counts = [m] * t + [s]
         outputs = on_streams(self.experts[level], streams, counts, training)
         gates = self._task_gates(level, streams, training)  # (..., t, m + s)
@@ -163,7 +163,7 @@ class PLE(GatedMixture):
                 mixtures = mixtures + shared
         streams_above = list(ops.unstack(mixtures, axis=-2))
         if level < self.num_levels - 1:
-            logits = self.shared_gates[level](streams[-1])
+            logits = self.gate_logits(self.shared_gates[level], streams[-1])
             gate = self.gate_probabilities(logits, training)
             streams_above.append(ops.squeeze(self.mix(gate, outputs), axis=-2))
         return streams_above
@@ -171,15 +171,15 @@ class PLE(GatedMixture):
     def _task_gates(
         self, level: int, streams: Sequence[Any], training: bool | None
     ) -> Any:
-        t = self.tasks.count
-        logits = on_streams(self.gates[level], streams[:t], [1] * t)
+        t = self._tasks.count
+        logits = self.gate_logits(self.gates[level], list(streams[:t]))
         return self.gate_probabilities(logits, training)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> Any:
         units = input_shape[-1]
         for experts in self.experts:
             units = self.output_units(experts, units)
-        return self.tasks.repeat((*input_shape[:-1], units))
+        return self._tasks.repeat((*input_shape[:-1], units))
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -217,7 +217,12 @@ class CGC(PLE):
 
     Example:
 
-    >>> cgc = keras_moe.layers.CGC(1, 2, (32, 16), tasks=["click", "buy"])
+    >>> cgc = keras_moe.layers.CGC(
+    ...     num_shared_experts=1,
+    ...     num_task_experts=2,
+    ...     expert_units=(32, 16),
+    ...     tasks=["click", "buy"],
+    ... )
     >>> cgc(np.ones((2, 8)))["buy"].shape == (2, 16)
     True
 
@@ -231,8 +236,8 @@ class CGC(PLE):
         self,
         num_shared_experts: int,
         num_task_experts: int,
-        expert_units: int | Sequence[int] | None,
-        tasks: int | Sequence[str],
+        expert_units: int | Sequence[int] | None = None,
+        tasks: int | Sequence[str] | None = None,
         *,
         name: str | None = None,
         **kwargs: Any,

@@ -44,7 +44,9 @@ class HierarchicalMoE(MoE):
 
     Example:
 
-    >>> moe = keras_moe.layers.HierarchicalMoE(4, 8, expert_units=(32, 16))
+    >>> moe = keras_moe.layers.HierarchicalMoE(
+    ...     num_groups=4, experts_per_group=8, expert_units=(32, 16)
+    ... )
     >>> moe(np.ones((4, 16))).shape == (4, 16), moe.num_experts, moe.top_k
     (True, 32, 4)
 

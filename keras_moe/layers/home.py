@@ -24,6 +24,7 @@ import keras
 from keras import ops
 
 from keras_moe import _backend, _checks
+from keras_moe._layer import given_or_attached
 from keras_moe.experts import MLPExperts
 from keras_moe.initializers import independent
 from keras_moe.layers._mixture import GatedMixture, from_slots, on_streams, to_slots
@@ -112,7 +113,7 @@ class HoME(GatedMixture):
         self.num_task_experts = _checks.positive_int(
             "num_task_experts", num_task_experts
         )
-        self.group_of_task = _checked_groups(groups, self.tasks.config)
+        self.group_of_task = _checked_groups(groups, self._tasks.config)
         self.groups = None if groups is None else [list(group) for group in groups]
         self.num_groups = max(self.group_of_task) + 1
         self.expert_normalization = _checks.flag(
@@ -121,7 +122,7 @@ class HoME(GatedMixture):
         self.feature_gate_rank = _checks.count("feature_gate_rank", feature_gate_rank)
         self.self_gate = _checks.flag("self_gate", self_gate)
 
-        t, c = self.tasks.count, self.num_groups
+        t, c = self._tasks.count, self.num_groups
         m, s = self.num_task_experts, self.num_shared_experts
         self.experts = [
             self.make_experts(c * m + s, level=0),
@@ -191,14 +192,12 @@ class HoME(GatedMixture):
     def call(
         self, inputs: Any, mask: Any = None, training: bool | None = None
     ) -> dict[str, Any] | list[Any]:
-        if mask is None:
-            # Keras passes the mask only to calls with a single tensor argument.
-            mask = _backend.keras_mask(inputs)
+        mask = given_or_attached(mask, inputs)
         if mask is not None:
             mask = ops.reshape(ops.cast(mask, "bool"), (-1,))
         inputs = ops.cast(inputs, self.compute_dtype)  # Inputs may be integers.
         *groups, shared = self._meta_level(inputs, training, mask)
-        return self.tasks.pack(self._task_level(groups, shared, training, mask))
+        return self._tasks.pack(self._task_level(groups, shared, training, mask))
 
     def gate_weights(self, inputs: Any) -> list[Any]:
         """Return the gates in inference: `[(..., c, m + s), (..., t, 2m + s)]`.
@@ -210,7 +209,9 @@ class HoME(GatedMixture):
         self.ensure_built(inputs)
         inputs = ops.convert_to_tensor(inputs)
         *groups, shared = self._meta_level(inputs, training=False)
-        meta = self.gate_probabilities(self.group_gates(inputs), training=False)
+        meta = self.gate_probabilities(
+            self.gate_logits(self.group_gates, inputs), training=False
+        )
         gate_inputs = self._task_gate_inputs(groups, shared)
         return [meta, self._task_gates(gate_inputs, training=False)]
 
@@ -223,14 +224,18 @@ class HoME(GatedMixture):
         outputs = self._experts_of(0, streams, [m] * c + [s], training, mask)
         own, shared = outputs[..., : c * m, :], outputs[..., c * m :, :]
         # (..., c, m + s)
-        gates = self.gate_probabilities(self.group_gates(inputs), training)
+        gates = self.gate_probabilities(
+            self.gate_logits(self.group_gates, inputs), training
+        )
         groups = self.mix_own(gates[..., :m], own) + self.mix(gates[..., m:], shared)
-        all_gate = self.gate_probabilities(self.shared_gate(inputs), training)
+        all_gate = self.gate_probabilities(
+            self.gate_logits(self.shared_gate, inputs), training
+        )
         common = self.mix(all_gate, outputs)
         if self.self_gate:
-            own_gates = _self_gates(self.group_self_gates(inputs))
+            own_gates = _self_gates(self.gate_logits(self.group_self_gates, inputs))
             groups = groups + self.mix_own(own_gates, own)
-            shared_gates = _self_gates(self.shared_self_gate(inputs))
+            shared_gates = _self_gates(self.gate_logits(self.shared_self_gate, inputs))
             common = common + self.mix(shared_gates, shared)
         return [*ops.unstack(groups, axis=-2), ops.squeeze(common, axis=-2)]
 
@@ -241,7 +246,7 @@ class HoME(GatedMixture):
         training: bool | None,
         mask: Any = None,
     ) -> list[Any]:
-        t, c = self.tasks.count, self.num_groups
+        t, c = self._tasks.count, self.num_groups
         m, s = self.num_task_experts, self.num_shared_experts
         of_task = [groups[group] for group in self.group_of_task]
         streams = [*of_task, *groups, shared]
@@ -263,7 +268,7 @@ class HoME(GatedMixture):
             + self.mix(gates[..., 2 * m :], outputs[..., (t + c) * m :, :])
         )
         if self.self_gate:
-            logits = on_streams(self.task_self_gates, gate_inputs, [1] * t)
+            logits = self.gate_logits(self.task_self_gates, gate_inputs)
             mixtures = mixtures + self.mix_own(_self_gates(logits), own)
         return ops.unstack(mixtures, axis=-2)
 
@@ -274,8 +279,8 @@ class HoME(GatedMixture):
             for group in self.group_of_task
         ]
 
-    def _task_gates(self, gate_inputs: Sequence[Any], training: bool | None) -> Any:
-        logits = on_streams(self.task_gates, gate_inputs, [1] * len(gate_inputs))
+    def _task_gates(self, gate_inputs: list[Any], training: bool | None) -> Any:
+        logits = self.gate_logits(self.task_gates, gate_inputs)
         return self.gate_probabilities(logits, training)
 
     def _experts_of(
@@ -306,7 +311,7 @@ class HoME(GatedMixture):
         return ops.reshape(normal, (*_backend.restored_axes(leading), e, u))
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> Any:
-        return self.tasks.repeat((*input_shape[:-1], self.experts[0].units[-1]))
+        return self._tasks.repeat((*input_shape[:-1], self.experts[0].units[-1]))
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

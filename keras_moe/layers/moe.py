@@ -18,22 +18,26 @@ from keras import ops
 from keras_moe import _backend, _checks, losses
 from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
-from keras_moe._layer import Layer
-from keras_moe.experts import MLPExperts
 from keras_moe.layers import _moe_inputs as flat
 from keras_moe.layers import _moe_parts as parts
-from keras_moe.layers._parts import check_experts, default_name
+from keras_moe.layers._mlp_layer import MLPLayer
+from keras_moe.layers._parts import (
+    Dispatches,
+    check_experts,
+    default_name,
+    expert_count,
+)
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class MoE(Layer):
+class MoE(Dispatches, MLPLayer):
     """Sparse Mixture-of-Experts: a router sends each token to a few experts.
 
     The layer has the parameters of all experts and the cost of `top_k` of them. It can
     replace a `Dense` layer or an MLP.
 
     Args:
-        num_experts: int, number of experts e.
+        num_experts: int, number of experts e. Default: that of `experts` or `router`.
         expert_units: int or sequence of ints, the widths of an expert's layers. None
             if `experts` is given.
         top_k: int, number of experts per token, k. None: `router.top_k` if `router` is
@@ -77,8 +81,8 @@ class MoE(Layer):
         entropy_loss_weight: float, weight of `entropy_loss`.
         routing_metrics: sequence of names from "expert_load", "load_cv",
             "dropped_fraction", "router_entropy" and "router_confidence", which `fit`
-            reports (see `keras_moe.metrics.RoutingMetrics`). Every call updates them,
-            in an exported model too: export a layer without them.
+            reports (see `keras_moe.metrics.RoutingMetrics`). Calls with a `training`
+            argument update them, as in `fit` and `evaluate`; exports leave them out.
         use_bias: bool, whether the expert layers add a bias.
         dropout: float in [0, 1), fraction of an expert's hidden units to drop.
         kernel_initializer: initializer of one expert's kernel.
@@ -127,11 +131,10 @@ class MoE(Layer):
 
     def __init__(
         self,
-        num_experts: int,
+        num_experts: int | None = None,
         expert_units: int | Sequence[int] | None = None,
         top_k: int | None = None,
         *,
-        activation: Any = "relu",
         router: Any = None,
         experts: keras.layers.Layer | None = None,
         dispatch: str = "auto",
@@ -144,34 +147,27 @@ class MoE(Layer):
         load_loss_weight: float | None = None,
         entropy_loss_weight: float = 0.0,
         routing_metrics: Sequence[str] = (),
-        use_bias: bool = True,
-        dropout: float = 0.0,
-        kernel_initializer: Any = "glorot_uniform",
-        kernel_regularizer: Any = None,
-        seed: int | None = None,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(name=name or default_name("moe"), **kwargs)
-        self.supports_masking = True
-        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        self.num_experts = expert_count(num_experts, experts, router)
         self.expert_units = expert_units
-        self.activation = keras.activations.get(activation)
         self.priority = _checks.one_of(
             "priority", priority, ("position", "probability")
         )
-        self.use_bias = use_bias
-        self.dropout = _checks.rate("dropout", dropout)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.seed = seed
         self._router_given = router
         self._experts_given = experts
         self._top_k_given = top_k
         if top_k is not None:
             _checks.top_k(top_k, self.num_experts)
         self.router = parts.make_router(
-            router, self.num_experts, top_k, capacity_factor, seed, self.dtype_policy
+            router,
+            self.num_experts,
+            top_k,
+            capacity_factor,
+            self.seed,
+            self.dtype_policy,
         )
         self.top_k = self.router.top_k
         self.experts = self._make_experts()
@@ -188,27 +184,15 @@ class MoE(Layer):
             load=load_loss_weight,
             entropy=entropy_loss_weight,
         )
-        self.routing_metrics = parts.make_metrics(
-            routing_metrics, self.router, self.name
-        )
+        self.routing_metrics = parts.make_metrics(routing_metrics, self.router, self)
         self._metric_names = list(routing_metrics)
 
     def _make_experts(self) -> keras.layers.Layer:
         check_experts(self._experts_given, self.num_experts, self.expert_units)
         if self._experts_given is not None:
             return self._experts_given
-        return MLPExperts(
-            self.num_experts,
-            _checks.unit_sizes("expert_units", self.expert_units),
-            self.activation,
-            self.use_bias,
-            dropout=self.dropout,
-            kernel_initializer=self.kernel_initializer,
-            kernel_regularizer=self.kernel_regularizer,
-            seed=self.seed,
-            dtype=self.dtype_policy,
-            name="experts",
-        )
+        units = _checks.unit_sizes("expert_units", self.expert_units)
+        return self.make_mlps(self.num_experts, units, name="experts")
 
     @property
     def capacity_factor(self) -> float | None:
@@ -225,28 +209,11 @@ class MoE(Layer):
             _checks.positive_number("capacity_factor", factor)
         self._capacity_factor = factor
 
-    @property
-    def dispatch(self) -> str:
-        """How tokens are sent to experts.
-
-        Can be changed without changing the weights. A model that has traced its
-        functions keeps the old dispatch until it is compiled again.
-        """
-        return self._dispatch
-
-    @dispatch.setter
-    def dispatch(self, name: str) -> None:
+    def _check_dispatch(self, name: str) -> None:
         factor, router = self.capacity_factor, self.router
         parts.check_dispatch(name, router, self.experts)
         parts.check_capacity_factor(factor, name, router, self._router_given is router)
         parts.check_priority(self.priority, name, factor, router)
-        self._dispatch = name
-
-    @property
-    def variables(self) -> list[Any]:
-        """The weights, and the metric sums, which JAX needs as state of a step."""
-        metrics = getattr(self, "routing_metrics", None)
-        return [*super().variables, *(metrics.sums if metrics else [])]
 
     def build(
         self,
@@ -306,7 +273,8 @@ class MoE(Layer):
         else:
             compute = getattr(dispatch_lib, name)
             outputs = compute(tokens, routing, self.experts, training)
-        if self.routing_metrics is not None:
+        # `fit` and `evaluate` set `training`; an export does not, and has no metrics.
+        if self.routing_metrics is not None and training is not None:
             self.routing_metrics.update_state(routing, kept)
         return ops.cast(outputs, self.compute_dtype)
 
@@ -352,7 +320,6 @@ class MoE(Layer):
             "num_experts": self.num_experts,
             "expert_units": self.expert_units,
             "top_k": self._top_k_given,
-            "activation": keras.activations.serialize(self.activation),
             "router": router,
             "experts": experts,
             "dispatch": self.dispatch,
@@ -365,11 +332,6 @@ class MoE(Layer):
             },
             "entropy_loss_weight": self.loss_weights.get("entropy", 0.0),
             "routing_metrics": self._metric_names,
-            "use_bias": self.use_bias,
-            "dropout": self.dropout,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
-            "seed": self.seed,
         }
 
     @classmethod

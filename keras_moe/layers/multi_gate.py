@@ -19,10 +19,12 @@ from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
 from keras_moe.layers._mixture import GatedMixture
 from keras_moe.layers._parts import (
+    Dispatches,
     check_expert_outputs,
     check_leading_axes,
     checked_rows,
     default_name,
+    expert_count,
 )
 
 # Keeps the old import path.
@@ -30,7 +32,7 @@ from keras_moe.layers.shared_bottom import SharedBottom as SharedBottom
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class MMoE(GatedMixture):
+class MMoE(Dispatches, GatedMixture):
     """Multi-gate Mixture-of-Experts: shared experts with one gate per task.
 
     Every task has its own softmax gate over the shared experts, so related tasks can
@@ -38,7 +40,7 @@ class MMoE(GatedMixture):
     experts is the version with several levels.
 
     Args:
-        num_experts: int, number of shared experts e.
+        num_experts: int, number of shared experts e. Default: that of `experts`.
         expert_units: int or sequence of ints, the widths of an expert's layers. None
             if `experts` is given.
         tasks: a sequence of task names (the outputs are a dict by name) or a number
@@ -65,6 +67,7 @@ class MMoE(GatedMixture):
             default `MLPExperts`. The expert arguments (from `activation` to
             `kernel_regularizer`) are then ignored.
         activation: activation of every expert layer, the last one included.
+        use_bias: bool, whether the expert layers add a bias.
         dropout: float in [0, 1), fraction of an expert's hidden units to drop.
         kernel_initializer: initializer of one expert's kernel.
         kernel_regularizer: regularizer of the stacked expert kernels.
@@ -89,7 +92,9 @@ class MMoE(GatedMixture):
 
     Example:
 
-    >>> mmoe = keras_moe.layers.MMoE(4, (32, 16), tasks=["click", "buy"])
+    >>> mmoe = keras_moe.layers.MMoE(
+    ...     num_experts=4, expert_units=(32, 16), tasks=["click", "buy"]
+    ... )
     >>> outputs = mmoe(np.ones((2, 8)))
     >>> sorted(outputs), outputs["buy"].shape == (2, 16)
     (['buy', 'click'], True)
@@ -105,9 +110,9 @@ class MMoE(GatedMixture):
 
     def __init__(
         self,
-        num_experts: int,
-        expert_units: int | Sequence[int] | None,
-        tasks: int | Sequence[str],
+        num_experts: int | None = None,
+        expert_units: int | Sequence[int] | None = None,
+        tasks: int | Sequence[str] | None = None,
         *,
         top_k: int | None = None,
         dispatch: str = "auto",
@@ -117,16 +122,27 @@ class MMoE(GatedMixture):
         super().__init__(
             expert_units, tasks, name=name or default_name("mmoe"), **kwargs
         )
-        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        self.num_experts = expert_count(num_experts, self._experts_given)
         self.top_k = None if top_k is None else _checks.top_k(top_k, self.num_experts)
         self.experts = self.make_experts(self.num_experts, any_layer=True)
         self.gates = self.make_gates(self.num_gates, self.num_experts)
-        self.dispatch = _checked_dispatch(dispatch, self.top_k, self.experts)
+        self.dispatch = dispatch
+
+    def _check_dispatch(self, name: str) -> None:
+        _checks.one_of("dispatch", name, ("auto", "dense", *dispatch_lib.DROPLESS))
+        if name not in dispatch_lib.DROPLESS:
+            return
+        if self.top_k is None:
+            raise ValueError(
+                '`dispatch` must be "dense" or "auto" with top_k=None. Received: '
+                f"dispatch={name!r}"
+            )
+        dispatch_lib.check_serves(name, self.experts)
 
     @property
     def num_gates(self) -> int:
         """One gate for each task."""
-        return self.tasks.count
+        return self._tasks.count
 
     def build(
         self,
@@ -158,7 +174,7 @@ class MMoE(GatedMixture):
 
     def _outputs(self, mixtures: list[Any]) -> dict[str, Any] | list[Any]:
         """Return the mixture of each task's gate."""
-        return self.tasks.pack(mixtures)
+        return self._tasks.pack(mixtures)
 
     def gate_weights(self, inputs: Any, gate_inputs: Any = None) -> Any:
         """Return the gates in inference, `(..., g, e)`.
@@ -170,7 +186,8 @@ class MMoE(GatedMixture):
         return self._gate(inputs, training=False)
 
     def _gate(self, inputs: Any, training: bool | None) -> Any:
-        return self.gate_probabilities(self.gates(inputs), training, self.top_k)
+        logits = self.gate_logits(self.gates, inputs)
+        return self.gate_probabilities(logits, training, self.top_k)
 
     def _resolve_dispatch(self) -> str:
         """Return the dispatch for this graph, by the rule in the class docstring."""
@@ -208,7 +225,7 @@ class MMoE(GatedMixture):
         gate_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> Any:
         units = self.output_units(self.experts, inputs_shape[-1])
-        return self.tasks.repeat((*inputs_shape[:-1], units))
+        return self._tasks.repeat((*inputs_shape[:-1], units))
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -227,7 +244,7 @@ class OMoE(MMoE):
     of the task gates of `MMoE`.
 
     Args:
-        num_experts: int, number of shared experts e.
+        num_experts: int, number of shared experts e. Default: that of `experts`.
         expert_units: int or sequence of ints, the widths of an expert's layers. None
             if `experts` is given.
         tasks: a sequence of task names (the outputs are a dict by name) or a number
@@ -246,7 +263,9 @@ class OMoE(MMoE):
 
     Example:
 
-    >>> omoe = keras_moe.layers.OMoE(4, (32, 16), tasks=["click", "buy"])
+    >>> omoe = keras_moe.layers.OMoE(
+    ...     num_experts=4, expert_units=(32, 16), tasks=["click", "buy"]
+    ... )
     >>> omoe(np.ones((2, 8)))["buy"].shape == (2, 16)
     True
 
@@ -258,9 +277,9 @@ class OMoE(MMoE):
 
     def __init__(
         self,
-        num_experts: int,
-        expert_units: int | Sequence[int] | None,
-        tasks: int | Sequence[str],
+        num_experts: int | None = None,
+        expert_units: int | Sequence[int] | None = None,
+        tasks: int | Sequence[str] | None = None,
         *,
         name: str | None = None,
         **kwargs: Any,
@@ -279,17 +298,4 @@ class OMoE(MMoE):
         return 1
 
     def _outputs(self, mixtures: list[Any]) -> dict[str, Any] | list[Any]:
-        return self.tasks.repeat(mixtures[0])
-
-
-def _checked_dispatch(dispatch: str, top_k: int | None, experts: Any) -> str:
-    _checks.one_of("dispatch", dispatch, ("auto", "dense", *dispatch_lib.DROPLESS))
-    if dispatch not in dispatch_lib.DROPLESS:
-        return dispatch
-    if top_k is None:
-        raise ValueError(
-            '`dispatch` must be "dense" or "auto" with top_k=None. Received: '
-            f"dispatch={dispatch!r}"
-        )
-    dispatch_lib.check_serves(dispatch, experts)
-    return dispatch
+        return self._tasks.repeat(mixtures[0])

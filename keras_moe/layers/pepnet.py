@@ -22,16 +22,15 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.experts import MLPExperts
 from keras_moe.initializers import independent
+from keras_moe.layers._mlp_layer import MLP_ARGUMENTS, TaskLayer
 from keras_moe.layers._parts import (
     Adaptable,
     check_leading_axes,
     checked_rows,
     default_name,
 )
-from keras_moe.layers._tasks import Tasks
-from keras_moe.layers._towers import run_towers, towers_config
+from keras_moe.layers._towers import run_towers
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -93,7 +92,7 @@ class GateNU(Adaptable):
             units,
             activation,
             kernel_initializer=independent(self.kernel_initializer, *name.encode()),
-            dtype="float64" if self.compute_dtype == "float64" else "float32",
+            dtype=self.full_precision,
             name=name,
         )
 
@@ -222,7 +221,7 @@ class EPNet(Adaptable):
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class PPNet(Adaptable):
+class PPNet(TaskLayer, Adaptable):
     """One MLP per task, whose hidden units are scaled by gates from prior features.
 
     Prior features of user, item and author give a gate for every unit of every layer
@@ -238,6 +237,7 @@ class PPNet(Adaptable):
         gate_scale: float > 0, the largest value of a gate.
         activation: activation of every layer, the last one included. Gates multiply
             its outputs.
+        use_bias: bool, whether every layer of the MLPs adds a bias.
         dropout: float in [0, 1), fraction of each hidden layer's units to drop.
         kernel_initializer: initializer of one task's kernel; each task and each layer
             gets its own draw.
@@ -283,43 +283,26 @@ class PPNet(Adaptable):
         *,
         gate_units: int | None = None,
         gate_scale: float = 2.0,
-        activation: Any = "relu",
-        dropout: float = 0.0,
-        kernel_initializer: Any = "glorot_uniform",
-        kernel_regularizer: Any = None,
         gate_kernel_initializer: Any = "glorot_uniform",
-        seed: int | None = None,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(name=name or default_name("ppnet"), **kwargs)
-        self.supports_masking = True
-        self.tasks = Tasks(tasks)
+        super().__init__(tasks, name=name or default_name("ppnet"), **kwargs)
+        self.units = _checks.unit_sizes("units", units)
         self.gate_units = _checked_width("gate_units", gate_units)
         self.gate_scale = _checks.positive_number("gate_scale", gate_scale)
         self.gate_kernel_initializer = keras.initializers.get(gate_kernel_initializer)
-        self.towers = MLPExperts(
-            self.tasks.count,
-            _checks.unit_sizes("units", units),
-            activation,
-            final_activation=activation,
-            dropout=dropout,
-            kernel_initializer=kernel_initializer,
-            kernel_regularizer=kernel_regularizer,
-            seed=seed,
-            dtype=self.dtype_policy,
-            name="towers",
-        )
+        self.towers = self.make_mlps(self._tasks.count, self.units, name="towers")
         self.gates = [
             GateNU(
-                self.tasks.count * width,
+                self._tasks.count * width,
                 self.gate_units or width,
                 self.gate_scale,
                 kernel_initializer=independent(self.gate_kernel_initializer, i),
                 dtype=self.dtype_policy,
                 name=f"gate_{i}",
             )
-            for i, width in enumerate(self.towers.units)
+            for i, width in enumerate(self.units)
         ]
 
     def build(
@@ -350,33 +333,29 @@ class PPNet(Adaptable):
             return self._gates_of_layer(i, gate_inputs) * activations
 
         outputs = run_towers(self.towers, inputs, scaled, training)
-        return self.tasks.pack(outputs)
+        return self._tasks.pack(outputs)
 
     def _gates_of_layer(self, i: int, gate_inputs: Any) -> Any:
         """(..., p + d) -> (t, n, h)."""
-        shape = (-1, self.tasks.count, self.towers.units[i])
+        shape = (-1, self._tasks.count, self.units[i])
         return ops.transpose(ops.reshape(self.gates[i](gate_inputs), shape), (1, 0, 2))
-
-    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
-        return None if mask is None else self.tasks.repeat(mask)
 
     def compute_output_shape(
         self,
         inputs_shape: tuple[int | None, ...],
         prior_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> Any:
-        return self.tasks.repeat((*inputs_shape[:-1], self.towers.units[-1]))
+        return self._tasks.repeat((*inputs_shape[:-1], self.units[-1]))
 
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "tasks": self.tasks.config,
+            "units": self.units,
             "gate_units": self.gate_units,
             "gate_scale": self.gate_scale,
             "gate_kernel_initializer": keras.initializers.serialize(
                 self.gate_kernel_initializer
             ),
-            **towers_config(self.towers),
         }
 
 
@@ -395,6 +374,7 @@ class PEPNet(Adaptable):
             Default: the width of the layer that is scaled.
         gate_scale: float > 0, the largest value of a gate.
         activation: activation of every layer of the towers, the last one included.
+        use_bias: bool, whether every layer of the MLPs adds a bias.
         dropout: float in [0, 1), fraction of each hidden layer's units to drop.
         kernel_initializer: initializer of one task's kernel.
         kernel_regularizer: regularizer of the stacked kernels of the towers.
@@ -437,15 +417,11 @@ class PEPNet(Adaptable):
         *,
         gate_units: int | None = None,
         gate_scale: float = 2.0,
-        activation: Any = "relu",
-        dropout: float = 0.0,
-        kernel_initializer: Any = "glorot_uniform",
-        kernel_regularizer: Any = None,
         gate_kernel_initializer: Any = "glorot_uniform",
-        seed: int | None = None,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
+        towers = {key: kwargs.pop(key) for key in MLP_ARGUMENTS if key in kwargs}
         super().__init__(name=name or default_name("pepnet"), **kwargs)
         self.supports_masking = True
         self.ppnet = PPNet(
@@ -453,12 +429,8 @@ class PEPNet(Adaptable):
             tasks,
             gate_units=gate_units,
             gate_scale=gate_scale,
-            activation=activation,
-            dropout=dropout,
-            kernel_initializer=kernel_initializer,
-            kernel_regularizer=kernel_regularizer,
             gate_kernel_initializer=gate_kernel_initializer,
-            seed=seed,
+            **towers,
             dtype=self.dtype_policy,
             name="ppnet",
         )
@@ -469,6 +441,11 @@ class PEPNet(Adaptable):
             dtype=self.dtype_policy,
             name="epnet",
         )
+
+    @property
+    def tasks(self) -> tuple[Any, ...]:
+        """The keys of the outputs: task names, or 0 to t - 1 for a number of tasks."""
+        return self.ppnet.tasks
 
     def build(
         self,
@@ -503,18 +480,8 @@ class PEPNet(Adaptable):
 
     def get_config(self) -> dict[str, Any]:
         ppnet = self.ppnet.get_config()
-        kept = (
-            "units",
-            "tasks",
-            "gate_units",
-            "gate_scale",
-            "activation",
-            "dropout",
-            "kernel_initializer",
-            "kernel_regularizer",
-            "gate_kernel_initializer",
-            "seed",
-        )
+        gates = ("gate_units", "gate_scale", "gate_kernel_initializer")
+        kept = ("units", "tasks", *gates, *MLP_ARGUMENTS)
         return {**super().get_config(), **{name: ppnet[name] for name in kept}}
 
 

@@ -12,14 +12,11 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe._layer import Layer
-from keras_moe.experts import MLPExperts
-from keras_moe.layers._tasks import Tasks
-from keras_moe.layers._towers import towers_config
+from keras_moe.layers._mlp_layer import TaskLayer
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class SharedBottom(Layer):
+class SharedBottom(TaskLayer):
     """One MLP shared by all tasks: the classical multi-task baseline.
 
     It returns outputs in the same form as `MMoE`, so either can replace the other.
@@ -29,6 +26,7 @@ class SharedBottom(Layer):
         tasks: a sequence of task names (the outputs are a dict by name) or a number
             of tasks (the outputs are a list).
         activation: activation of every layer, the last one included.
+        use_bias: bool, whether every layer adds a bias.
         dropout: float in [0, 1), fraction of each hidden layer's units to drop.
         kernel_initializer: initializer of the kernels.
         kernel_regularizer: regularizer of the kernels.
@@ -60,30 +58,12 @@ class SharedBottom(Layer):
         self,
         units: int | Sequence[int],
         tasks: int | Sequence[str],
-        *,
-        activation: Any = "relu",
-        dropout: float = 0.0,
-        kernel_initializer: Any = "glorot_uniform",
-        kernel_regularizer: Any = None,
-        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.supports_masking = True
-        self.tasks = Tasks(tasks)
+        super().__init__(tasks, **kwargs)
+        self.units = _checks.unit_sizes("units", units)
         # A shared bottom is a mixture of one expert with gate 1.
-        self.bottom = MLPExperts(
-            1,
-            _checks.unit_sizes("units", units),
-            activation,
-            final_activation=activation,
-            dropout=dropout,
-            kernel_initializer=kernel_initializer,
-            kernel_regularizer=kernel_regularizer,
-            seed=seed,
-            dtype=self.dtype_policy,
-            name="bottom",
-        )
+        self.bottom = self.make_mlps(1, self.units, name="bottom")
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         _checks.last_dimension(type(self).__name__, input_shape)
@@ -93,17 +73,10 @@ class SharedBottom(Layer):
         self, inputs: Any, training: bool | None = None
     ) -> dict[str, Any] | list[Any]:
         outputs = ops.squeeze(self.bottom(inputs, training=training), axis=-2)
-        return self.tasks.repeat(outputs)
-
-    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
-        return None if mask is None else self.tasks.repeat(mask)
+        return self._tasks.repeat(outputs)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> Any:
-        return self.tasks.repeat((*input_shape[:-1], self.bottom.units[-1]))
+        return self._tasks.repeat((*input_shape[:-1], self.units[-1]))
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "tasks": self.tasks.config,
-            **towers_config(self.bottom),
-        }
+        return {**super().get_config(), "units": self.units}

@@ -18,14 +18,13 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe._layer import Layer
-from keras_moe.experts import MLPExperts
 from keras_moe.initializers import independent
-from keras_moe.layers._parts import check_experts, default_name
+from keras_moe.layers._mlp_layer import MLPLayer
+from keras_moe.layers._parts import check_experts, default_name, expert_count
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class SoftMoE(Layer):
+class SoftMoE(MLPLayer):
     """Soft Mixture-of-Experts: each expert computes a few mixtures of tokens.
 
     There is no discrete routing and no dropped token, so the layer is fully
@@ -36,7 +35,7 @@ class SoftMoE(Layer):
     not suited to autoregressive models. Sequences of a batch are never mixed.
 
     Args:
-        num_experts: int, number of experts e.
+        num_experts: int, number of experts e. Default: that of `experts`.
         expert_units: int or sequence of ints, the widths of an expert's layers. None
             if `experts` is given.
         slots_per_expert: int, number of slots s per expert and sequence.
@@ -76,7 +75,9 @@ class SoftMoE(Layer):
 
     Example:
 
-    >>> soft_moe = keras_moe.layers.SoftMoE(4, (32, 16), slots_per_expert=2)
+    >>> soft_moe = keras_moe.layers.SoftMoE(
+    ...     num_experts=4, expert_units=(32, 16), slots_per_expert=2
+    ... )
     >>> soft_moe(np.ones((2, 5, 16))).shape == (2, 5, 16)
     True
 
@@ -93,54 +94,31 @@ class SoftMoE(Layer):
 
     def __init__(
         self,
-        num_experts: int,
+        num_experts: int | None = None,
         expert_units: int | Sequence[int] | None = None,
         slots_per_expert: int = 1,
         *,
-        activation: Any = "gelu",
         experts: keras.layers.Layer | None = None,
         normalize: bool = True,
         phi_initializer: Any = "lecun_normal",
-        use_bias: bool = True,
-        dropout: float = 0.0,
-        kernel_initializer: Any = "glorot_uniform",
-        kernel_regularizer: Any = None,
-        seed: int | None = None,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
+        kwargs = {"activation": "gelu", **kwargs}
         super().__init__(name=name or default_name("soft_moe"), **kwargs)
-        self.supports_masking = True
-        self.num_experts = _checks.positive_int("num_experts", num_experts)
+        self.num_experts = expert_count(num_experts, experts)
         self.expert_units = expert_units
         self.slots_per_expert = _checks.positive_int(
             "slots_per_expert", slots_per_expert
         )
-        self.activation = keras.activations.get(activation)
         self.normalize = normalize
         self.phi_initializer = keras.initializers.get(phi_initializer)
-        self.use_bias = use_bias
-        self.dropout = _checks.rate("dropout", dropout)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.seed = seed
         self._experts_given = experts is not None
         check_experts(experts, self.num_experts, expert_units)
-        self.experts = self._make_experts() if experts is None else experts
-
-    def _make_experts(self) -> MLPExperts:
-        return MLPExperts(
-            self.num_experts,
-            _checks.unit_sizes("expert_units", self.expert_units),
-            self.activation,
-            self.use_bias,
-            dropout=self.dropout,
-            kernel_initializer=self.kernel_initializer,
-            kernel_regularizer=self.kernel_regularizer,
-            seed=self.seed,
-            dtype=self.dtype_policy,
-            name="experts",
-        )
+        if experts is None:
+            units = _checks.unit_sizes("expert_units", expert_units)
+            experts = self.make_mlps(self.num_experts, units, name="experts")
+        self.experts = experts
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         features = _checks.last_dimension(type(self).__name__, input_shape)
@@ -177,7 +155,7 @@ class SoftMoE(Layer):
         return ops.matmul(ops.cast(combine, outputs.dtype), outputs)
 
     def _logits(self, inputs: Any) -> Any:
-        dtype = "float64" if self.compute_dtype == "float64" else "float32"
+        dtype = self.full_precision
         tokens, phi = ops.cast(inputs, dtype), ops.cast(self.phi, dtype)
         if self.scale is None:
             return ops.matmul(tokens, phi)
@@ -213,15 +191,9 @@ class SoftMoE(Layer):
             "num_experts": self.num_experts,
             "expert_units": self.expert_units,
             "slots_per_expert": self.slots_per_expert,
-            "activation": keras.activations.serialize(self.activation),
             "experts": experts if self._experts_given else None,
             "normalize": self.normalize,
             "phi_initializer": keras.initializers.serialize(self.phi_initializer),
-            "use_bias": self.use_bias,
-            "dropout": self.dropout,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
-            "seed": self.seed,
         }
 
     @classmethod

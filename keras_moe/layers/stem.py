@@ -63,7 +63,12 @@ class STEM(GatedMixture):
 
     Example:
 
-    >>> stem = keras_moe.layers.STEM(1, 1, (32, 16), tasks=["click", "buy"])
+    >>> stem = keras_moe.layers.STEM(
+    ...     num_shared_experts=1,
+    ...     num_task_experts=1,
+    ...     expert_units=(32, 16),
+    ...     tasks=["click", "buy"],
+    ... )
     >>> outputs = stem(np.ones((2, 8)), task_inputs=np.ones((2, 2, 8)))
     >>> outputs["buy"].shape == (2, 16)
     True
@@ -79,8 +84,8 @@ class STEM(GatedMixture):
         self,
         num_shared_experts: int,
         num_task_experts: int,
-        expert_units: int | Sequence[int] | None,
-        tasks: int | Sequence[str],
+        expert_units: int | Sequence[int] | None = None,
+        tasks: int | Sequence[str] | None = None,
         *,
         num_levels: int = 1,
         name: str | None = None,
@@ -97,7 +102,7 @@ class STEM(GatedMixture):
         )
         self.num_levels = _checks.positive_int("num_levels", num_levels)
         self.check_levels(self.num_levels)
-        t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
+        t, m, s = self._tasks.count, self.num_task_experts, self.num_shared_experts
         levels = range(self.num_levels)
         self.experts = [self.make_experts(t * m + s, level) for level in levels]
         self.gates = [self.make_gates(t, t * m + s, level) for level in levels]
@@ -127,7 +132,7 @@ class STEM(GatedMixture):
         streams = self._first_streams(inputs, task_inputs)
         for level in range(self.num_levels):
             streams = self._extract(level, streams, training)
-        return self.tasks.pack(streams)
+        return self._tasks.pack(streams)
 
     def gate_weights(self, inputs: Any, task_inputs: Any = None) -> list[Any]:
         """Return the gates of each level in inference: `[(..., t, e), ...]`.
@@ -148,16 +153,16 @@ class STEM(GatedMixture):
     def _first_streams(self, inputs: Any, task_inputs: Any) -> list[Any]:
         """Return the streams of the tasks, with the shared stream last."""
         if task_inputs is None:
-            return [inputs] * (self.tasks.count + 1)
+            return [inputs] * (self._tasks.count + 1)
         self._check_task_inputs(inputs.shape, task_inputs.shape)
         task_inputs = checked_batch("task_inputs", task_inputs, inputs)
-        return [*ops.unstack(task_inputs, num=self.tasks.count, axis=-2), inputs]
+        return [*ops.unstack(task_inputs, num=self._tasks.count, axis=-2), inputs]
 
     def _extract(
         self, level: int, streams: Sequence[Any], training: bool | None
     ) -> list[Any]:
         """Return the streams of the next level; after the last, the task outputs."""
-        t, m, s = self.tasks.count, self.num_task_experts, self.num_shared_experts
+        t, m, s = self._tasks.count, self.num_task_experts, self.num_shared_experts
         outputs = on_streams(self.experts[level], streams, [m] * t + [s], training)
         gates = self._task_gates(level, streams, training)
         own, shared = _diagonal_blocks(gates[..., : t * m], t, m), gates[..., t * m :]
@@ -169,7 +174,7 @@ class STEM(GatedMixture):
         )
         streams_above = list(ops.unstack(mixtures, axis=-2))
         if level < self.num_levels - 1:
-            logits = self.shared_gates[level](streams[-1])
+            logits = self.gate_logits(self.shared_gates[level], streams[-1])
             gate = self.gate_probabilities(logits, training)
             # Otherwise a task would train other tasks' experts via the shared stream.
             of_tasks = ops.stop_gradient(outputs[..., : t * m, :])
@@ -186,7 +191,7 @@ class STEM(GatedMixture):
         gate_inputs = (
             [own[0] + shared] * len(own) if same else [x + shared for x in own]
         )
-        logits = on_streams(self.gates[level], gate_inputs, [1] * len(gate_inputs))
+        logits = self.gate_logits(self.gates[level], gate_inputs)
         return self.gate_probabilities(logits, training)
 
     def _check_task_inputs(
@@ -194,7 +199,7 @@ class STEM(GatedMixture):
     ) -> None:
         if shape is None:
             return
-        expected = (*inputs_shape[:-1], self.tasks.count, inputs_shape[-1])
+        expected = (*inputs_shape[:-1], self._tasks.count, inputs_shape[-1])
         same = len(shape) == len(expected) and all(
             a is None or b is None or a == b
             for a, b in zip(shape, expected, strict=True)
@@ -213,7 +218,7 @@ class STEM(GatedMixture):
         units = inputs_shape[-1]
         for experts in self.experts:
             units = self.output_units(experts, units)
-        return self.tasks.repeat((*inputs_shape[:-1], units))
+        return self._tasks.repeat((*inputs_shape[:-1], units))
 
     def get_config(self) -> dict[str, Any]:
         return {

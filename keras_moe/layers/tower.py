@@ -93,7 +93,7 @@ class Tower(Adaptable):
             1,
             self.activation,
             bias_initializer=self.bias_initializer,
-            dtype="float64" if self.compute_dtype == "float64" else "float32",
+            dtype=self.full_precision,
             name="output_unit",
         )
 

@@ -55,7 +55,10 @@ class MultiTaskModel(keras.Model):
     Example:
 
     >>> inputs = keras.Input((8,))
-    >>> shared = keras_moe.layers.MMoE(4, 16, tasks=["click", "stars"])(inputs)
+    >>> mmoe = keras_moe.layers.MMoE(
+    ...     num_experts=4, expert_units=16, tasks=["click", "stars"]
+    ... )
+    >>> shared = mmoe(inputs)
     >>> model = keras_moe.multitask.MultiTaskModel(
     ...     inputs,
     ...     {
@@ -97,7 +100,7 @@ class MultiTaskModel(keras.Model):
                 f"to the total loss. Received: {loss_weighting!r}"
             )
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
-        self.tasks = tasks
+        self._tasks = tasks
         self.loss_weighting = loss_weighting
         self._weighting_takes_mask = loss_weighting is not None and (
             "mask" in inspect.signature(loss_weighting.call).parameters
@@ -111,9 +114,14 @@ class MultiTaskModel(keras.Model):
             self._task_losses = TaskLosses(self.task_names)
 
     @property
-    def task_names(self) -> list[str]:
+    def tasks(self) -> tuple[Any, ...]:
         """The names of the tasks, in the order of `outputs`."""
-        return list(self.tasks.names or ())
+        return self._tasks.keys
+
+    @property
+    def task_names(self) -> list[str]:
+        """The same as a list."""
+        return list(self.tasks)
 
     @property
     def metrics(self) -> list[Any]:

@@ -36,6 +36,7 @@ class Router(Layer):
             record: a subset of "load_balancing", "importance", "load", "router_z" and
             "entropy". (`losses` is an attribute of every Keras layer.)
         default_loss_weights: weights of the losses that a `MoE` adds by default.
+        wrong_in_exports: export formats in which the router would have other outputs.
 
     Args:
         num_experts: int, number of experts e.
@@ -62,7 +63,8 @@ class Router(Layer):
     ...         indices = keras.ops.zeros((len(tokens), 1), "int32")
     ...         weights = keras.ops.ones((len(tokens), 1))
     ...         return keras_moe.routing.Routing(indices, weights, mask=mask)
-    >>> moe = keras_moe.layers.MoE(4, expert_units=8, router=FirstExpertRouter(4, 1))
+    >>> router = FirstExpertRouter(num_experts=4, top_k=1)
+    >>> moe = keras_moe.layers.MoE(expert_units=8, router=router)
     >>> moe(np.ones((3, 16))).shape == (3, 8)
     True
     """
@@ -72,6 +74,7 @@ class Router(Layer):
     has_probs: ClassVar[bool] = True
     supported_losses: ClassVar[frozenset[str]] = frozenset()
     default_loss_weights: ClassVar[dict[str, float]] = {}
+    wrong_in_exports: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, num_experts: int, top_k: int, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)
@@ -83,10 +86,6 @@ class Router(Layer):
     def least_rank(self) -> int:  # type: ignore[override]
         """The minimum rank of the tokens: ids have no feature axis."""
         return 1 if self.reads_ids else 2
-
-    @property
-    def _routing_dtype(self) -> str:
-        return "float64" if self.compute_dtype == "float64" else "float32"
 
     def _check_has_gradient(self, training: bool | None, rule: str) -> None:
         """Raise ValueError in training if the only weight is always 1 (no gradient)."""
@@ -158,7 +157,7 @@ class LinearRouter(Router):
 
         Padding is set to zero, which keeps its NaN out of the gradients.
         """
-        tokens = ops.cast(tokens, self._routing_dtype)
+        tokens = ops.cast(tokens, self.full_precision)
         if mask is None:
             return tokens, None
         mask = ops.cast(mask, "bool")
@@ -166,9 +165,9 @@ class LinearRouter(Router):
         return ops.where(kept, tokens, ops.zeros_like(tokens)), mask
 
     def _logits(self, tokens: Any) -> Any:
-        logits = ops.matmul(tokens, ops.cast(self.kernel, self._routing_dtype))
+        logits = ops.matmul(tokens, ops.cast(self.kernel, self.full_precision))
         if self.bias is not None:
-            logits = logits + ops.cast(self.bias, self._routing_dtype)
+            logits = logits + ops.cast(self.bias, self.full_precision)
         return logits
 
     def get_config(self) -> dict[str, Any]:

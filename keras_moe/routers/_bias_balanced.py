@@ -133,13 +133,7 @@ class BiasBalancedRouter(LinearRouter):
             aggregation="only_first_replica",  # The load is summed over all.
         )
         if self.bias_update_rate > 0.0:
-            self._step = _OptimizerStep(self.num_experts, self.kernel)
-
-    @property
-    def variables(self) -> list[Any]:
-        """The weights and the step state: Keras needs both for stateless JAX calls."""
-        step = getattr(self, "_step", None)
-        return [*super().variables, *(step.variables if step else [])]
+            self._step = _OptimizerStep(self)
 
     def call(
         self, tokens: Any, mask: Any = None, training: bool | None = None
@@ -208,31 +202,25 @@ class _OptimizerStep:
 
     Keras does not notify layers of optimizer steps. A step changes the kernel, and an
     unchanged kernel means the same step: another batch of gradient accumulation, or a
-    recomputation. These variables are not saved as weights: a new step begins after
-    loading a file.
+    recomputation. The variables are state of the router, not weights: a new step begins
+    after loading a file.
     """
 
-    def __init__(self, num_experts: int, kernel: Any) -> None:
-        def variable(name: str, like: Any) -> Any:
-            return keras.Variable(
+    def __init__(self, router: BiasBalancedRouter) -> None:
+        def state(name: str, like: Any) -> Any:
+            return router.add_state(
+                f"step_{name}",
+                like.shape,
                 # NaN is unequal to every value: the first call starts a step.
                 initializer=keras.initializers.Constant(float("nan")),
-                shape=like,
-                dtype="float32" if name != "kernel" else kernel.dtype,
-                trainable=False,
-                autocast=False,
+                dtype=like.dtype,
                 aggregation="only_first_replica",
-                name=f"step_{name}",
             )
 
-        self._kernel = variable("kernel", kernel.shape)
-        self._bias = variable("bias", (num_experts,))
-        self._load = variable("load", (num_experts,))
-        self._moved = variable("moved", (num_experts,))
-
-    @property
-    def variables(self) -> list[Any]:
-        return [self._kernel, self._bias, self._load, self._moved]
+        self._kernel = state("kernel", router.kernel)
+        self._bias = state("bias", router.expert_bias)
+        self._load = state("load", router.expert_bias)
+        self._moved = state("moved", router.expert_bias)
 
     def start(self, bias: Any, kernel: Any) -> tuple[Any, Any]:
         """Return the bias at the start of the step, and the load since then."""

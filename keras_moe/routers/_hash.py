@@ -64,6 +64,7 @@ class HashRouter(Router):
     supported_losses = frozenset()
     reads_ids = True
     has_probs = False
+    wrong_in_exports = frozenset({"openvino"})  # Its integers do not wrap around.
 
     def __init__(
         self,
@@ -131,7 +132,7 @@ class HashRouter(Router):
                 ids, "int32"
             )  # `vocabulary_size` may exceed the dtype's range.
         indices = self._from_hash(ids) if self.table is None else self._from_table(ids)
-        weights = ops.ones_like(indices, dtype=self._routing_dtype) / self.top_k
+        weights = ops.ones_like(indices, dtype=self.full_precision) / self.top_k
         mask = None if mask is None else ops.cast(mask, "bool")
         return routing.Routing(indices, weights, mask=mask)
 

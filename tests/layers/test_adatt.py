@@ -31,7 +31,7 @@ def oracle(layer, x, levels):
     return family_oracles.adatt(
         x,
         levels,
-        layer.tasks.count,
+        len(layer.tasks),
         layer.num_task_experts,
         layer.residual,
         layer.gate_temperature,

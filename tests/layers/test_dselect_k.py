@@ -41,7 +41,7 @@ def _randomised(layer, spread=1.0):
 
 def _selected(layer, x, weights):
     """The selectors (n, t, k, e) by the oracle."""
-    shape = (len(x), layer.tasks.count, layer.top_k, layer.num_bits)
+    shape = (len(x), len(layer.tasks), layer.top_k, layer.num_bits)
     if layer.static:
         logits = np.broadcast_to(weights["selector_logits"], shape)
     else:
@@ -97,11 +97,11 @@ class _WithLosses(keras.layers.Layer):
         (4, 2, (5,), {}),
         (4, 1, (6, 5), {}),
         (3, 2, (6, 5), {}),
-        (5, 3, (5,), {"gamma": 0.5, "entropy_weight": 0.7}),
-        (4, 2, (5,), {"gamma": 2.0, "entropy_weight": 0.7}),
-        (4, 2, (5,), {"static": True, "entropy_weight": 0.7}),
+        (5, 3, (5,), {"gamma": 0.5, "entropy_loss_weight": 0.7}),
+        (4, 2, (5,), {"gamma": 2.0, "entropy_loss_weight": 0.7}),
+        (4, 2, (5,), {"static": True, "entropy_loss_weight": 0.7}),
         (3, 1, (6, 5), {"static": True}),
-        (6, 2, (5,), {"gate_x": True, "entropy_weight": 0.7}),
+        (6, 2, (5,), {"gate_x": True, "entropy_loss_weight": 0.7}),
     ],
 )
 def test_outputs_losses_and_all_gradients_equal_the_oracle(
@@ -125,12 +125,12 @@ def test_outputs_losses_and_all_gradients_equal_the_oracle(
 
     def losses():
         selected = _selected(layer, inputs[-1], weights)
-        return oracles_sharing.selection_loss(selected, layer.entropy_weight)
+        return oracles_sharing.selection_loss(selected, layer.entropy_loss_weight)
 
     for output, expected in zip(layer(*inputs).values(), oracle(), strict=True):
         np.testing.assert_allclose(_array(output), expected, **ORACLE)
 
-    has_losses = bool(layer.entropy_weight) or experts in (3, 5, 6)
+    has_losses = bool(layer.entropy_loss_weight) or experts in (3, 5, 6)
     whole = _WithLosses(layer) if has_losses else layer
     if has_losses:
         np.testing.assert_allclose(_array(whole(*inputs)[-1]), losses(), **ORACLE)
@@ -300,7 +300,7 @@ def _called(layer, x):
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("experts", [8, 6])
 def test_the_losses_alone_make_gates_choose(experts, static):
-    layer = DSelectK(experts, 3, 2, 2, entropy_weight=0.1, static=static)
+    layer = DSelectK(experts, 3, 2, 2, entropy_loss_weight=0.1, static=static)
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layer(inputs))
     model.compile(
@@ -317,7 +317,7 @@ def test_the_losses_alone_make_gates_choose(experts, static):
 
 
 def test_losses_are_means_over_the_rows_that_count():
-    layer = DSelectK(5, 3, 2, 2, entropy_weight=0.7, dtype="float64")
+    layer = DSelectK(5, 3, 2, 2, entropy_loss_weight=0.7, dtype="float64")
     x = np.random.default_rng(0).normal(size=(2, 3, 4))
     layer(x)
     _, weights = _randomised(layer, 0.1)
@@ -362,7 +362,7 @@ def test_no_loss_without_need():
 
 def test_a_selector_that_has_left_gives_numbers():
     """All bits at 1 spell 7, which is no expert of 5: the weights are 0."""
-    layer = DSelectK(5, 3, 1, 1, static=True, entropy_weight=0.1, dtype="float64")
+    layer = DSelectK(5, 3, 1, 1, static=True, entropy_loss_weight=0.1, dtype="float64")
     x = np.random.default_rng(0).normal(size=(4, 6))
     layer(x)
     layer.selector_logits.assign(np.ones((1, 1, 3)))
@@ -448,7 +448,10 @@ def test_experts_may_be_any_layer():
         ({"top_k": 4}, "`top_k` must not exceed `num_experts`.*top_k=4.*=3"),
         ({"top_k": 0}, "`top_k` must be an integer >= 1"),
         ({"gamma": 0.0}, "`gamma` must be a finite number > 0"),
-        ({"entropy_weight": float("inf")}, "`entropy_weight` must be a finite.*inf"),
+        (
+            {"entropy_loss_weight": float("inf")},
+            "`entropy_loss_weight` must be a finite.*inf",
+        ),
         ({"dropout": 1.0}, r"`dropout` must be in \[0, 1\)"),
         ({"experts": 3, "expert_units": None}, "`experts` must be a Keras layer"),
         ({"experts": MLPExperts(3, 4)}, "`expert_units` must be None"),

@@ -28,7 +28,7 @@ def check(layer, *leading):
         outputs = family_oracles.ple(
             flat,
             levels,
-            layer.tasks.count,
+            len(layer.tasks),
             layer.num_task_experts,
             layer.gate_temperature,
         )

@@ -62,9 +62,9 @@ def oracle(layer, values, training=False):
         "gates": family.mlps(layer.task_gates, values),
         "self_gates": gates("task_self_gates"),
     }
-    groups = layer.groups or [list(range(layer.tasks.count))]
+    groups = layer.groups or [list(range(len(layer.tasks)))]
     group_of_task = [
-        [k in group for group in groups].index(True) for k in range(layer.tasks.count)
+        [k in group for group in groups].index(True) for k in range(len(layer.tasks))
     ]
     return lambda x: family_oracles.home(
         x, meta, task, group_of_task, layer.num_task_experts, layer.gate_temperature

@@ -14,7 +14,7 @@ D, U = 2, 2
 
 def oracle(layer, inputs, levels, held=None):
     """The outputs for inputs (..., d), or those and the tasks' (..., t, d)."""
-    leading, t = inputs[0].shape[:-1], layer.tasks.count
+    leading, t = inputs[0].shape[:-1], len(layer.tasks)
     x = inputs[0].reshape(-1, D)
     task_x = inputs[1].reshape(-1, t, D) if len(inputs) > 1 else np.stack([x] * t, 1)
     outputs, to_hold = family_oracles.stem(
@@ -27,7 +27,7 @@ def check(layer, *leading, task_inputs=True):
     """Outputs and all gradients of a layer are those of the oracle."""
     inputs = [rows(*leading, D)]
     if task_inputs:
-        inputs.append(rows(*leading, layer.tasks.count, D, seed=1))
+        inputs.append(rows(*leading, len(layer.tasks), D, seed=1))
     layer(*inputs)
     values = family.randomised(layer)
     levels = family.levels_of(layer, values)
