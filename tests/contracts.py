@@ -1,7 +1,7 @@
 """What every layer of keras_moe promises, in functions that a test runs over all.
 
 A `Case` says how to make a layer and what to feed it. Adding a layer to the library
-means adding its cases to `tests/cases.py`.
+means adding its cases to `tests/support/layer_cases.py`.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from tests import backends
+from tests.support import backends
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 
 from keras_moe.layers import MMoE, SharedBottom, Tower
 from keras_moe.multitask import MultiTaskModel
-from tests import processes
+from tests.support import processes
 
 ROOT = Path(__file__).parent.parent
 CORE = {
@@ -23,7 +23,7 @@ CORE = {
         "test_losses.py",
         "test_metrics.py",
         "test_remat.py",
-        "test_routers.py",
+        "routers",
         "test_routing.py",
         "test_upcycling.py",
     ),

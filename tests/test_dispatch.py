@@ -1,7 +1,7 @@
-"""The ways in which rows move: all alike, in what they compute and in what they cost.
+"""Every dispatch computes the same, at its own cost.
 
-`tests/layers/test_moe.py` holds every router and all experts to the oracle; here the
-records are drawn, so that any sizes and loads come up.
+`tests/layers/test_moe_*.py` compare every router and all experts with the oracle; here
+records are drawn at random, with any sizes and loads.
 """
 
 import functools
@@ -22,11 +22,11 @@ from keras_moe.dispatch import _blocked
 from keras_moe.experts import MLPExperts
 from keras_moe.layers import MoE
 from keras_moe.routing import Routing
-from tests import backends, moe_oracles, ways
+from tests.support import backends, dispatches, moe_oracles
 
 D, U = 3, 2
 BOUNDED = settings(max_examples=30, deadline=None, derandomize=True)
-if ways.BACKEND == "jax":
+if dispatches.BACKEND == "jax":
     # It compiles every example anew, and would again to find the smallest one.
     BOUNDED = settings(BOUNDED, max_examples=4, phases=[Phase.generate])
 
@@ -53,7 +53,7 @@ class Moved(keras.layers.Layer):
                 record, self.experts.num_experts, self.capacity
             )
             options = {"slots": slots}
-        move = getattr(dispatch_lib, ways.dispatch_of(self.way))
+        move = getattr(dispatch_lib, dispatches.dispatch_of(self.way))
         return move(tokens, record, self.experts, **options)
 
 
@@ -95,8 +95,8 @@ def test_all_ways_agree_for_any_sizes(n, e, share, skew, masked, sizes, seed):
     counted = np.ones((n, 1)) if masked is False else mask[:, None]
     cotangent = counted * rng.normal(size=(n, U))
     reference = None
-    for way in ways.TOKEN_CHOICE:
-        with ways.chosen(way, *sizes):
+    for way in dispatches.TOKEN_CHOICE:
+        with dispatches.chosen(way, *sizes):
             layer = Moved(way, experts, indices, mask, max(n, 1))
             outputs, *gradients = backends.outputs_and_gradients(
                 layer, inputs, [cotangent]
@@ -115,8 +115,8 @@ def test_all_ways_agree_for_any_sizes(n, e, share, skew, masked, sizes, seed):
             )
 
 
-@pytest.mark.skipif(ways.BACKEND == "torch", reason="not compiled there")
-@pytest.mark.parametrize("way", [w for w in ways.TOKEN_CHOICE if w != "dense"])
+@pytest.mark.skipif(dispatches.BACKEND == "torch", reason="not compiled there")
+@pytest.mark.parametrize("way", [w for w in dispatches.TOKEN_CHOICE if w != "dense"])
 def test_sizes_as_they_are_shipped(way):
     """No block is shrunk here: one expert fills several, one a part, one none."""
     e, rng = 5, np.random.default_rng(0)
@@ -129,7 +129,7 @@ def test_sizes_as_they_are_shipped(way):
     sizes = dispatch_lib.block_sizes(2000, e)
 
     def by(way):
-        with ways.chosen(way) as _, pytest.MonkeyPatch.context() as patch:
+        with dispatches.chosen(way) as _, pytest.MonkeyPatch.context() as patch:
             patch.setattr(_blocked, "block_sizes", lambda *_: sizes)
             layer = Moved(way, experts, indices, mask, 2000)
             found = backends.outputs_and_gradients(layer, inputs, [cotangent])
@@ -146,7 +146,7 @@ BROKEN = [2, 11]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("way", ways.TOKEN_CHOICE)
+@pytest.mark.parametrize("way", dispatches.TOKEN_CHOICE)
 def test_a_broken_row_changes_no_other_output_and_no_other_gradient(way, value):
     """Whole rows of it, in the middle and at the end of the run of an expert."""
     rng = np.random.default_rng(3)
@@ -163,7 +163,7 @@ def test_a_broken_row_changes_no_other_output_and_no_other_gradient(way, value):
             # A router that sees such a row gives it such weights.
             inputs[1] = weights.copy()
             inputs[1][BROKEN[0]] = np.nan
-        with ways.chosen(way):
+        with dispatches.chosen(way):
             layer = Moved(way, experts, indices, None, 24)
             (output,), by_weight, by_input = backends.outputs_and_gradients(
                 layer, inputs, [cotangent]
@@ -178,7 +178,9 @@ def test_a_broken_row_changes_no_other_output_and_no_other_gradient(way, value):
 
 # What it costs: the compiler's own figures, no clock.
 
-only_jax = pytest.mark.skipif(ways.BACKEND != "jax", reason="JAX shows its compiler's")
+only_jax = pytest.mark.skipif(
+    dispatches.BACKEND != "jax", reason="JAX shows its compiler's"
+)
 N, K, WIDTH, HIDDEN = 8192, 2, 256, 512
 
 
@@ -362,7 +364,9 @@ def test_few_rows_more_than_were_chosen_are_multiplied(e, skew):
     assert dispatch_lib.rows_multiplied(everything) <= 1.02 * N * K
 
 
-@pytest.mark.skipif(ways.BACKEND != "tensorflow", reason="loops run eagerly there")
+@pytest.mark.skipif(
+    dispatches.BACKEND != "tensorflow", reason="loops run eagerly there"
+)
 @pytest.mark.parametrize("counts", [[40, 0, 3, 16, 1], [0, 0, 61], [7], [0, 5, 300]])
 def test_the_rows_that_are_counted_are_the_rows_multiplied(counts, monkeypatch):
     """Each once forward and, for its own gradient and the kernel's, twice backward."""

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
 from keras_moe.layers import PLE, MMoE, MoE
-from tests import backends, moe_oracles, oracles
+from tests.support import backends, moe_oracles, oracles
 
 
 @pytest.mark.parametrize("units", [(4,), (6, 4), (6, 5, 4)])

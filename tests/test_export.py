@@ -9,7 +9,7 @@ import pytest
 from keras_moe import export
 from keras_moe.layers import PLE, MMoE, MoE, Tower
 from keras_moe.multitask import MultiTaskModel
-from tests.export_runtimes import runner
+from tests.support.export_runtimes import runner
 
 pytestmark = [
     pytest.mark.skipif(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe import losses, routing
-from tests import backends, oracles, routing_oracles
+from tests.support import backends, oracles, routing_oracles
 
 LOG2 = math.log(2.0)
 PROBS = np.array(

@@ -13,8 +13,8 @@ from keras_moe.layers import MoE
 from keras_moe.metrics import RoutingMetrics
 from keras_moe.routers import TopKRouter
 from keras_moe.routing import DenseRouting, ExpertChoiceRouting, Routing
-from tests import backends
-from tests.family import not_on_jax
+from tests.support import backends
+from tests.support.checks import not_on_jax
 
 ALL = RoutingMetrics.KNOWN
 PROBS = np.array(

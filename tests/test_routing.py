@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe import routing
-from tests import moe_oracles
+from tests.support import moe_oracles
 
 BOUNDED = settings(max_examples=60, deadline=None, derandomize=True)
 # JAX compiles every operation again for new sizes.

@@ -13,7 +13,7 @@ from keras_moe.layers import PLE, MMoE, MoE, Tower
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="a SavedModel is TensorFlow's"
 )
-C_SERVER = Path(__file__).parent / "c_server.py"
+C_SERVER = Path(__file__).parent / "support" / "c_api_server.py"
 TASKS = ["click", "stars"]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import keras
 import pytest
 
-from tests import processes
+from tests.support import processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +31,7 @@ def test_the_suite():
             "-q",
             "-p",
             "no:cacheprovider",
-            "tests/tfrs_suite.py",
+            "tests/support/tfrs_suite.py",
         ],
         cwd=ROOT,
         timeout=600,

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from keras_moe.experts import LayerExperts, MLPExperts
 from keras_moe.layers import AdaTT, MMoE
-from tests import family, family_oracles
-from tests.family import array, arrays, rows
+from tests.support import checks, multitask_oracles
+from tests.support.checks import array, arrays, rows
 
 D, U = 2, 2
 
@@ -22,13 +22,13 @@ def levels_of(layer, values):
             values[id(weights[level])] if level < len(weights) else None
             for weights in (layer.own_weights, layer.shared_own_weights)
         ]
-        gates = family.mlps(layer.gates[level], values)
-        found.append((family.experts_of(experts, values), gates, *own))
+        gates = checks.mlps(layer.gates[level], values)
+        found.append((checks.experts_of(experts, values), gates, *own))
     return found
 
 
 def oracle(layer, x, levels):
-    return family_oracles.adatt(
+    return multitask_oracles.adatt(
         x,
         levels,
         len(layer.tasks),
@@ -42,18 +42,18 @@ def check(layer, *leading):
     """Outputs and all gradients of a layer are those of the oracle."""
     x = rows(*leading, D)
     layer(x)
-    values = family.randomised(layer)
+    values = checks.randomised(layer)
     levels, flat = levels_of(layer, values), x.reshape(-1, D)
 
     def expected():
         return [o.reshape(*leading, -1) for o in oracle(layer, flat, levels)]
 
-    family.check(layer, [x], expected, values)
+    checks.check(layer, [x], expected, values)
 
 
 @pytest.mark.parametrize(
     ("levels", "own", "tasks", "shared", "options"),
-    family.few_on_jax(
+    checks.few_on_jax(
         [
             (1, 1, 1, 0, {}),
             (1, 2, 2, 0, {}),
@@ -96,13 +96,13 @@ def test_further_axes_are_rows():
 
 
 def test_kinds_of_experts_may_change_from_level_to_level():
-    experts = [family.layer_experts(5, 3), family.glu_experts(5, U)]
+    experts = [checks.layer_experts(5, 3), checks.glu_experts(5, U)]
     layer = AdaTT(2, 2, None, 2, num_shared_experts=1, experts=experts, dtype="float64")
     assert layer.compute_output_shape((None, D)) == [(None, U)] * 2
     check(layer, 3)
 
 
-@family.not_on_jax
+@checks.not_on_jax
 @settings(max_examples=10, deadline=None)
 @given(
     n=st.integers(1, 4),
@@ -116,10 +116,10 @@ def test_any_sizes_equal_the_oracle(n, d, levels, own, tasks, shared):
     layer = AdaTT(levels, own, U, tasks, num_shared_experts=shared, dtype="float64")
     x = rows(n, d)
     layer(x)
-    values = family.randomised(layer)
+    values = checks.randomised(layer)
     expected = oracle(layer, x, levels_of(layer, values))
     for output, wanted in zip(layer(x), expected, strict=True):
-        np.testing.assert_allclose(array(output), wanted, **family.OUTPUTS)
+        np.testing.assert_allclose(array(output), wanted, **checks.OUTPUTS)
 
 
 def test_by_hand():
@@ -150,7 +150,7 @@ def test_by_hand():
 # Special cases
 
 
-@family.not_on_jax
+@checks.not_on_jax
 @pytest.mark.parametrize("shared", [0, 2])
 def test_one_level_without_a_residual_is_an_mmoe(shared):
     x = rows(5, 3)
@@ -161,10 +161,10 @@ def test_one_level_without_a_residual_is_an_mmoe(shared):
     layer(x), mmoe(x)
     mmoe.set_weights(layer.get_weights())
     for a, b in zip(layer(x), mmoe(x), strict=True):
-        np.testing.assert_allclose(array(a), array(b), **family.OUTPUTS)
+        np.testing.assert_allclose(array(a), array(b), **checks.OUTPUTS)
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_own_weights_of_one_do_what_single_experts_do():
     """With v = 1 and equal experts, two of half the size are as good as one."""
     x = rows(5, 3)
@@ -179,13 +179,13 @@ def test_own_weights_of_one_do_what_single_experts_do():
     ):
         many.assign(np.repeat(array(one), 2, axis=0))
     for a, b in zip(double(x), single(x), strict=True):
-        np.testing.assert_allclose(array(a), array(b), **family.OUTPUTS)
+        np.testing.assert_allclose(array(a), array(b), **checks.OUTPUTS)
 
 
 # Faults seen elsewhere
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_a_task_whose_name_begins_another_has_its_own_experts():
     """With even gates, only the residual tells the tasks apart."""
     tasks = ["like_x", "like"]
@@ -196,11 +196,11 @@ def test_a_task_whose_name_begins_another_has_its_own_experts():
     for k, name in enumerate(tasks):
         residual = (array(own)[k][:, None] * experts[:, 2 * k : 2 * k + 2]).sum(1)
         np.testing.assert_allclose(
-            array(before[name]), experts.mean(1) + residual, **family.OUTPUTS
+            array(before[name]), experts.mean(1) + residual, **checks.OUTPUTS
         )
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_experts_gates_and_own_weights_start_different_from_one_seed():
     initializer = keras.initializers.GlorotUniform(seed=1)
     layer = AdaTT(
@@ -215,19 +215,19 @@ def test_experts_gates_and_own_weights_start_different_from_one_seed():
     )
     layer.build((None, 6))
     # 3 levels of 6 experts of 2 layers; 3 gates in two levels and 2 in the last.
-    assert len(family.draws(layer)) == 36 + 8
-    family.assert_all_different(family.draws(layer))
+    assert len(checks.draws(layer)) == 36 + 8
+    checks.assert_all_different(checks.draws(layer))
     own = [*layer.own_weights, *layer.shared_own_weights]
     parts = [row for weights in own for row in array(weights)]
     assert len(parts) == 3 * 2 + 2
-    family.assert_all_different(parts)
+    checks.assert_all_different(parts)
     # As the authors draw them: uniform in +-1 / sqrt(2).
     assert 0.35 < np.abs(parts).max() < 2**-0.5
     for gates in layer.gate_weights(rows(5, 6).astype("float32")):
         assert not np.allclose(array(gates)[:, 0], array(gates)[:, 1])
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_gates_of_a_second_level_read_the_first_one():
     layer = AdaTT(2, 1, 3, 2, num_shared_experts=1, dtype="float64")
     x = rows(4, 5)
@@ -261,7 +261,7 @@ def test_gate_weights_sum_to_one(shared):
         np.testing.assert_allclose(array(gates).sum(-1), 1.0, rtol=1e-5)
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_gate_dropout_renormalises():
     """With experts that all give 1, gates make 1 and the residual adds 1."""
     layer = AdaTT(1, 1, 1, 3, activation="linear", gate_dropout=0.6, seed=0)
@@ -274,10 +274,10 @@ def test_gate_dropout_renormalises():
         np.testing.assert_allclose(array(output), 2.0, rtol=1e-5)
 
 
-@family.not_on_jax
+@checks.not_on_jax
 @pytest.mark.parametrize("options", [{"dropout": 0.5}, {"gate_dropout": 0.5}])
 def test_dropout_follows_its_seed(options):
-    family.assert_dropout_follows_its_seed(
+    checks.assert_dropout_follows_its_seed(
         lambda seed: AdaTT(2, 1, (8, 3), 2, seed=seed, **options),
         rows(30, 4).astype("float32"),
     )

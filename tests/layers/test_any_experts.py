@@ -19,9 +19,9 @@ from keras_moe.layers import (
     PPNet,
     SharedBottom,
 )
-from tests import family
+from tests.support import checks
 
-pytestmark = family.not_on_jax
+pytestmark = checks.not_on_jax
 D, U = 6, 4
 
 # Made with `units` of its own experts, or with `experts`; and the number a level.

@@ -3,8 +3,8 @@
 import pytest
 
 from tests import contracts
-from tests.cases import CASES
-from tests.family import not_on_jax
+from tests.support.checks import not_on_jax
+from tests.support.layer_cases import CASES
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe.layers import CrossStitch, SharedBottom
-from tests import backends, oracles, oracles_sharing
-from tests.family import not_on_jax
+from tests.support import backends, oracles, sharing_oracles
+from tests.support.checks import not_on_jax
 
 ORACLE = backends.tolerance(1e-6, 1e-8)
 GRADIENTS = backends.tolerance(1e-5, 1e-7)
@@ -47,7 +47,7 @@ def test_outputs_and_all_gradients_equal_the_oracle(units, per_unit, tasks):
     cotangents = [rng.normal(size=(4, 5)) for _ in tasks]
 
     def oracle():
-        return oracles_sharing.cross_stitch(x, *weights)
+        return sharing_oracles.cross_stitch(x, *weights)
 
     _assert_equal(_arrays(layer(x)), oracle(), ORACLE)
     by_weight, by_input = backends.gradients(layer, [x], cotangents)
@@ -72,7 +72,7 @@ def test_any_sizes_equal_the_oracle(n, d, t, units, per_unit):
     x = np.random.default_rng(n).normal(size=(n, d))
     layer(x)
     _, *weights = _randomised(layer)
-    expected = oracles_sharing.cross_stitch(x, *weights)
+    expected = sharing_oracles.cross_stitch(x, *weights)
     _assert_equal(_arrays(layer(x)), expected, ORACLE)
 
 
@@ -110,7 +110,7 @@ def test_an_identity_leaves_separate_mlps(per_unit):
     _, kernels, biases, _ = _randomised(layer)
     for stitch, value in zip(layer.stitches, initial, strict=True):
         stitch.assign(value)
-    expected = oracles_sharing.separate_mlps(x, kernels, biases)
+    expected = sharing_oracles.separate_mlps(x, kernels, biases)
     _assert_equal(_arrays(layer(x)), expected, ORACLE)
 
 

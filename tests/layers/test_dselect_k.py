@@ -12,8 +12,8 @@ from keras import ops
 from keras_moe.experts import MLPExperts
 from keras_moe.layers import DSelectK
 from keras_moe.layers.dselect_k import smooth_step
-from tests import backends, oracles, oracles_sharing
-from tests.family import not_on_jax
+from tests.support import backends, oracles, sharing_oracles
+from tests.support.checks import not_on_jax
 
 ORACLE = backends.tolerance(1e-6, 1e-8)
 GRADIENTS = backends.tolerance(1e-5, 1e-7)
@@ -45,24 +45,24 @@ def _selected(layer, x, weights):
     if layer.static:
         logits = np.broadcast_to(weights["selector_logits"], shape)
     else:
-        logits = oracles_sharing.linear_gates(
+        logits = sharing_oracles.linear_gates(
             x, weights["selectors/kernel_0"], weights["selectors/bias_0"]
         ).reshape(shape)
-    return oracles_sharing.selectors(logits, layer.num_experts, layer.gamma)
+    return sharing_oracles.selectors(logits, layer.num_experts, layer.gamma)
 
 
 def _gates(layer, x, weights):
     """The gates (n, t, e) by the oracle."""
     selected = _selected(layer, x, weights)
     if layer.top_k == 1:
-        return oracles_sharing.dselect_k_gates(selected)
+        return sharing_oracles.dselect_k_gates(selected)
     if layer.static:
         logits = np.broadcast_to(weights["mixing_logits"], selected.shape[:3])
     else:
-        logits = oracles_sharing.linear_gates(
+        logits = sharing_oracles.linear_gates(
             x, weights["mixing/kernel_0"], weights["mixing/bias_0"]
         )
-    return oracles_sharing.dselect_k_gates(selected, logits)
+    return sharing_oracles.dselect_k_gates(selected, logits)
 
 
 def _outputs(layer, x, weights, gate_x=None):
@@ -72,7 +72,7 @@ def _outputs(layer, x, weights, gate_x=None):
     )
     experts = oracles.mlp_experts(x, kernels, biases, oracles.relu, oracles.relu)
     gates = _gates(layer, x if gate_x is None else gate_x, weights)
-    return oracles_sharing.mixtures(gates, experts)
+    return sharing_oracles.mixtures(gates, experts)
 
 
 class _WithLosses(keras.layers.Layer):
@@ -125,7 +125,7 @@ def test_outputs_losses_and_all_gradients_equal_the_oracle(
 
     def losses():
         selected = _selected(layer, inputs[-1], weights)
-        return oracles_sharing.selection_loss(selected, layer.entropy_loss_weight)
+        return sharing_oracles.selection_loss(selected, layer.entropy_loss_weight)
 
     for output, expected in zip(layer(*inputs).values(), oracle(), strict=True):
         np.testing.assert_allclose(_array(output), expected, **ORACLE)
@@ -326,7 +326,7 @@ def test_losses_are_means_over_the_rows_that_count():
     for rows, counted in [(None, [True] * 6), (mask, mask.ravel().tolist())]:
         layer(x, mask=None if rows is None else ops.convert_to_tensor(rows))
         found = sum(_array(loss) for loss in layer.losses)
-        wanted = oracles_sharing.selection_loss(selected, 0.7, counted)
+        wanted = sharing_oracles.selection_loss(selected, 0.7, counted)
         np.testing.assert_allclose(found, wanted, **ORACLE)
     layer(x, mask=ops.zeros((2, 3), "bool"))
     assert sum(_array(loss) for loss in layer.losses) == 0

@@ -9,23 +9,23 @@ from keras import ops
 
 from keras_moe.experts import LayerExperts, MLPExperts
 from keras_moe.layers import CGC, PLE, MMoE
-from tests import family, family_oracles
-from tests.family import array, arrays, rows
+from tests.support import checks, multitask_oracles
+from tests.support.checks import array, arrays, rows
 
 D, U = 2, 2
-EXPERTS = {"GLU": family.glu_experts, "layers": family.layer_experts}
+EXPERTS = {"GLU": checks.glu_experts, "layers": checks.layer_experts}
 
 
 def check(layer, *leading):
     """Outputs and all gradients of a layer are those of the oracle."""
     x = rows(*leading, D)
     layer(x)
-    values = family.randomised(layer)
+    values = checks.randomised(layer)
     flat = x.reshape(-1, D)
-    levels = family.levels_of(layer, values)
+    levels = checks.levels_of(layer, values)
 
     def expected():
-        outputs = family_oracles.ple(
+        outputs = multitask_oracles.ple(
             flat,
             levels,
             len(layer.tasks),
@@ -34,12 +34,12 @@ def check(layer, *leading):
         )
         return [output.reshape(*leading, -1) for output in outputs]
 
-    family.check(layer, [x], expected, values)
+    checks.check(layer, [x], expected, values)
 
 
 @pytest.mark.parametrize(
     ("levels", "shared", "own", "tasks", "options"),
-    family.few_on_jax(
+    checks.few_on_jax(
         [
             (1, 1, 1, 1, {}),
             (1, 0, 2, 2, {}),
@@ -72,7 +72,7 @@ def test_further_axes_are_rows(leading):
     check(PLE(2, 1, 1, U, 2, dtype="float64"), *leading)
 
 
-@family.not_on_jax
+@checks.not_on_jax
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_experts_of_other_kinds_equal_the_oracle(kind):
     experts = [EXPERTS[kind](5, 3), EXPERTS[kind](5, U)]
@@ -80,19 +80,19 @@ def test_experts_of_other_kinds_equal_the_oracle(kind):
 
 
 def test_kinds_may_change_from_level_to_level():
-    experts = [family.layer_experts(3, 3), family.glu_experts(3, U)]
+    experts = [checks.layer_experts(3, 3), checks.glu_experts(3, U)]
     layer = PLE(2, 1, 1, None, 2, experts=experts, dtype="float64")
     assert layer.compute_output_shape((None, D)) == [(None, U)] * 2
     check(layer, 3)
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_cgc_equals_the_oracle():
     check(CGC(2, 1, (3, U), 2, dtype="float64"), 3)
-    check(CGC(1, 1, None, 2, experts=family.glu_experts(3, U), dtype="float64"), 3)
+    check(CGC(1, 1, None, 2, experts=checks.glu_experts(3, U), dtype="float64"), 3)
 
 
-@family.not_on_jax
+@checks.not_on_jax
 @settings(max_examples=12, deadline=None)
 @given(
     n=st.integers(1, 4),
@@ -107,10 +107,10 @@ def test_any_sizes_equal_the_oracle(n, d, levels, shared, own, tasks, units):
     layer = PLE(levels, shared, own, units, tasks, dtype="float64")
     x = rows(n, d)
     layer(x)
-    values = family.randomised(layer)
-    expected = family_oracles.ple(x, family.levels_of(layer, values), tasks, own)
+    values = checks.randomised(layer)
+    expected = multitask_oracles.ple(x, checks.levels_of(layer, values), tasks, own)
     for output, wanted in zip(layer(x), expected, strict=True):
-        np.testing.assert_allclose(array(output), wanted, **family.OUTPUTS)
+        np.testing.assert_allclose(array(output), wanted, **checks.OUTPUTS)
 
 
 def test_by_hand():
@@ -144,18 +144,18 @@ def test_by_hand():
 # Special cases
 
 
-@family.not_on_jax
+@checks.not_on_jax
 @pytest.mark.parametrize("options", [{}, {"gate_units": (4,), "gate_use_bias": True}])
 def test_one_level_without_task_experts_is_an_mmoe(options):
     x = rows(5, 3)
     ple = PLE(1, 4, 0, (5, 2), 3, dtype="float64", **options)
     mmoe = MMoE(4, (5, 2), 3, dtype="float64", **options)
     ple(x), mmoe(x)
-    family.randomised(ple)
+    checks.randomised(ple)
     mmoe.experts.set_weights(ple.experts[0].get_weights())
     mmoe.gates.set_weights(ple.gates[0].get_weights())
     for a, b in zip(ple(x), mmoe(x), strict=True):
-        np.testing.assert_allclose(array(a), array(b), **family.OUTPUTS)
+        np.testing.assert_allclose(array(a), array(b), **checks.OUTPUTS)
 
 
 def test_cgc_is_one_level_of_ple():
@@ -168,7 +168,7 @@ def test_cgc_is_one_level_of_ple():
     assert "num_levels" not in cgc.get_config()
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_without_shared_experts_tasks_know_nothing_of_each_other():
     layer = CGC(0, 2, 3, 2, dtype="float64")
     x = rows(4, 3)
@@ -185,7 +185,7 @@ def test_without_shared_experts_tasks_know_nothing_of_each_other():
 # Faults seen elsewhere
 
 
-@family.not_on_jax
+@checks.not_on_jax
 @pytest.mark.parametrize("tasks", [["like", "like_x"], ["like_x", "like"]])
 def test_a_task_whose_name_begins_another_has_its_own_experts(tasks):
     """Outputs by name are those by number, and no task reads another one's experts."""
@@ -205,7 +205,7 @@ def test_a_task_whose_name_begins_another_has_its_own_experts(tasks):
     assert not np.allclose(array(after[tasks[1]]), array(before[tasks[1]]))
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_experts_and_gates_start_different_from_one_seed():
     """Also across levels and between gates and experts of one shape."""
     initializer = keras.initializers.GlorotUniform(seed=1)
@@ -220,15 +220,15 @@ def test_experts_and_gates_start_different_from_one_seed():
     )
     layer.build((None, 4))
     # 3 levels of 6 experts of 2 layers, 3 of 2 gates, and 2 shared gates.
-    assert len(family.draws(layer)) == 36 + 6 + 2
-    family.assert_all_different(family.draws(layer))
+    assert len(checks.draws(layer)) == 36 + 6 + 2
+    checks.assert_all_different(checks.draws(layer))
     for gates in layer.gate_weights(rows(5, 4).astype("float32")):
         gates = array(gates)
         assert not np.allclose(gates[:, 0], gates[:, 1])
         assert gates.std() > 0.01
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_gates_of_a_second_level_read_the_first_one():
     """They are as wide as its experts, and blind to inputs that those do not see."""
     layer = PLE(2, 1, 1, 3, 2, dtype="float64")
@@ -269,10 +269,10 @@ def test_gate_weights_weigh_own_experts_first_then_shared_ones():
     (gates,), experts = arrays(layer.gate_weights(x)), array(layer.experts[0](x))
     for k, seen in enumerate([[0, 1, 4], [2, 3, 4]]):
         expected = (gates[:, k, :, None] * experts[:, seen]).sum(1)
-        np.testing.assert_allclose(array(outputs[k]), expected, **family.OUTPUTS)
+        np.testing.assert_allclose(array(outputs[k]), expected, **checks.OUTPUTS)
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_gate_dropout_renormalises():
     """With linear experts that all give 1, any gates that sum to 1 give 1."""
     layer = PLE(2, 2, 2, 1, 2, activation="linear", gate_dropout=0.6, seed=0)
@@ -291,13 +291,13 @@ def test_gate_dropout_renormalises():
 
 @pytest.mark.parametrize("options", [{"dropout": 0.5}, {"gate_dropout": 0.5}])
 def test_dropout_follows_its_seed(options):
-    family.assert_dropout_follows_its_seed(
+    checks.assert_dropout_follows_its_seed(
         lambda seed: PLE(2, 2, 1, (8, 3), 2, seed=seed, **options),
         rows(30, 4).astype("float32"),
     )
 
 
-@family.not_on_jax
+@checks.not_on_jax
 @pytest.mark.parametrize("levels", [1, 2])
 def test_layers_in_experts_are_told_of_training(levels):
     """Of all levels: above the first, experts are not called as a layer."""
@@ -312,7 +312,7 @@ def test_layers_in_experts_are_told_of_training(levels):
     assert len(np.unique(trained.round(3))) > 2**levels
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_gates_of_one_expert_train_without_a_warning():
     """They are 1, and their weights have gradients: 0, but not none."""
     inputs = keras.Input((4,))

@@ -6,8 +6,8 @@ import pytest
 
 from keras_moe.experts import MLPExperts
 from keras_moe.layers import PLE, HoME
-from tests import family, family_oracles, oracles
-from tests.family import array, arrays, rows
+from tests.support import checks, multitask_oracles, oracles
+from tests.support.checks import array, arrays, rows
 
 D, U = 2, 2
 NO_GATES = {"feature_gate_rank": 0, "self_gate": False}
@@ -18,25 +18,25 @@ def experts_of(layer, level, values, training):
     """The experts of a level with their feature gates and norms, one by one."""
     normal = layer.expert_normalization
     final = oracles.linear if normal else oracles.relu
-    mlps = family.mlps(layer.experts[level], values, oracles.relu, final)
+    mlps = checks.mlps(layer.experts[level], values, oracles.relu, final)
 
     def expert(k):
         def call(x):
             if layer.feature_gate_rank:
                 b, a = (values[id(w)] for w in layer.feature_gates[level].kernels)
-                x = family_oracles.feature_gate(x, b[k], a[k])
+                x = multitask_oracles.feature_gate(x, b[k], a[k])
             x = mlps[k](x)
             if not normal:
                 return x
             norm, own = layer.norms[level], slice(k * U, (k + 1) * U)
             statistics = array(norm.moving_mean)[own], array(norm.moving_variance)[own]
-            x = family_oracles.batch_normalization(
+            x = multitask_oracles.batch_normalization(
                 x,
                 values[id(norm.gamma)][own],
                 values[id(norm.beta)][own],
                 None if training else statistics,
             )
-            return family_oracles.silu(x)
+            return multitask_oracles.silu(x)
 
         return call
 
@@ -47,26 +47,26 @@ def oracle(layer, values, training=False):
     """The layer as a function of rows (n, d) that reads `values`."""
 
     def gates(name):
-        return family.mlps(getattr(layer, name), values) if layer.self_gate else None
+        return checks.mlps(getattr(layer, name), values) if layer.self_gate else None
 
     shared_self_gates = gates("shared_self_gate")
     meta = {
         "experts": experts_of(layer, 0, values, training),
-        "gates": family.mlps(layer.group_gates, values),
+        "gates": checks.mlps(layer.group_gates, values),
         "self_gates": gates("group_self_gates"),
-        "shared_gate": family.mlps(layer.shared_gate, values)[0],
+        "shared_gate": checks.mlps(layer.shared_gate, values)[0],
         "shared_self_gate": shared_self_gates and shared_self_gates[0],
     }
     task = {
         "experts": experts_of(layer, 1, values, training),
-        "gates": family.mlps(layer.task_gates, values),
+        "gates": checks.mlps(layer.task_gates, values),
         "self_gates": gates("task_self_gates"),
     }
     groups = layer.groups or [list(range(len(layer.tasks)))]
     group_of_task = [
         [k in group for group in groups].index(True) for k in range(len(layer.tasks))
     ]
-    return lambda x: family_oracles.home(
+    return lambda x: multitask_oracles.home(
         x, meta, task, group_of_task, layer.num_task_experts, layer.gate_temperature
     )
 
@@ -78,7 +78,7 @@ def randomised(layer):
         if norm is not None:
             norm.moving_mean.assign(rng.normal(size=norm.moving_mean.shape))
             norm.moving_variance.assign(rng.uniform(0.5, 2, norm.moving_mean.shape))
-    return family.randomised(layer)
+    return checks.randomised(layer)
 
 
 def check(layer, *leading, training=False):
@@ -92,16 +92,16 @@ def check(layer, *leading, training=False):
     def expected():
         return [output.reshape(*leading, U) for output in call(flat)]
 
-    tolerance = family.OUTPUTS, family.GRADIENTS
+    tolerance = checks.OUTPUTS, checks.GRADIENTS
     if layer.expert_normalization and keras.backend.backend() == "jax":
         # Keras 3.15 normalises in float32 there, whatever the dtype of the layer.
         tolerance = [{"rtol": 1e-4, "atol": 1e-5}] * 2
-    family.check(layer, [x], expected, values, tolerance=tolerance, training=training)
+    checks.check(layer, [x], expected, values, tolerance=tolerance, training=training)
 
 
 @pytest.mark.parametrize(
     ("tasks", "groups", "own", "shared", "options"),
-    family.few_on_jax(
+    checks.few_on_jax(
         [
             (1, None, 1, 1, {}),
             (2, None, 2, 1, {"units": (3, U)}),
@@ -181,7 +181,7 @@ def copy_weights(source, target):
         weight.assign(known[weight.path.split("/", 1)[1]])
 
 
-@family.not_on_jax
+@checks.not_on_jax
 @pytest.mark.parametrize("normal", [True, False])
 def test_with_open_feature_gates_and_closed_self_gates_it_is_its_plain_counterpart(
     normal,
@@ -218,10 +218,10 @@ def test_with_open_feature_gates_and_closed_self_gates_it_is_its_plain_counterpa
         gates.kernels[0].assign(np.zeros(gates.kernels[0].shape))
         gates.biases[0].assign(np.full(gates.biases[0].shape, -1000.0))
     for a, b in zip(arrays(gated(x)), arrays(plain(x)), strict=True):
-        np.testing.assert_allclose(a, b, **family.OUTPUTS)
+        np.testing.assert_allclose(a, b, **checks.OUTPUTS)
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_plain_with_a_group_for_each_task_is_a_ple():
     """If its gates neither read the shared stream nor weigh the groups' experts."""
     t, m, s, u = 3, 2, 1, 4
@@ -231,7 +231,7 @@ def test_plain_with_a_group_for_each_task_is_a_ple():
     ple = PLE(2, s, m, u, t, gate_use_bias=True, dtype="float64")
     x = rows(5, 3)
     home(x), ple(x)
-    family.randomised(ple)
+    checks.randomised(ple)
     home.experts[0].set_weights(ple.experts[0].get_weights())
     home.group_gates.set_weights(ple.gates[0].get_weights())
     home.shared_gate.set_weights(ple.shared_gates[0].get_weights())
@@ -248,13 +248,13 @@ def test_plain_with_a_group_for_each_task_is_a_ple():
     home.task_gates.kernels[0].assign(kernel)
     home.task_gates.biases[0].assign(bias)
     for a, b in zip(home(x), ple(x), strict=True):
-        np.testing.assert_allclose(array(a), array(b), **family.OUTPUTS)
+        np.testing.assert_allclose(array(a), array(b), **checks.OUTPUTS)
 
 
 # The hierarchy
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_groups_by_name_are_groups_by_number():
     x = rows(4, 3)
     named = HoME(1, 1, 2, ["a", "b", "c"], groups=[["c", "a"], ["b"]])
@@ -266,7 +266,7 @@ def test_groups_by_name_are_groups_by_number():
     assert named.group_of_task == [0, 1, 0]
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_a_task_reads_only_its_own_experts_its_groups_and_shared_ones():
     """At the task level: 4 experts of tasks, 2 of groups, 1 shared."""
     layer = HoME(1, 1, 3, 4, groups=[[0, 3], [1, 2]], dtype="float64")
@@ -284,7 +284,7 @@ def test_a_task_reads_only_its_own_experts_its_groups_and_shared_ones():
         assert found == expected
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_a_task_whose_name_begins_another_is_of_its_own_group():
     tasks = ["like_x", "like", "x"]
     layer = HoME(1, 1, 3, tasks, groups=[["like"], ["x", "like_x"]], dtype="float64")
@@ -300,7 +300,7 @@ def test_a_task_whose_name_begins_another_is_of_its_own_group():
         assert same == (name != "like")
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_statistics_move_in_training_alone():
     layer = HoME(1, 1, 3, 2)
     x = rows(20, 4).astype("float32")
@@ -317,7 +317,7 @@ def test_statistics_move_in_training_alone():
 # Faults seen elsewhere
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_experts_and_gates_start_different_from_one_seed():
     initializer = keras.initializers.GlorotUniform(seed=1)
     layer = HoME(
@@ -333,8 +333,8 @@ def test_experts_and_gates_start_different_from_one_seed():
     layer.build((None, 6))
     # 6 and 10 experts, each of 2 layers and a feature gate of 2; 2 gates of groups,
     # 1 shared one, 2 of tasks, and as many self gates.
-    assert len(family.draws(layer)) == 4 * 16 + 2 * 5
-    family.assert_all_different(family.draws(layer))
+    assert len(checks.draws(layer)) == 4 * 16 + 2 * 5
+    checks.assert_all_different(checks.draws(layer))
 
 
 def test_gates_of_the_task_level_read_both_streams_of_the_first():
@@ -364,7 +364,7 @@ def test_gates_sum_to_one_and_are_those_of_the_call():
     np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-6)
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_gate_dropout_renormalises():
     """With experts that all give 1, any gates that sum to 1 give 1."""
     layer = HoME(1, 2, 1, 2, activation="linear", gate_dropout=0.6, seed=0, **PLAIN)
@@ -378,10 +378,10 @@ def test_gate_dropout_renormalises():
         np.testing.assert_allclose(array(output), 1.0, rtol=1e-5)
 
 
-@family.not_on_jax
+@checks.not_on_jax
 @pytest.mark.parametrize("options", [{"dropout": 0.5}, {"gate_dropout": 0.5}])
 def test_dropout_follows_its_seed(options):
-    family.assert_dropout_follows_its_seed(
+    checks.assert_dropout_follows_its_seed(
         lambda seed: HoME(1, 1, (8, 3), 2, seed=seed, **options),
         rows(30, 4).astype("float32"),
     )

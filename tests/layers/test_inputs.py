@@ -9,8 +9,8 @@ from keras import ops
 
 from keras_moe import routers
 from keras_moe.layers import DSelectK, HoME, MoE, PEPNet
-from tests.cases import CASES
-from tests.family import not_on_jax
+from tests.support.checks import not_on_jax
+from tests.support.layer_cases import CASES
 
 every_layer = pytest.mark.parametrize(
     "case",

@@ -12,8 +12,8 @@ import keras_moe.layers
 import keras_moe.multitask
 from keras_moe import routers
 from keras_moe.multitask import UncertaintyWeighting
-from tests.cases import CASES
 from tests.contracts import Case
+from tests.support.layer_cases import CASES
 
 ROUTERS = [
     Case("TopKRouter", routers.TopKRouter, kwargs={"num_experts": 4}),

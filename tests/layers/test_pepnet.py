@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe.layers import EPNet, GateNU, PEPNet, PPNet
-from tests import backends, oracles, oracles_sharing
-from tests.family import not_on_jax
+from tests.support import backends, oracles, sharing_oracles
+from tests.support.checks import not_on_jax
 
 ORACLE = backends.tolerance(1e-6, 1e-8)
 GRADIENTS = backends.tolerance(1e-5, 1e-7)
@@ -83,7 +83,7 @@ def test_gate_nu_equals_the_oracle(options):
     _check(
         layer,
         inputs,
-        lambda: [oracles_sharing.gate_nu(inputs[0], weights, scale)],
+        lambda: [sharing_oracles.gate_nu(inputs[0], weights, scale)],
         values,
     )
 
@@ -99,7 +99,7 @@ def test_epnet_equals_the_oracle(options):
     _check(
         layer,
         inputs,
-        lambda: [oracles_sharing.epnet(*inputs, weights, scale, stopped)],
+        lambda: [sharing_oracles.epnet(*inputs, weights, scale, stopped)],
         values,
     )
 
@@ -118,7 +118,7 @@ def test_ppnet_equals_the_oracle(units, prior, options):
         assert weights[0].shape[1] == options.get("gate_units", width)
 
     def oracle():
-        return oracles_sharing.ppnet(
+        return sharing_oracles.ppnet(
             inputs[0],
             inputs[1] if prior else None,
             kernels,
@@ -144,12 +144,12 @@ def test_pepnet_equals_the_oracle(prior):
     stopped = inputs[0].copy()
 
     def embedding():
-        return oracles_sharing.epnet(*inputs[:2], domain_gate, 2.0, stopped)
+        return sharing_oracles.epnet(*inputs[:2], domain_gate, 2.0, stopped)
 
     stopped_embedding = embedding()
 
     def oracle():
-        return oracles_sharing.ppnet(
+        return sharing_oracles.ppnet(
             embedding(),
             inputs[2] if prior else None,
             kernels,
@@ -175,7 +175,7 @@ def test_any_sizes_equal_the_oracle(n, widths, t, units):
     inputs = _inputs(*widths, rows=n)
     layer(*inputs)
     _, by_variable = _randomised(layer)
-    expected = oracles_sharing.ppnet(
+    expected = sharing_oracles.ppnet(
         *inputs,
         *_tower_weights(by_variable, layer),
         _all_gate_weights(by_variable, layer),
@@ -228,7 +228,7 @@ def test_gates_of_1_leave_separate_mlps():
     _, by_variable = _randomised(layer)
     for gate in (layer.epnet.gate, *layer.ppnet.gates):
         _open(gate)
-    expected = oracles_sharing.separate_mlps(
+    expected = sharing_oracles.separate_mlps(
         inputs[0], *_tower_weights(by_variable, layer.ppnet)
     )
     _assert_equal(_arrays(layer(*inputs)), expected, ORACLE)

@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import pytest
 
-from tests import processes
-from tests.cases import CASES
+from tests.support import processes
+from tests.support.layer_cases import CASES
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="SavedModel is TensorFlow's"

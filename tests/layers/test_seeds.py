@@ -11,8 +11,8 @@ from keras_moe import routers
 from keras_moe.experts import GLUExperts, MLPExperts
 from keras_moe.initializers import independent
 from keras_moe.layers import CGC, MMoE, MoE
-from tests.cases import CASES
 from tests.contracts import Case
+from tests.support.layer_cases import CASES
 
 # All widths are 6, so that equal draws would have equal shapes too.
 WIDTH = 6

@@ -15,8 +15,8 @@ from keras import ops
 
 from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
 from keras_moe.layers.soft_moe import SoftMoE
-from tests import backends, oracles
-from tests.family import not_on_jax
+from tests.support import backends, oracles
+from tests.support.checks import not_on_jax
 
 ORACLE = backends.tolerance(1e-6, 1e-8)
 GRADIENTS = backends.tolerance(1e-5, 1e-7)

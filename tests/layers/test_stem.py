@@ -6,8 +6,8 @@ import pytest
 
 from keras_moe.experts import LayerExperts, MLPExperts
 from keras_moe.layers import STEM, MMoE
-from tests import backends, family, family_oracles
-from tests.family import array, arrays, rows
+from tests.support import backends, checks, multitask_oracles
+from tests.support.checks import array, arrays, rows
 
 D, U = 2, 2
 
@@ -17,7 +17,7 @@ def oracle(layer, inputs, levels, held=None):
     leading, t = inputs[0].shape[:-1], len(layer.tasks)
     x = inputs[0].reshape(-1, D)
     task_x = inputs[1].reshape(-1, t, D) if len(inputs) > 1 else np.stack([x] * t, 1)
-    outputs, to_hold = family_oracles.stem(
+    outputs, to_hold = multitask_oracles.stem(
         x, task_x, levels, t, layer.num_task_experts, layer.gate_temperature, held
     )
     return [output.reshape(*leading, -1) for output in outputs], to_hold
@@ -29,10 +29,10 @@ def check(layer, *leading, task_inputs=True):
     if task_inputs:
         inputs.append(rows(*leading, len(layer.tasks), D, seed=1))
     layer(*inputs)
-    values = family.randomised(layer)
-    levels = family.levels_of(layer, values)
+    values = checks.randomised(layer)
+    levels = checks.levels_of(layer, values)
     _, held = oracle(layer, inputs, levels)
-    family.check(
+    checks.check(
         layer,
         inputs,
         lambda: oracle(layer, inputs, levels)[0],
@@ -44,7 +44,7 @@ def check(layer, *leading, task_inputs=True):
 @pytest.mark.parametrize("task_inputs", [True, False])
 @pytest.mark.parametrize(
     ("shared", "own", "tasks", "options"),
-    family.few_on_jax(
+    checks.few_on_jax(
         [
             (1, 1, 1, {}),
             (2, 1, 2, {"units": (3, U)}),
@@ -73,7 +73,7 @@ def test_further_axes_are_rows(task_inputs):
 
 
 def test_kinds_of_experts_may_change_from_level_to_level():
-    experts = [family.layer_experts(4, 3), family.glu_experts(4, U)]
+    experts = [checks.layer_experts(4, 3), checks.glu_experts(4, U)]
     layer = STEM(2, 1, None, 2, num_levels=2, experts=experts, dtype="float64")
     shapes = (None, D), (None, 2, D)
     assert layer.compute_output_shape(*shapes) == [(None, U)] * 2
@@ -126,7 +126,7 @@ def built(levels, t=3, m=2, s=2):
     layer = STEM(s, m, (4, 3), t, num_levels=levels, activation="tanh", dtype="float64")
     inputs = [rows(5, 4), rows(5, t, 4, seed=1)]
     layer(*inputs)
-    family.randomised(layer)
+    checks.randomised(layer)
     return layer, inputs
 
 
@@ -154,7 +154,7 @@ def test_a_task_teaches_no_experts_or_embeddings_of_others(task, levels):
     assert (by_shared != 0).any()
 
 
-@family.not_on_jax
+@checks.not_on_jax
 @pytest.mark.parametrize("levels", [1, 2])
 def test_a_task_reads_experts_and_embeddings_of_others(levels):
     layer, inputs = built(levels)
@@ -173,7 +173,7 @@ def test_a_task_reads_experts_and_embeddings_of_others(levels):
         bias.assign(still)
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_forward_is_an_mmoe_with_gates_of_twice_the_input():
     """One level, and no embeddings but the shared ones: W (x + x) = (2 W) x."""
     x = rows(5, 3)
@@ -185,16 +185,16 @@ def test_forward_is_an_mmoe_with_gates_of_twice_the_input():
     mmoe.set_weights(stem.get_weights())
     mmoe.gates.kernels[0].assign(2.0 * array(stem.gates[0].kernels[0]))
     for a, b in zip(stem(x), mmoe(x), strict=True):
-        np.testing.assert_allclose(array(a), array(b), **family.OUTPUTS)
+        np.testing.assert_allclose(array(a), array(b), **checks.OUTPUTS)
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_task_inputs_may_come_after_inputs_alone():
     layer = STEM(1, 1, 2, 2, dtype="float64")
     x = rows(4, 3)
     alone = arrays(layer(x))
     for a, b in zip(arrays(layer(x, np.stack([x, x], 1))), alone, strict=True):
-        np.testing.assert_allclose(a, b, **family.OUTPUTS)
+        np.testing.assert_allclose(a, b, **checks.OUTPUTS)
     for a, b in zip(arrays(layer(x, np.stack([x, -x], 1))), alone, strict=True):
         assert not np.allclose(a, b)
 
@@ -202,7 +202,7 @@ def test_task_inputs_may_come_after_inputs_alone():
 # Faults seen elsewhere
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_a_task_whose_name_begins_another_has_its_own_embeddings():
     layer = STEM(1, 1, 3, ["like_x", "like"], dtype="float64")
     inputs = [rows(4, 3), rows(4, 2, 3, seed=1)]
@@ -214,7 +214,7 @@ def test_a_task_whose_name_begins_another_has_its_own_embeddings():
     assert (by_tasks[:, 1] != 0).any()
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_experts_and_gates_start_different_from_one_seed():
     initializer = keras.initializers.GlorotUniform(seed=1)
     layer = STEM(
@@ -228,11 +228,11 @@ def test_experts_and_gates_start_different_from_one_seed():
     )
     layer.build((None, 3))
     # 3 levels of 3 experts of 2 layers, 3 of 2 gates, and 2 shared gates.
-    assert len(family.draws(layer)) == 18 + 6 + 2
-    family.assert_all_different(family.draws(layer))
+    assert len(checks.draws(layer)) == 18 + 6 + 2
+    checks.assert_all_different(checks.draws(layer))
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_gates_of_a_second_level_read_the_first_one():
     layer = STEM(1, 1, 3, 2, num_levels=2, dtype="float64")
     inputs = [rows(4, 5), rows(4, 2, 5, seed=1)]
@@ -265,7 +265,7 @@ def test_gate_weights_sum_to_one(task_inputs):
         np.testing.assert_allclose(array(gates).sum(-1), 1.0, rtol=1e-5)
 
 
-@family.not_on_jax
+@checks.not_on_jax
 def test_gate_dropout_renormalises():
     """With experts that all give 1, any gates that sum to 1 give 1."""
     layer = STEM(1, 1, 1, 2, activation="linear", gate_dropout=0.6, seed=0)
@@ -278,10 +278,10 @@ def test_gate_dropout_renormalises():
         np.testing.assert_allclose(array(output), 1.0, rtol=1e-5)
 
 
-@family.not_on_jax
+@checks.not_on_jax
 @pytest.mark.parametrize("options", [{"dropout": 0.5}, {"gate_dropout": 0.5}])
 def test_dropout_follows_its_seed(options):
-    family.assert_dropout_follows_its_seed(
+    checks.assert_dropout_follows_its_seed(
         lambda seed: STEM(1, 1, (8, 3), 2, num_levels=2, seed=seed, **options),
         rows(30, 4).astype("float32"),
     )

@@ -4,7 +4,7 @@ import pytest
 from keras import ops
 
 from keras_moe.layers import MMoE, Tower
-from tests import backends, oracles
+from tests.support import backends, oracles
 
 
 def test_is_an_mlp_that_ends_in_one_unit():

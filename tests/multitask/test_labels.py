@@ -6,8 +6,8 @@ import pytest
 from keras import ops
 
 from keras_moe.multitask import MultiTaskModel, UncertaintyWeighting
-from tests import backends
-from tests.family import not_on_jax
+from tests.support import backends
+from tests.support.checks import not_on_jax
 
 TASKS = ["click", "stars"]
 MEAN = "mean_with_sample_weight"

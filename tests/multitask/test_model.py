@@ -7,8 +7,8 @@ from keras import ops
 
 from keras_moe.layers import MMoE, Tower
 from keras_moe.multitask import MultiTaskModel, UncertaintyWeighting
-from tests import backends
-from tests.family import not_on_jax
+from tests.support import backends
+from tests.support.checks import not_on_jax
 
 MEAN = "mean_with_sample_weight"
 

@@ -12,7 +12,7 @@ import pytest
 
 from recsys_examples.census_income.__main__ import main
 from recsys_examples.census_income.data import DATA_VARIABLE
-from tests import census_files, processes
+from tests.support import census_files, processes
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ["-m", "recsys_examples.census_income"]

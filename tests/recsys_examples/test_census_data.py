@@ -18,7 +18,7 @@ from recsys_examples.census_income.columns import (
 )
 from recsys_examples.census_income.data import DATA_VARIABLE, load_census
 from recsys_examples.errors import InputError
-from tests import census_files
+from tests.support import census_files
 
 TRAIN, TEST = census_files.make_rows(30, 1), census_files.make_rows(20, 2)
 

@@ -17,7 +17,7 @@ from recsys_examples.census_income.features import (
     split_in_half,
 )
 from recsys_examples.errors import InputError
-from tests import census_files
+from tests.support import census_files
 
 
 @pytest.fixture(scope="module")

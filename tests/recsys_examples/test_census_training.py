@@ -12,7 +12,7 @@ from recsys_examples.census_income.models import (
     SINGLE_TASK,
     Settings,
 )
-from tests import census_files
+from tests.support import census_files
 
 TASKS = GROUPS["income"].tasks
 SMALL = Settings(

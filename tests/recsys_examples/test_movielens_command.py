@@ -19,7 +19,7 @@ import pytest
 from recsys_examples.movielens import baselines, pictures, pipeline, serving
 from recsys_examples.movielens.__main__ import METRICS, main
 from recsys_examples.movielens.model import Settings
-from tests import processes
+from tests.support import processes
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ["-m", "recsys_examples.movielens"]

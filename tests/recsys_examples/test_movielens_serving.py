@@ -14,7 +14,7 @@ from recsys_examples.movielens.fusion import fuse
 from recsys_examples.movielens.model import TASKS, prediction
 from recsys_examples.movielens.serving import export_saved_model, load_recommender
 from recsys_examples.movielens.training import fit_ranker
-from tests import processes
+from tests.support import processes
 
 BATCHES = (1, 7, 100)
 STRANGER = 123_456

@@ -15,7 +15,7 @@ import pytest
 
 from recsys_examples.task_correlation.__main__ import NAMES, main
 from recsys_examples.task_correlation.settings import BOTTOM, MODELS
-from tests import processes
+from tests.support import processes
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ["-m", "recsys_examples.task_correlation"]

@@ -13,8 +13,8 @@ import pytest
 from recsys_examples.two_stage import pictures, pipeline, study
 from recsys_examples.two_stage.__main__ import LATENCY, METRICS, SAVED_MODELS, main
 from recsys_examples.two_stage.study import FULL, NAMES, paired
-from tests import processes
 from tests.recsys_examples.test_movielens_command import write_csv
+from tests.support import processes
 
 PICTURES = ["diversity.png", "funnel.png"]
 MODELS = ("saved_model", "full_catalogue", "ranker_of_all")

@@ -22,7 +22,7 @@ from recsys_examples.two_stage.pipeline import (
 )
 from recsys_examples.two_stage.serving import export_saved_model
 from recsys_examples.two_stage.settings import LIST_LENGTH, TASKS, Settings
-from tests import processes
+from tests.support import processes
 
 SETTINGS = Settings(
     candidates=20,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import processes
 from tests.recsys_examples.test_movielens_command import write_csv
+from tests.support import processes
 
 ROOT = Path(__file__).parents[2]
 

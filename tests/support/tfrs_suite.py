@@ -19,7 +19,7 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from keras_moe.layers import PLE, MMoE, MoE, PPNet, SharedBottom
-from tests import processes
+from tests.support import processes
 
 CPUS = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(

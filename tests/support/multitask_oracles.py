@@ -10,7 +10,7 @@ gate the logits (n, e). Experts of the first task come first, shared ones last.
 
 import numpy as np
 
-from tests import oracles
+from tests.support import oracles
 
 
 def sigmoid(x):

@@ -3,7 +3,7 @@
 A process that runs this file loads the shared libraries of the tensorflow wheel, by
 ctypes, as a server written in C or Go would:
 
-    python tests/c_server.py LIBRARIES MODEL INPUT WIDTH OUTPUT[,OUTPUT...] ROWS FOUND
+    python c_api_server.py LIBRARIES MODEL INPUT WIDTH OUTPUT[,OUTPUT...] ROWS FOUND
 
 ROWS is a raw file of float32; FOUND gets the outputs, one after another. The same rows
 are then asked for by 64 callers at the same time, each of whom must get the same.

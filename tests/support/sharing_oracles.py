@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from tests.oracles import mlp, mlp_experts, relu, softmax_row
+from tests.support.oracles import mlp, mlp_experts, relu, softmax_row
 
 
 def sigmoid(x):

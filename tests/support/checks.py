@@ -1,4 +1,4 @@
-"""How the layers of the multi-task family are told to their oracles and compared."""
+"""Checks of multi-task layers: outputs and all gradients against the NumPy oracles."""
 
 import keras
 import numpy as np
@@ -6,12 +6,13 @@ import pytest
 from keras import ops
 
 from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
-from tests import backends, family_oracles, moe_oracles, oracles
+from keras_moe.layers import OMoE
+from tests.support import backends, moe_oracles, multitask_oracles, oracles
 
 OUTPUTS = backends.tolerance(1e-6, 1e-8)
 GRADIENTS = backends.tolerance(1e-5, 1e-7)
 
-# JAX compiles every shape of every operation, and all of these tests take it minutes.
+# JAX compiles every operation for every shape: all of these tests would take minutes.
 not_on_jax = pytest.mark.skipif(
     keras.backend.backend() == "jax", reason="compiled for seconds; others say the same"
 )
@@ -61,7 +62,7 @@ def randomised(layer, seed=1):
 
 def mlps(stacked, values, activation=oracles.relu, final_activation=oracles.linear):
     """The MLPs of stacked experts, gates too, as functions that read `values`."""
-    return family_oracles.mlps(
+    return multitask_oracles.mlps(
         [values[id(kernel)] for kernel in stacked.kernels],
         [values[id(bias)] for bias in stacked.biases],
         activation,
@@ -148,6 +149,26 @@ def check(
     found = [*by_input, *by_weight]
     for part, gradient, value in zip(parts, found, numeric, strict=True):
         np.testing.assert_allclose(gradient, value, **of_gradients, err_msg=part)
+
+
+def check_multi_gate(layer, x, **given):
+    """Outputs and all gradients of a layer for x (..., d) are those of the oracle."""
+    layer(x)
+    values = randomised(layer)
+    experts = experts_of(layer.experts, values)
+    gates = mlps(layer.gates, values)
+    flat = x.reshape(-1, x.shape[-1])
+    options = {"temperature": layer.gate_temperature, "top_k": layer.top_k}
+
+    def expected():
+        if isinstance(layer, OMoE):
+            tasks = len(layer.tasks)
+            outputs = multitask_oracles.omoe(flat, experts, gates[0], tasks, **options)
+        else:
+            outputs = multitask_oracles.mmoe(flat, experts, gates, **options)
+        return [output.reshape(*x.shape[:-1], -1) for output in outputs]
+
+    check(layer, [x], expected, values, **given)
 
 
 def draws(layer):

@@ -3,14 +3,14 @@
 Nothing here is shared with keras_moe. Axis letters: n tokens, d input features,
 e experts, h hidden units, u output units, k choices a token, c capacity (slots an
 expert). Experts are a list of functions of one row, (d,) -> (u,); what a router said is
-a dict of arrays, as in `tests/routing_oracles.py`.
+a dict of arrays, as in `tests/support/routing_oracles.py`.
 """
 
 import math
 
 import numpy as np
 
-from tests import oracles
+from tests.support import oracles
 
 
 def silu(x):

@@ -1,7 +1,7 @@
-"""Every way in which rows can move on the backend in use, by its name.
+"""Every dispatch of the backend in use, by name, and by code path where it has several.
 
-A dispatch may have several programs: which one runs depends on the device. A test that
-wants all of them says here what the device is to be taken for.
+"blocked" computes its blocks in turn on a CPU and at once on an accelerator: `chosen`
+selects one of them, whatever the device.
 """
 
 import contextlib

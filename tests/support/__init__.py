@@ -1,0 +1,1 @@
+"""What tests share: NumPy oracles, layer cases, backends and other processes."""
