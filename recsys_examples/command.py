@@ -1,4 +1,4 @@
-"""What the examples' commands share: their arguments, their screen, their end."""
+"""Shared by the example commands: argument types, the console, exit statuses."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from recsys_examples.errors import InputError
 
 
 def run_command(work: Callable[[], None], needs: str, interrupted: str) -> int:
-    """Do a command's work; return its exit status.
+    """Run a command's main function and return its exit status.
 
     Args:
-        work: what the command does, on TensorFlow.
-        needs: what it needs TensorFlow for, said where the backend is another one.
-        interrupted: said when it is interrupted, or terminated.
+        work: the main function of the command. It requires the TensorFlow backend.
+        needs: subject of the error message on another backend: "{needs} needs
+            KERAS_BACKEND=tensorflow".
+        interrupted: message after an interrupt or termination.
 
     Returns:
-        0, or 2 after an `InputError`, or 130 after an interrupt; both are told in one
-        line of the error output.
+        0; 2 after an `InputError`; 130 after an interrupt. Errors are printed to
+        stderr in one line.
     """
-    # TensorFlow warns that models differ from each other, which here they should.
+    # TensorFlow warns about retracing, which is expected with many different models.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     try:
         backend = os.environ.get("KERAS_BACKEND", "tensorflow")
@@ -45,18 +46,18 @@ def run_command(work: Callable[[], None], needs: str, interrupted: str) -> int:
     return 0
 
 
-def end_as_interrupted() -> None:
-    """Make a terminated command clean up as an interrupted one does."""
+def interrupt_on_sigterm() -> None:
+    """Make SIGTERM raise KeyboardInterrupt, so that the command cleans up."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def make_console(width: int = 150) -> Console:
-    """Make a console. In a file or a pipe, tables have `width`."""
+    """Return a console; `width` applies if stdout is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else width, highlight=False)
 
 
 def whole_number(lowest: int, highest: int) -> Callable[[str], int]:
-    """Make an argument type that takes the whole numbers of a range."""
+    """Return an argparse type for integers from `lowest` to `highest`."""
 
     def parse(text: str) -> int:
         if text.isascii() and text.isdigit() and lowest <= int(text) <= highest:
@@ -69,7 +70,7 @@ def whole_number(lowest: int, highest: int) -> Callable[[str], int]:
 
 
 def number(lowest: float, highest: float) -> Callable[[str], float]:
-    """Make an argument type that takes the numbers of a range."""
+    """Return an argparse type for numbers from `lowest` to `highest`."""
 
     def parse(text: str) -> float:
         try:

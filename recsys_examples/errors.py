@@ -1,8 +1,8 @@
-"""The one error that the examples raise for what a user gave."""
+"""The error that the examples raise for invalid user input."""
 
 
 class InputError(ValueError):
-    """What the user gave is wrong; the message is one line that names what and where.
+    """Invalid user input. The message is one line that names the input and the fault.
 
-    The command line prints the message alone and exits with status 2.
+    The command line prints the message without a traceback and exits with status 2.
     """

@@ -1,7 +1,7 @@
-"""Records in a file: a line each, so that a stopped study can go on.
+"""Results in a JSON Lines file, from which an interrupted study can resume.
 
-The first line says what the records depend on, every other one is a record in JSON. A
-line counts when it ends: one that was cut off in writing is dropped.
+The first line holds the data and versions that the records depend on; every further
+line is one record. An incomplete last line is dropped.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from recsys_examples.runs import make_folder
 
 
 class RecordsFile:
-    """Records that are kept as they come.
+    """An append-only file of records, each written to disk at once.
 
     Args:
-        path: the file. Its folder is made where there is none.
-        depends_on: what the records depend on, as JSON can hold it.
-        resume: whether to go on from the records that are there.
+        path: the file. Missing folders are created.
+        depends_on: JSON object of what the records depend on, such as versions.
+        resume: whether to continue from the records in the file.
 
     Attributes:
         path: the file.
-        found: the records that were there, each behind the words that say where, for
-            errors.
+        found: pairs `(location, record)` of the records read from the file. The
+            location, "path, line number", is for error messages.
 
     Raises:
-        InputError: if there are records and `resume` is False, if there are none and
-            it is True, or if they were made with something else than `depends_on` or
+        InputError: if the file exists and `resume` is False, if it does not exist and
+            `resume` is True, if its first line differs from `depends_on`, or if it
             cannot be read.
     """
 
@@ -46,7 +46,7 @@ class RecordsFile:
             path.touch(exist_ok=False)
         except FileExistsError as error:
             raise InputError(
-                f"{path} holds the results of a study: add --resume to go on with it, "
+                f"{path} holds the results of a study: add --resume to continue it, "
                 "or choose another folder with --out"
             ) from error
         except OSError as error:
@@ -54,7 +54,7 @@ class RecordsFile:
         self.add(depends_on)
 
     def add(self, *records: Mapping[str, Any]) -> None:
-        """Keep records; those of a call are written together."""
+        """Append records; those of one call are written together."""
         text = "".join(json.dumps(r, allow_nan=False) + "\n" for r in records)
         try:
             with self.path.open("a") as file:
@@ -69,12 +69,12 @@ class RecordsFile:
             content = self.path.read_bytes()
         except OSError as error:
             raise InputError(
-                f"{self.path}: no study to go on with: {error.strerror}"
+                f"{self.path}: no study to resume: {error.strerror}"
             ) from error
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.split(b"\n")[:-1]
         if not lines:
-            raise InputError(f"{self.path}: no study to go on with: no line is whole")
+            raise InputError(f"{self.path}: no study to resume: no complete line")
         self._check_same(_parsed(lines[0], f"{self.path}, line 1"), depends_on)
         for number, line in enumerate(lines[1:], start=2):
             where = f"{self.path}, line {number}"

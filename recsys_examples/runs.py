@@ -1,4 +1,4 @@
-"""Run folders, which appear whole or not at all."""
+"""Run folders and files, written atomically."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from recsys_examples.errors import InputError
 
 @contextmanager
 def run_folder(parent: Path) -> Iterator[tuple[Path, Path]]:
-    """Give a folder to write in, which is renamed into place at the end.
+    """Yield a temporary folder that is renamed to its final path at the end.
 
     Args:
-        parent: where the run's folder is to appear, named by the time.
+        parent: folder of the run's folder, whose name is the current time.
 
     Yields:
-        The hidden folder to write to, and the path it will have. If the block fails
-        or is interrupted, the hidden folder is removed and nothing appears.
+        The temporary folder to write to, and its final path. If the block fails or is
+        interrupted, the temporary folder is removed.
 
     Raises:
         InputError: if nothing can be written under `parent`.
@@ -36,23 +36,23 @@ def run_folder(parent: Path) -> Iterator[tuple[Path, Path]]:
     except OSError as error:
         raise _not_writable(parent, error) from error
     try:
-        hidden.chmod(0o755)  # mkdtemp makes it private
+        hidden.chmod(0o755)  # mkdtemp creates it with 0o700
         final = _free_name(parent / time.strftime("%Y-%m-%dT%H-%M-%S"))
         yield hidden, final
         hidden.rename(final)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         for folder in made:
-            with suppress(OSError):  # not ours alone any more
+            with suppress(OSError):  # not empty: another process uses it
                 folder.rmdir()
         raise
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Make a folder where there is none; return those made, the innermost first.
+    """Create a folder and its missing parents; return those created, innermost first.
 
     Raises:
-        InputError: if it cannot be made.
+        InputError: if it cannot be created.
     """
     try:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -72,14 +72,14 @@ def _free_name(path: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is never half there."""
+    """Write a JSON file atomically."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(unfinished, path)
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the installed version of each package, for the record of a run."""
+    """Return the installed version of each package, or "not installed"."""
     found = {}
     for package in packages:
         try:
@@ -90,7 +90,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def find_saved_model(run: Path) -> Path:
-    """Return the SavedModel folder of a run, or the folder itself if it is one.
+    """Return the SavedModel folder of a run, or `run` itself if it is a SavedModel.
 
     Raises:
         InputError: if it is neither.
@@ -102,6 +102,6 @@ def find_saved_model(run: Path) -> Path:
         except OSError as error:
             raise InputError(f"{run}: cannot be read: {error.strerror}") from error
     raise InputError(
-        f"{run} is no model folder: it holds neither saved_model/saved_model.pb nor "
-        "saved_model.pb"
+        f"{run}: not a run or a SavedModel: found neither saved_model/saved_model.pb "
+        "nor saved_model.pb"
     )

@@ -1,4 +1,4 @@
-"""Tables of results: metrics down, models across, mean ± standard deviation."""
+"""Tables of results: a row per metric, a column per model, mean ± std. deviation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def results_table(
     results: Mapping[str, Sequence[Mapping[str, float]]],
     metrics: Mapping[str, str],
 ) -> Table:
-    """Make one table of all results.
+    """Return one table of all results.
 
     Args:
-        title: above the table.
-        results: by model, the metrics of each seed.
-        metrics: by metric, what its row is called. A model without the metric shows
-            a dash.
+        title: title of the table.
+        results: maps each model to its metrics, one mapping per seed.
+        metrics: maps each metric to the label of its row. A model without the metric
+            shows a dash.
     """
     table = Table(title=title, title_justify="left")
     table.add_column("")
@@ -31,7 +31,7 @@ def results_table(
 
 
 def summary(runs: Sequence[Mapping[str, float]], metric: str) -> str:
-    """Return "mean ± standard deviation" over runs, or the value of a single one."""
+    """Return "mean ± standard deviation" over runs, or the value of a single run."""
     values = [run[metric] for run in runs if metric in run]
     if not values:
         return "-"

@@ -1,4 +1,4 @@
-"""Processes that work at the same time: a run of small models fills one core alone."""
+"""Parallel training in worker processes, since small models use only one core each."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from typing import Any, TypeVar
 from recsys_examples.errors import InputError
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Workers:
-    """A number of processes, or this one alone. A context manager.
+    """A context manager of worker processes.
 
-    Leaving it by an error, an interrupt among them, ends the processes at once. They
-    also end when this process is killed.
+    An error or interrupt inside the context terminates the processes. They also exit
+    when the parent process is killed.
 
     Args:
-        processes: how many. With 1, and nothing to prepare, the work is done in this
-            process.
-        prepare: called in each process before it works, with `arguments`.
-        *arguments: what is sent to each process, once.
+        processes: number of processes. With 1 and no `prepare`, the work is done in
+            the calling process.
+        prepare: initializer, called once in each process with `arguments`.
+        *arguments: arguments of `prepare`, sent to each process once.
     """
 
     def __init__(
@@ -40,32 +40,32 @@ class Workers:
     ) -> None:
         self._pool: ProcessPoolExecutor | None = None
         if processes > 1 or prepare is not None:
-            # A fork of a process with TensorFlow's threads may hang.
+            # Forking a process with TensorFlow's threads may deadlock.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(
-                processes, context, _begin, (prepare, arguments)
+                processes, context, _initialize, (prepare, arguments)
             )
 
     def map(
-        self, work: Callable[[Item], Made], items: Iterable[Item]
-    ) -> Iterator[Made]:
-        """Yield what `work` makes of each item, in the order of completion.
+        self, work: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[Result]:
+        """Yield `work(item)` for each item, in the order of completion.
 
         Raises:
-            InputError: if a process dies, or what `work` raises.
+            InputError: if a process dies. Errors of `work` are raised unchanged.
         """
         if self._pool is None:
             yield from map(work, items)
             return
         try:
-            with _deaf_to_ctrl_c():  # The first of them starts the processes.
+            with _block_sigint():  # The first `submit` starts the processes.
                 futures = [self._pool.submit(work, item) for item in items]
             for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool as error:
             raise InputError(
-                "a process died, perhaps for want of memory: fewer processes need "
-                "less; finished runs are kept, and --resume goes on from them"
+                "a worker process died, perhaps out of memory: use fewer workers; "
+                "finished runs are kept, and --resume continues from them"
             ) from error
 
     def __enter__(self) -> Workers:
@@ -86,10 +86,10 @@ class Workers:
 
 
 @contextlib.contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Let processes that start here ignore Ctrl-C from their first moment.
+def _block_sigint() -> Iterator[None]:
+    """Block SIGINT here and in the processes that start inside the context.
 
-    Ctrl-C goes to all processes of a terminal; the parent alone answers, afterwards.
+    Ctrl-C reaches all processes of a terminal; only the parent handles it, afterwards.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -101,16 +101,18 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Also where `_deaf_to_ctrl_c` can do nothing.
+def _initialize(
+    prepare: Callable[..., None] | None, arguments: tuple[Any, ...]
+) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    # Needed where `_block_sigint` has no effect (Windows).
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if prepare is not None:
         prepare(*arguments)
 
 
-def _end_with_parent() -> None:
-    """Else a worker whose parent was killed would wait for work for ever."""
+def _exit_with_parent() -> None:
+    """Exit when the parent process ends; otherwise the worker would wait forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

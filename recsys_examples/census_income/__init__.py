@@ -1,1 +1,1 @@
-"""The Census-Income example: two task groups, and models compared on one budget."""
+"""Census-Income: multi-task models with equal search budgets on two task groups."""

@@ -1,6 +1,6 @@
-"""Census-Income, the MMoE paper's two groups of tasks: search, runs, tables.
+"""Census-Income, the two task groups of the MMoE paper: search, final runs, tables.
 
-python -m recsys_examples.census_income             shared bottom against MMoE, group 1
+python -m recsys_examples.census_income             shared bottom and MMoE, group 1
 python -m recsys_examples.census_income --study     all models, both groups
 """
 
@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Before TensorFlow and BLAS are loaded, here and in the workers: less start-up chatter,
-# and no threads beside those of the workers.
+# Set before TensorFlow and BLAS are loaded, also in the workers: no log messages at
+# start-up, and one BLAS thread per worker.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -36,7 +36,7 @@ from recsys_examples.census_income.data import DATA_VARIABLE, Census, load_censu
 from recsys_examples.census_income.features import GROUPS, NOT_INPUTS, Splits
 from recsys_examples.census_income.names import CHOICES, SHARED_BOTTOM
 from recsys_examples.command import (
-    end_as_interrupted,
+    interrupt_on_sigterm,
     make_console,
     run_command,
     whole_number,
@@ -58,15 +58,15 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command(
         lambda: compare_models(options),
         needs="the example",
-        interrupted="finished runs are kept, and --resume goes on from them",
+        interrupted="finished runs are kept, and --resume continues from them",
     )
 
 
 def compare_models(options: argparse.Namespace) -> None:
-    """Search and run all models of the plan; print the tables."""
+    """Tune and train all models of the plan; print the tables."""
     started = time.perf_counter()
     console = make_console(170)
-    # TensorFlow is imported when it is known that the data can be read.
+    # TensorFlow is imported only after the data was read without errors.
     census = load_census(options.data_dir)
     from recsys_examples.census_income.features import make_splits
     from recsys_examples.census_income.report import (
@@ -85,12 +85,12 @@ def compare_models(options: argparse.Namespace) -> None:
     path = options.out / RESULTS
     results = Results(path, _depends_on(splits), options.resume)
     console.print(
-        f"Census-Income, {where}; {len(splits.train):,} rows to train, "
-        f"{len(splits.validation):,} to choose, {len(splits.test):,} to report"
+        f"Census-Income, {where}; rows: {len(splits.train):,} training, "
+        f"{len(splits.validation):,} validation, {len(splits.test):,} test"
     )
     console.print(
-        f"{plan.runs} runs, for each model and group {plan.trials} of the search and "
-        f"{plan.seeds} by seed; {len(results)} runs at hand; results in {path}"
+        f"{plan.runs} runs: {plan.trials} search trials and {plan.seeds} seeds for "
+        f"each model and group; {len(results)} finished before; results in {path}"
     )
     with (
         Workers(options.workers, prepare, splits) as workers,
@@ -110,15 +110,14 @@ def compare_models(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> Plan:
     from recsys_examples.census_income.study import Plan
 
-    some = [SHARED_BOTTOM, "MMoE"]
-    models = options.models or (CHOICES if options.study else some)
-    everything = options.study
+    study = options.study
+    default_models = CHOICES if study else [SHARED_BOTTOM, "MMoE"]
     return Plan(
-        groups=options.groups or (list(GROUPS) if everything else ["income"]),
-        models=list(dict.fromkeys(models)),
-        trials=options.trials or (STUDY_TRIALS if everything else TRIALS),
-        seeds=options.seeds or (STUDY_SEEDS if everything else SEEDS),
-        equal_bottom=everything,
+        groups=options.groups or (list(GROUPS) if study else ["income"]),
+        models=list(dict.fromkeys(options.models or default_models)),
+        trials=options.trials or (STUDY_TRIALS if study else TRIALS),
+        seeds=options.seeds or (STUDY_SEEDS if study else SEEDS),
+        equal_bottom=study,
         first_seed=options.seed,
     )
 
@@ -142,15 +141,15 @@ def _depends_on(splits: Splits) -> dict[str, Any]:
 
 
 def _announcer(plan: Plan, bar: Progress, console: Console) -> Announce:
-    """Tell of each run by the bar, or by a line where there is no terminal."""
+    """Return a callback that shows progress: a bar, or a line per run in a file."""
     task = bar.add_task("runs", total=plan.runs)
     done = 0
 
-    def announce(job: Job, outcome: Outcome, just_now: bool) -> None:
+    def announce(job: Job, outcome: Outcome, is_new: bool) -> None:
         nonlocal done
         done += 1
         bar.update(task, advance=1, description=str(job))
-        if just_now and not console.is_terminal:
+        if is_new and not console.is_terminal:
             validation = outcome.validation[GROUPS[job.group].main]
             console.print(
                 f"{job}: validation {validation:.5f}, {outcome.seconds:.0f} s; "
@@ -175,14 +174,20 @@ def _progress(console: Console) -> Progress:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m recsys_examples.census_income",
-        description="Compare multi-task layers on Census-Income (KDD): the same random "
-        "search for each model, chosen on validation, then several seeds each.",
+        description="Compare multi-task layers on Census-Income (KDD): a random search "
+        "of equal budget per model, selected on validation, then several seeds.",
     )
+    _add_run_options(parser)
+    _add_plan_options(parser)
+    return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir",
         type=Path,
         help="folder with census-income.data and census-income.test, or with train.csv "
-        f"and test.csv (default: the one that {DATA_VARIABLE} names)",
+        f"and test.csv (default: the environment variable {DATA_VARIABLE})",
     )
     parser.add_argument(
         "--out",
@@ -193,43 +198,48 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the runs in the folder; there may be more trials, seeds, "
-        "models or groups than there were",
-    )
-    parser.add_argument(
-        "--study",
-        action="store_true",
-        help="all models in both groups, and a shared bottom of the best layer's size",
-    )
-    parser.add_argument(
-        "--groups", nargs="+", choices=tuple(GROUPS), help="groups of tasks"
-    )
-    parser.add_argument("--models", nargs="+", choices=CHOICES, help="models by name")
-    parser.add_argument(
-        "--trials",
-        type=whole_number(1, 10_000),
-        help=f"of the search, a model (default: {TRIALS}; study: {STUDY_TRIALS})",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=whole_number(1, 10_000),
-        help=f"runs of the best trial (default: {SEEDS}; study: {STUDY_SEEDS})",
-    )
-    parser.add_argument(
-        "--seed",
-        type=whole_number(0, 2**31),
-        default=0,
-        help="of the search, and the first of the runs (default: %(default)s)",
+        help="continue from the finished runs in the folder; trials, seeds, models "
+        "and groups may be added",
     )
     parser.add_argument(
         "--workers",
         type=whole_number(1, 256),
         default=2,
-        help="processes, of one thread each (default: %(default)s)",
+        help="number of processes, one thread each (default: %(default)s)",
     )
-    return parser
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--study",
+        action="store_true",
+        help="all models in both groups, and a shared bottom with as many parameters "
+        "as the best layer",
+    )
+    parser.add_argument(
+        "--groups", nargs="+", choices=tuple(GROUPS), help="task groups"
+    )
+    parser.add_argument("--models", nargs="+", choices=CHOICES, help="names of models")
+    parser.add_argument(
+        "--trials",
+        type=whole_number(1, 10_000),
+        help="search trials per model and group "
+        f"(default: {TRIALS}; study: {STUDY_TRIALS})",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=whole_number(1, 10_000),
+        help="final runs with the settings of the best trial "
+        f"(default: {SEEDS}; study: {STUDY_SEEDS})",
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole_number(0, 2**31),
+        default=0,
+        help="seed of the search and of the first final run (default: %(default)s)",
+    )
 
 
 if __name__ == "__main__":
-    end_as_interrupted()
+    interrupt_on_sigterm()
     sys.exit(main())

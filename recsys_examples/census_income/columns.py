@@ -1,14 +1,14 @@
-"""The columns of Census-Income (KDD) and what its documentation lets them hold.
+"""The columns of Census-Income (KDD) and their documented values.
 
-The data set comes with `census-income.names`, which lists what each column may hold.
+The data set comes with `census-income.names`, which lists the values of each column.
 Terran Lane and Ronny Kohavi donated it (2000, https://doi.org/10.24432/C5N30T, CC BY
-4.0). Commas in categories became blanks there, so that ", " separates.
+4.0). Categories contain no commas (they were replaced by blanks); ", " is a separator.
 """
 
 from __future__ import annotations
 
 LABEL = "label"
-WEIGHT = "weight"  # how many people a row stands for: "should not be used"
+WEIGHT = "weight"  # number of people a row represents; documented as not for training
 EDUCATION = "education"
 MARITAL_STATUS = "marital stat"
 INCOMES = ("- 50000.", "50000+.")
@@ -25,7 +25,7 @@ NUMBERS = (
     "weeks worked in year",
 )
 
-# What the files of 34 columns lack.
+# Missing in the files of 34 columns.
 OPTIONAL = (
     "detailed industry recode",
     "detailed occupation recode",

@@ -1,4 +1,4 @@
-"""Is one model better than another over the same seeds?"""
+"""Paired significance tests of two models over the same seeds."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-GAIN = 0.001  # the AUC that a layer should add
-LEVEL = 0.05  # of the t-test
-FEWEST_FOR_RANKS = (
-    6  # pairs: with fewer, Wilcoxon's p is above `LEVEL` whatever they are
-)
+GAIN = 0.001  # smallest gain in AUC that counts
+LEVEL = 0.05  # significance level of the t-test
+# With fewer pairs, the p of the Wilcoxon test cannot be below `LEVEL`.
+MIN_WILCOXON_PAIRS = 6
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences of paired runs.
+    """Paired differences, first model minus second.
 
     Attributes:
-        mean: of the differences.
-        deviation: their standard deviation.
-        better: share of the pairs in which the first is ahead.
+        mean: mean of the differences.
+        deviation: standard deviation of the differences.
+        better: fraction of the pairs in which the first model is better.
         t_test: two-sided p of the paired t-test.
         wilcoxon: two-sided p of the Wilcoxon signed-rank test.
     """
@@ -35,29 +34,26 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Whether the first is ahead by `GAIN`, and not by chance."""
+        """Whether the first model is better by `GAIN`, with p < `LEVEL`."""
         return self.mean >= GAIN and self.t_test < LEVEL
 
 
 def compare(first: Sequence[float], second: Sequence[float]) -> Comparison:
-    """Compare values of the same seeds.
+    """Compare the values of two models, in the same order of seeds.
 
     Raises:
-        ValueError: if there are not the same two or more on both sides.
+        ValueError: if the lengths differ or are below 2.
     """
     if len(first) != len(second) or len(first) < 2:
         raise ValueError(
-            "a paired test needs the same two or more seeds on both sides; got "
-            f"{len(first)} and {len(second)}"
+            "a paired test needs two or more seeds, the same for both models; got "
+            f"{len(first)} and {len(second)} values"
         )
     differences = np.subtract(first, second)
     if np.ptp(differences) == 0:
-        # No spread: the tests are not defined, and nothing speaks against chance
-        # but a difference itself.
-        certain = 0.0 if differences[0] else 1.0
-        return Comparison(
-            float(differences[0]), 0.0, float(differences[0] > 0), certain, certain
-        )
+        # Without variance the tests are undefined: p is 0 for any difference, else 1.
+        p = 0.0 if differences[0] else 1.0
+        return Comparison(float(differences[0]), 0.0, float(differences[0] > 0), p, p)
     return Comparison(
         mean=float(differences.mean()),
         deviation=float(differences.std(ddof=1)),

@@ -1,8 +1,7 @@
-"""The Census-Income files, as published or cut to 34 columns, as two data frames.
+"""Reads the Census-Income files, as published or with 34 columns, into data frames.
 
-Every column becomes a categorical of text, so that each rule is checked once for a
-value and not once for a row. That finds whether a rule is broken, not where; only then
-is the file read a second time, line by line, for what the message names.
+Every column is read as a categorical of strings, and each distinct value is validated
+once. If one is invalid, the file is read again line by line, to report its location.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ class Census:
     """The official train and test rows.
 
     Attributes:
-        train: one column for each of `columns`: floats for numbers, else categories
-            of text.
-        test: the same.
-        name: which files these are, for titles.
+        train: data frame with `columns`: float for numbers, else categorical of
+            strings.
+        test: data frame with the same columns.
+        name: description of the files, for titles.
     """
 
     train: pd.DataFrame
@@ -54,7 +53,7 @@ class Census:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that the files have, in the official order."""
+        """The columns of the files, in the official order."""
         return list(self.train.columns)
 
 
@@ -65,19 +64,19 @@ def load_census(data_dir: Path | str | None = None) -> Census:
         data_dir: a folder with `census-income.data` and `census-income.test` as
             published (42 columns, no header), or else with `train.csv` and `test.csv`
             (a header, and at least the 34 columns that are not in
-            `columns.OPTIONAL`), each with or without `.gz`; or a folder whose
-            subfolder `census-income` is one. By default the one that the environment
-            variable `KERAS_MOE_DATA` names.
+            `columns.OPTIONAL`), each with or without `.gz`; or a folder with such a
+            subfolder `census-income`. Default: the environment variable
+            `KERAS_MOE_DATA`.
 
     Returns:
-        The rows in the files' order. Blanks around values are taken off; "?" and "NA"
-        are categories.
+        The rows in the order of the files. Values are stripped; "?" and "NA" are
+        categories.
 
     Raises:
-        InputError: no folder was given, or the folder or a file in it breaks a rule;
-            the message names the file, the line (from 1) and the column. A category
-            must be in the data set's documentation (`columns.CATEGORIES`), a number
-            must be one from 0 on, and the label one of `columns.INCOMES`.
+        InputError: if no folder is given, or a file is missing or invalid; the message
+            names the file, the line (from 1) and the column. Categories must be
+            documented (`columns.CATEGORIES`), numbers must be at least 0, and labels
+            must be in `columns.INCOMES`.
     """
     folder = _folder(data_dir)
     try:
@@ -89,7 +88,7 @@ def load_census(data_dir: Path | str | None = None) -> Census:
     for column in set(census.train.columns) ^ set(census.test.columns):
         has, lacks = (train, test) if column in census.train.columns else (test, train)
         raise InputError(
-            f"{lacks}, line 1, column {column!r}: missing, while {has.name} has it"
+            f"{lacks}, line 1, column {column!r}: missing, but present in {has.name}"
         )
     return census
 
@@ -98,20 +97,20 @@ def _folder(data_dir: Path | str | None) -> Path:
     given = os.environ.get(DATA_VARIABLE) if data_dir is None else data_dir
     if not given:
         raise InputError(
-            "where is the data? Give --data-dir, or set the environment variable "
-            f"{DATA_VARIABLE}, to a folder with the Census-Income (KDD) files "
+            "no data folder: set --data-dir or the environment variable "
+            f"{DATA_VARIABLE} to a folder with the Census-Income (KDD) files "
             "(https://doi.org/10.24432/C5N30T)"
         )
     folder = Path(given)
     if not folder.exists():
         raise InputError(f"{folder}: the data folder does not exist")
     if not folder.is_dir():
-        raise InputError(f"{folder}: the data folder must be a folder; this is a file")
+        raise InputError(f"{folder}: the data folder must be a folder; got a file")
     return folder
 
 
 def _pair(folder: Path) -> tuple[Path, Path]:
-    """Find the train and the test file; those with all columns go first."""
+    """Find the train and the test file; the official files take precedence."""
     alone = None
     for place in (folder, folder / SUBFOLDER):
         for names in (_OFFICIAL_FILES, _CUT_FILES):
@@ -122,9 +121,11 @@ def _pair(folder: Path) -> tuple[Path, Path]:
                 alone = place / names[1 if train else 0], train or test
     if alone:
         missing, found = alone
-        raise InputError(f"{missing}: missing, with or without .gz; {found} needs it")
+        raise InputError(
+            f"{missing}: missing, with or without .gz; required beside {found}"
+        )
     raise InputError(
-        f"{folder}: no Census-Income files here; looked for "
+        f"{folder}: no Census-Income files; looked for "
         f"{' + '.join(_OFFICIAL_FILES)} and for {' + '.join(_CUT_FILES)}, with or "
         f"without .gz, here and in {SUBFOLDER}"
     )
@@ -149,10 +150,10 @@ def _name(path: Path) -> str:
 def _read(path: Path) -> pd.DataFrame:
     try:
         names = _header(path)
-        # The C reader takes the number of fields from the first row and reports longer
-        # ones, so the first is looked at before; shorter ones are filled with NaN.
+        # pandas takes the number of fields from the first row, which is checked here.
+        # It raises an error for longer rows and fills shorter ones with NaN.
         if not _check_lines(path, names, stop=1):
-            raise InputError(f"{path}: the file holds no rows")
+            raise InputError(f"{path}: the file has no rows")
         table = pd.read_csv(
             path,
             names=names,
@@ -170,15 +171,15 @@ def _read(path: Path) -> pd.DataFrame:
         if isinstance(error, InputError):
             raise
         _raise_first_fault(path, names, str(error))
-    if not all(_follows_rules(table[name]) for name in names):
-        _raise_first_fault(path, names, "a value breaks a rule")
+    if not all(_is_valid(table[name]) for name in names):
+        _raise_first_fault(path, names, "invalid value")
     return pd.DataFrame(
         {name: _values(table[name]) for name in OFFICIAL if name in table}
     )
 
 
 def _header(path: Path) -> list[str]:
-    """Return the columns of a file in its order."""
+    """Return the names of a file's columns, in its order."""
     if _is_official(path):
         return list(OFFICIAL)
     with _open(path) as lines:
@@ -192,7 +193,7 @@ def _header(path: Path) -> list[str]:
                 f"{path}, line 1, column {_shown(name)}: not a column of Census-Income"
             )
         if names.count(name) > 1:
-            raise InputError(f"{path}, line 1, column {name!r}: named more than once")
+            raise InputError(f"{path}, line 1, column {name!r}: duplicate column")
     for name in OFFICIAL:
         if name not in names and name not in OPTIONAL:
             raise InputError(f"{path}, line 1, column {name!r}: missing")
@@ -204,7 +205,7 @@ def _open(path: Path) -> TextIO:
     return opened(path, "rt", encoding="utf-8-sig", errors="backslashreplace")
 
 
-def _follows_rules(column: pd.Series) -> bool:
+def _is_valid(column: pd.Series) -> bool:
     if column.isna().any():
         return False
     try:
@@ -223,10 +224,10 @@ def _values(column: pd.Series) -> pd.Series:
 
 
 def _check_value(name: str, text: str) -> None:
-    """Raise ValueError for what a column may not hold."""
+    """Raise ValueError if a value is invalid in its column."""
     if name in NUMBERS:
         if not _NUMBER.fullmatch(text):
-            raise ValueError(f"must be a number from 0 on; got {_shown(text)}")
+            raise ValueError(f"must be a number >= 0; got {_shown(text)}")
     elif name == LABEL:
         if text not in INCOMES:
             raise ValueError(
@@ -236,17 +237,17 @@ def _check_value(name: str, text: str) -> None:
         raise ValueError(f"unknown category {_shown(text)}")
 
 
-# The slow look at the lines.
+# Line by line, to locate a fault.
 
 
-def _raise_first_fault(path: Path, names: Sequence[str], otherwise: str) -> NoReturn:
+def _raise_first_fault(path: Path, names: Sequence[str], reason: str) -> NoReturn:
     _check_lines(path, names)
-    # No line is at fault, so it is the reading as a whole: memory, for one.
-    raise InputError(f"{path}: cannot be read: {' '.join(otherwise.split())}")
+    # Every line is valid: the error has another cause, such as memory.
+    raise InputError(f"{path}: cannot be read: {' '.join(reason.split())}")
 
 
 def _check_lines(path: Path, names: Sequence[str], stop: int | None = None) -> int:
-    """Check the first `stop` rows, or all, and return how many there were."""
+    """Check the first `stop` rows (None: all); return the number of rows checked."""
     count = 0
     for line, fields in _rows(path):
         if count == stop:
@@ -260,7 +261,7 @@ def _check_lines(path: Path, names: Sequence[str], stop: int | None = None) -> i
         if len(fields) > len(names):
             raise InputError(
                 f"{path}, line {line}, after column {names[-1]!r}: a row must have "
-                f"{len(names)} values; got {len(fields)}"
+                f"{len(names)} values, got {len(fields)}"
             )
         for name, field in zip(names, fields, strict=True):
             try:
@@ -273,7 +274,7 @@ def _check_lines(path: Path, names: Sequence[str], stop: int | None = None) -> i
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number and the fields of each line that is not blank."""
+    """Yield `(line number, fields)` for each line that is not blank."""
     with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
             if (number == 1 and not _is_official(path)) or not line.strip():

@@ -1,13 +1,13 @@
-"""Rows as the models read them: one table index a column, and a few numbers.
+"""Model inputs: an embedding index per column, and the standardised numbers.
 
-Every column is a category: text as it is, numbers by the quantile that they fall in.
-All categories of all columns share one table, so that a model looks a row up at once.
-Numbers are given a second time as they are, standardised, and on a log scale.
+Every column is categorical; numbers are binned by quantile. The categories of all
+columns share one embedding table, for a single lookup. Numbers are also given as values
+and on a log scale, both standardised.
 
-Education and marital status, of which the labels are made, are left out in both groups;
-so are income, which is a label too, and the weight, which is no attribute of a person.
-Columns that hint at marital status, such as "detailed household and family stat", are
-inputs, as in the paper, whose AUC of 0.99 cannot be reached without.
+Education and marital status, which define labels, are excluded in both groups, as are
+income, also a label, and the sample weight. Columns correlated with marital status,
+such as "detailed household and family stat", are inputs, as in the paper, whose AUC of
+0.99 cannot be reached without them.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from recsys_examples.errors import InputError
 
 NOT_INPUTS = (EDUCATION, MARITAL_STATUS, LABEL, WEIGHT)
 
-# The paper does not say what "at least college" is. From an associate degree on, the
-# correlation with "never married" is 0.240 over all training rows, which is the paper's
-# 0.237 over 10,000 within the error of such a sample (0.009). With "some college" it
-# would be 0.288, from a bachelor's degree on 0.198.
+# The paper does not define "at least college". With "associate degree or higher", the
+# correlation with "never married" is 0.240 over all training rows; the paper reports
+# 0.237 over 10,000 (standard error 0.009). With "some college or higher" it would be
+# 0.288, with "bachelor's degree or higher" 0.198.
 COLLEGE = (
     "Associates degree-occup /vocational",
     "Associates degree-academic program",
@@ -45,10 +45,10 @@ COLLEGE = (
 )
 NEVER_MARRIED = "Never married"
 
-UNSEEN = 0  # the index of what the training rows hold hardly or not at all
-FEWEST_ROWS = 10  # a category of fewer training rows counts as unseen
-MOST_QUANTILES = 1000  # of one column of numbers
-ROWS_A_QUANTILE = 20  # at least, so that each is learned
+UNSEEN = 0  # index of rare and unseen categories
+MIN_CATEGORY_ROWS = 10  # a category with fewer training rows counts as unseen
+MAX_QUANTILES = 1000  # per column of numbers
+MIN_QUANTILE_ROWS = 20  # training rows per quantile
 SPLIT_SEED = 0
 
 
@@ -57,9 +57,9 @@ class Group:
     """Two tasks that are learned together.
 
     Attributes:
-        number: in the papers.
-        main: the task that settings are chosen for.
-        auxiliary: the other one.
+        number: number of the group in the paper.
+        main: the task by which settings are selected.
+        auxiliary: the other task.
     """
 
     number: int
@@ -68,7 +68,7 @@ class Group:
 
     @property
     def tasks(self) -> tuple[str, str]:
-        """Both, the main one first."""
+        """Both tasks, the main one first."""
         return (self.main, self.auxiliary)
 
 
@@ -80,9 +80,9 @@ class Rows:
     """Inputs and labels of n rows.
 
     Attributes:
-        codes: (n, c) int32, rows of one table of categories.
+        codes: (n, c) int32, indices into the shared embedding table.
         numbers: (n, k) float32.
-        labels: (n,) float32 of 0 and 1, by task.
+        labels: maps each task to (n,) float32 labels, 0 or 1.
     """
 
     codes: np.ndarray
@@ -94,24 +94,24 @@ class Rows:
 
     @property
     def inputs(self) -> list[np.ndarray]:
-        """What a model is called on."""
+        """The inputs of a model."""
         return [self.codes, self.numbers]
 
     def take(self, rows: np.ndarray) -> Rows:
-        """Return some rows, in the given order."""
+        """Return the given rows, in the given order."""
         labels = {task: label[rows] for task, label in self.labels.items()}
         return Rows(self.codes[rows], self.numbers[rows], labels)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Encoded rows to train, to choose and to report with.
+    """Encoded training, validation and test rows.
 
     Attributes:
         train: the official train rows.
         validation: one half of the official test rows.
         test: the other half.
-        table_rows: categories of all columns together.
+        table_rows: number of rows of the shared embedding table.
     """
 
     train: Rows
@@ -120,7 +120,7 @@ class Splits:
     table_rows: int
 
     def fingerprint(self) -> str:
-        """Tell rows apart by what is in them."""
+        """Return a hash of all inputs and labels."""
         digest = hashlib.sha256()
         for rows in (self.train, self.validation, self.test):
             for array in (rows.codes, rows.numbers, *rows.labels.values()):
@@ -131,15 +131,14 @@ class Splits:
 def make_splits(census: Census, seed: int = SPLIT_SEED) -> Splits:
     """Encode all rows, and split the test rows 1:1 into validation and test.
 
-    What a number's quantiles are, and which categories there are, is taken from the
-    training rows.
+    Quantiles and categories are fitted on the training rows.
 
     Args:
-        census: the files.
-        seed: of the split.
+        census: the data frames.
+        seed: seed of the split.
 
     Raises:
-        InputError: if all labels of a task are alike in one of the three.
+        InputError: if a task has only one class in one of the three splits.
     """
     encoder = Encoder(census.train)
     both = encoder.encode(census.test)
@@ -149,14 +148,14 @@ def make_splits(census: Census, seed: int = SPLIT_SEED) -> Splits:
         for task, label in part.labels.items():
             if len(np.unique(label)) < 2:
                 raise InputError(
-                    f"{census.name}: the {len(part)} {name} rows must hold both "
-                    f"classes of {task}; all are {label[:1]}"
+                    f"{census.name}: the {len(part)} {name} rows must have both "
+                    f"classes of {task}; got only {label[:1]}"
                 )
     return Splits(train, validation, test, encoder.table_rows)
 
 
 def split_in_half(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return two disjoint halves of the row numbers; the first is not the larger."""
+    """Return two disjoint halves of the row numbers; an odd row goes to the second."""
     order = np.random.default_rng(seed).permutation(rows)
     return np.sort(order[: rows // 2]), np.sort(order[rows // 2 :])
 
@@ -175,10 +174,10 @@ def _float(flags: pd.Series) -> np.ndarray:
 
 
 class Encoder:
-    """Learns from training rows how rows become indices and numbers.
+    """Encodes rows as embedding indices and standardised numbers.
 
     Args:
-        train: the training rows.
+        train: the training rows, on which quantiles, categories and scales are fitted.
     """
 
     def __init__(self, train: pd.DataFrame) -> None:
@@ -190,21 +189,23 @@ class Encoder:
         self.table_rows = 0
         for name in self.columns:
             counts = self._as_category(train[name]).value_counts()
-            self._frequent[name] = counts.index[counts >= FEWEST_ROWS].sort_values()
+            self._frequent[name] = counts.index[
+                counts >= MIN_CATEGORY_ROWS
+            ].sort_values()
             self._starts[name] = self.table_rows
             self.table_rows += 1 + len(self._frequent[name])
         scales = self._scales(train)
         self._mean, self._deviation = scales.mean(axis=0), scales.std(axis=0)
 
     def encode(self, frame: pd.DataFrame) -> Rows:
-        """Encode rows; what training did not see has an index of its own."""
+        """Encode rows. Unseen categories have an index per column."""
         codes = np.stack([self._codes(frame[name]) for name in self.columns], axis=1)
         deviation = np.where(self._deviation > 0, self._deviation, 1.0)
         numbers = (self._scales(frame) - self._mean) / deviation
         return Rows(codes, numbers.astype(np.float32), make_labels(frame))
 
     def _as_category(self, column: pd.Series) -> pd.Series:
-        """Turn a number into the number of its quantile; text stays as it is."""
+        """Replace numbers by the index of their quantile; keep strings."""
         if column.name not in self._edges:
             return column.astype(object)
         return pd.Series(np.searchsorted(self._edges[column.name], column, "right"))
@@ -216,19 +217,19 @@ class Encoder:
         return (self._starts[name] + UNSEEN + 1 + found).astype(np.int32)
 
     def _scales(self, frame: pd.DataFrame) -> np.ndarray:
-        """(n, 2 * numbers): as they are, and on a log scale."""
+        """Return (n, 2 * numbers): the values, and the values on a log scale."""
         values = frame[self._numbers].to_numpy(np.float64)
         return np.concatenate([values, np.log1p(values)], axis=1)
 
 
 def _edges(column: pd.Series) -> np.ndarray:
-    """Return where quantiles of the positive values start; 0 is for itself.
+    """Return the lower edges of the quantiles of the positive values; 0 is separate.
 
-    They are fine enough for an amount that many rows have to be a category of its own:
-    capital gains of 15,024 say more than those of 14,999.
+    The quantiles are fine enough to separate frequent amounts: capital gains of 15,024
+    are more predictive than gains of 14,999.
     """
     positive = column[column > 0]
     if positive.empty:
         return np.array([])
-    count = int(np.clip(len(positive) // ROWS_A_QUANTILE, 1, MOST_QUANTILES))
+    count = int(np.clip(len(positive) // MIN_QUANTILE_ROWS, 1, MAX_QUANTILES))
     return np.unique(np.quantile(positive, np.arange(count) / count))

@@ -1,11 +1,11 @@
-"""The models that are compared: one embedding table, what the tasks share, towers.
+"""The models that are compared: an embedding table, a shared body, task towers.
 
-    x    the embeddings of all columns side by side, and the numbers
-    h_t  = body(x)_t          what is compared, see `MODELS`
-    y_t  = Tower_t(h_t)       a log odds
+    x    the concatenated embeddings of all columns, and the numbers
+    h_t  = body(x)_t          the layer that is compared, see `MODELS`
+    y_t  = Tower_t(h_t)       a logit
 
-A single-task model is a shared bottom with one task, so each task has a table, a bottom
-and a tower for itself.
+The single-task baseline is a shared bottom per task: each task has its own embedding
+table, bottom and tower.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from recsys_examples.census_income.names import (
     SINGLE_TASK,
 )
 
-MAX_EXPERT_UNITS = 2048  # of all experts side by side, as in the MMoE paper
+MAX_EXPERT_UNITS = 2048  # total over the experts of a level, as in the MMoE paper
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a model and its training are made of.
+    """Hyperparameters of a model and its training.
 
     Attributes:
-        embedding: length of a category's vector.
-        units: width of an expert's first layer, or of the bottom's.
-        depth: layers of an expert; the second has half the width of the first.
-        tower: width of the towers' hidden layer; 0 for none.
-        dropout: share of the experts' hidden units that is dropped.
-        structure: the arguments that the body has for itself, such as `num_experts`.
-        learning_rate: of Adam, falling to 0 by a cosine.
-        epochs: passes over the data.
-        batch_size: rows a step.
-        auxiliary_weight: weight of the auxiliary task's loss; the main one has 1.
+        embedding: embedding size of a category.
+        units: width of the first layer of an expert or of the bottom.
+        depth: number of layers of an expert; the second has half the width.
+        tower: width of the hidden layer of the towers; 0 for none.
+        dropout: dropout rate of the hidden units of the experts.
+        structure: arguments specific to the body, such as `num_experts`.
+        learning_rate: initial learning rate of Adam, with cosine decay to 0.
+        epochs: number of epochs.
+        batch_size: rows per step.
+        auxiliary_weight: loss weight of the auxiliary task; that of the main task is 1.
     """
 
     embedding: int = 8
@@ -78,13 +78,12 @@ class Kind:
     """One of the models.
 
     Attributes:
-        body: makes the layer that the tasks share, from `(widths, tasks, dropout,
-            **structure)`.
-        experts: tells how many experts a structure has side by side.
-        structures: those that the search draws from.
-        own_embeddings: whether each task has embeddings for itself beside the shared
-            ones.
-        tasks_apart: whether each task gets a model for itself.
+        body: function `(expert_units, tasks, dropout, **structure)` that returns the
+            shared layer.
+        experts: function `(**structure)` that returns the number of experts per level.
+        structures: the values of `Settings.structure` to search.
+        own_embeddings: whether each task has its own embeddings beside the shared ones.
+        tasks_apart: whether each task has its own model.
     """
 
     body: Callable[..., keras.layers.Layer]
@@ -111,7 +110,7 @@ def _grouped(
 
 
 def _hierarchical(num_task_experts: int, num_shared_experts: int) -> int:
-    # The upper level has the experts of both tasks, of their group and the shared ones.
+    # The upper level has the experts of both tasks, of their group, and shared experts.
     return 3 * num_task_experts + num_shared_experts
 
 
@@ -146,12 +145,12 @@ MODELS: dict[str, Kind] = {
 
 
 def kind_of(model: str) -> Kind:
-    """Return what a model is; the bottom of equal size is a shared bottom."""
+    """Return the kind of a model; `names.EQUAL_BOTTOM` is a shared bottom."""
     return MODELS[SHARED_BOTTOM if model == EQUAL_BOTTOM else model]
 
 
 def expert_units(model: str, settings: Settings) -> int:
-    """Return how many units the experts of a level have together."""
+    """Return the total number of units of the experts of a level."""
     return settings.units * kind_of(model).experts(**settings.structure)
 
 
@@ -163,18 +162,19 @@ def build_models(
     num_columns: int,
     num_numbers: int,
 ) -> list[keras.Model]:
-    """Build one model for all tasks, or one a task if the tasks are kept apart.
+    """Build one model for all tasks, or one model per task for `tasks_apart`.
 
     Args:
         model: one of `names.CHOICES`, or `names.EQUAL_BOTTOM`.
-        settings: its sizes.
-        tasks: their names.
-        table_rows: categories of all columns together.
-        num_columns: columns of the codes c.
-        num_numbers: columns of the numbers k.
+        settings: hyperparameters.
+        tasks: names of the tasks.
+        table_rows: number of rows of the shared embedding table.
+        num_columns: number of categorical columns c.
+        num_numbers: number of numeric columns k.
 
     Returns:
-        Models from `[codes (b, c), numbers (b, k)]` to a log odds (b, 1) by task.
+        Models from `[codes (b, c), numbers (b, k)]` to a dict of logits (b, 1), by
+        task.
     """
     build = partial(
         _build,
@@ -200,7 +200,7 @@ def _build(
     codes = keras.Input((num_columns,), dtype="int32", name="codes")
     numbers = keras.Input((num_numbers,), name="numbers")
     streams = 1 + len(tasks) if kind.own_embeddings else 1
-    # One lookup serves all streams: a row of the table holds their vectors in turn.
+    # One lookup for all streams: a row of the table is their concatenated embeddings.
     vectors = layers.Embedding(
         table_rows,
         streams * settings.embedding,
@@ -241,18 +241,19 @@ def parameters(models: Sequence[keras.Model]) -> int:
 def of_equal_size(
     settings: Settings, target: int, count: Callable[[Settings], int]
 ) -> Settings:
-    """Return settings with the width at which a model has about `target` parameters.
+    """Return settings with the `units` that give about `target` parameters.
 
     Args:
-        settings: all but the width.
+        settings: all other settings.
         target: number of trainable parameters.
-        count: tells how many some settings make; more for a larger width.
+        count: function that returns the number of trainable parameters of settings,
+            increasing in `units`.
     """
 
-    def missing(units: int) -> int:
+    def excess(units: int) -> int:
         return count(replace(settings, units=units)) - target
 
-    above = 1 + bisect_left(range(1, 2 * MAX_EXPERT_UNITS), 0, key=missing)
+    above = 1 + bisect_left(range(1, 2 * MAX_EXPERT_UNITS), 0, key=excess)
     below = max(above - 1, 1)
-    units = min((below, above), key=lambda width: abs(missing(width)))
+    units = min((below, above), key=lambda width: abs(excess(width)))
     return replace(settings, units=units)

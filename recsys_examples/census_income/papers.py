@@ -1,4 +1,4 @@
-"""What papers report on these two groups: other columns, other budgets, other runs."""
+"""Results that papers report for the two groups, with other columns and budgets."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 SOURCE = (
     "Ma et al. 2018, tables 1 and 2 (https://doi.org/10.1145/3219819.3220007): all 40 "
-    "attributes of the official files but education and marital status; 400 runs after "
-    "thousands of trials"
+    "attributes of the official files except education and marital status; 400 runs "
+    "after thousands of trials"
 )
 
 
@@ -17,10 +17,10 @@ class Reported:
     """Test AUCs of one model.
 
     Attributes:
-        main_best: the best run of the main task.
-        main_mean: the mean of the main task.
-        auxiliary_mean: the mean of the auxiliary task.
-        auxiliary_of_best: of the auxiliary task in the run with the best main task.
+        main_best: main task, best run.
+        main_mean: main task, mean over runs.
+        auxiliary_mean: auxiliary task, mean over runs.
+        auxiliary_of_best: auxiliary task, in the run with the best main task.
     """
 
     main_best: float
@@ -29,7 +29,7 @@ class Reported:
     auxiliary_of_best: float
 
 
-# By group. The PLE paper names Census-Income too; we have not seen its figures.
+# By group. The PLE paper also mentions Census-Income; we have not seen its figures.
 REPORTED: Mapping[str, Mapping[str, Reported]] = {
     "income": {
         "single-task": Reported(0.9398, 0.9337, 0.9933, 0.9922),

@@ -1,4 +1,4 @@
-"""The tables: what was found, what papers report, and whether a layer is ahead."""
+"""Tables of our results and of the paper's, and the comparison with the baselines."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 from rich.table import Table
 
 from recsys_examples.census_income.comparison import (
-    FEWEST_FOR_RANKS,
     GAIN,
     LEVEL,
+    MIN_WILCOXON_PAIRS,
     compare,
 )
 from recsys_examples.census_income.features import GROUPS
@@ -28,12 +28,12 @@ TITLES = {
 
 
 def found_table(group: str, table: Mapping[str, Found], where: str) -> Table:
-    """Make the table of one group.
+    """Return the table of one group.
 
     Args:
         group: one of `features.GROUPS`.
-        table: what was found, by model.
-        where: on which files and columns.
+        table: maps each model to its results.
+        where: description of the files and columns.
     """
     main, auxiliary = GROUPS[group].tasks
     made = Table(
@@ -51,7 +51,7 @@ def found_table(group: str, table: Mapping[str, Found], where: str) -> Table:
         "runs",
         "units",
         "parameters",
-        "s a run",
+        "s per run",
     ):
         made.add_column(heading, justify="right")
     for model, found in table.items():
@@ -76,10 +76,10 @@ def _mean_and_best(found: Found, task: str) -> tuple[str, str]:
 
 
 def papers_table(group: str) -> Table:
-    """Make the table of what papers report for a group."""
+    """Return the table of the paper's results for a group."""
     main, auxiliary = GROUPS[group].tasks
     made = Table(
-        title=f"Group {GROUPS[group].number} in the paper, on other columns and with "
+        title=f"Group {GROUPS[group].number} in the paper, with other columns and "
         f"another budget; {SOURCE}",
         title_justify="left",
     )
@@ -88,7 +88,7 @@ def papers_table(group: str) -> Table:
         f"{TITLES[main]} (main): mean",
         "best",
         f"{TITLES[auxiliary]}: mean",
-        "in the best run of main",
+        "in the best run of the main task",
     ):
         made.add_column(heading, justify="right")
     for model, reported in REPORTED[group].items():
@@ -103,7 +103,7 @@ def papers_table(group: str) -> Table:
 
 
 def verdict(group: str, table: Mapping[str, Found]) -> list[str]:
-    """Say whether the best layer is ahead of the baselines, with paired tests."""
+    """Compare the best layer with the baselines by paired tests; return lines."""
     main = GROUPS[group].main
     best = best_layer(table, main)
     baselines = [model for model in BASELINES if model in table]
@@ -112,23 +112,23 @@ def verdict(group: str, table: Mapping[str, Found]) -> list[str]:
     chosen = ", ".join(f"{k}={v}" for k, v in vars(table[best].settings).items())
     lines = [f"Best layer on validation: {best} with {chosen}"]
     if len(table[best].outcomes) < 2:
-        return [*lines, "One seed allows no paired test."]
+        return [*lines, "A paired test needs two or more seeds; got 1."]
     held = {}
     for model in baselines:
         result = compare(table[best].test(main), table[model].test(main))
         held[model] = result.holds
         seeds = len(table[best].outcomes)
         tests = f"paired t-test p = {result.t_test:.2g}"
-        if seeds >= FEWEST_FOR_RANKS:
+        if seeds >= MIN_WILCOXON_PAIRS:
             tests += f", Wilcoxon p = {result.wilcoxon:.2g}"
         lines.append(
-            f"{best} less {model}: {result.mean:+.5f} ± {result.deviation:.5f}, ahead "
-            f"in {result.better:.0%} of {seeds} seeds; {tests}"
+            f"{best} minus {model}: {result.mean:+.5f} ± {result.deviation:.5f}, "
+            f"better in {result.better:.0%} of {seeds} seeds; {tests}"
         )
     if {SINGLE_TASK, EQUAL_BOTTOM} <= held.keys():
         reached = held[SINGLE_TASK] and held[EQUAL_BOTTOM]
         lines.append(
-            f"Ahead of {SINGLE_TASK} and of {EQUAL_BOTTOM} by {GAIN} with p < {LEVEL}: "
+            f"Better than {SINGLE_TASK} and {EQUAL_BOTTOM} by {GAIN} with p < {LEVEL}: "
             f"{'yes' if reached else 'no'}"
         )
     return lines

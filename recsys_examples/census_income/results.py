@@ -1,4 +1,4 @@
-"""Finished runs, kept on disk as they end."""
+"""Results of finished runs, written to disk at once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from recsys_examples.records import RecordsFile
 
 @dataclass(frozen=True)
 class Job:
-    """One run to do.
+    """The specification of one run.
 
     Attributes:
         group: one of `features.GROUPS`.
         model: one of `names.CHOICES`, or `names.EQUAL_BOTTOM`.
-        settings: sizes and rates.
-        seed: of the run.
-        trial: its number if it is a trial of the search.
+        settings: hyperparameters.
+        seed: seed of the run.
+        trial: number of the search trial; None for a final run.
     """
 
     group: str
@@ -42,11 +42,11 @@ class Results:
 
     Args:
         path: the file.
-        depends_on: on what data and versions all outcomes depend.
-        resume: whether to go on from what the file holds.
+        depends_on: the data and versions that the outcomes depend on.
+        resume: whether to continue from the outcomes in the file.
 
     Raises:
-        InputError: as `RecordsFile` does, or if a line is no outcome.
+        InputError: as `RecordsFile`, or if a line is not an outcome.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Results:
         return len(self._outcomes)
 
     def get(self, job: Job) -> Outcome | None:
-        """Return the outcome of a job that is done, or None."""
+        """Return the outcome of a job, or None if it has not run."""
         return self._outcomes.get(_key(job))
 
     def add(self, job: Job, outcome: Outcome) -> None:
-        """Keep an outcome, in memory and on disk."""
+        """Store an outcome, in memory and on disk."""
         self._outcomes[_key(job)] = outcome
         self._file.add({"job": asdict(job), "outcome": asdict(outcome)})
 
@@ -74,7 +74,7 @@ def _read(where: str, record: dict[str, Any]) -> tuple[str, Outcome]:
         made = Job(**{**job, "settings": Settings(**job["settings"])})
         return _key(made), Outcome(**record["outcome"])
     except (KeyError, TypeError) as error:
-        raise InputError(f"{where}: no run: {json.dumps(record)}") from error
+        raise InputError(f"{where}: not a run: {json.dumps(record)}") from error
 
 
 def _key(job: Job) -> str:

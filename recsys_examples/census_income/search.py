@@ -1,7 +1,7 @@
-"""The random search: which settings each trial of each model tries.
+"""The random search: the settings of each trial of each model.
 
-A trial draws the settings that all models have from its number alone, so that all
-models try the same ones, and what only one model has from its name as well.
+Settings common to all models depend only on the trial number, hence all models try the
+same values. Settings specific to a model also depend on its name.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import numpy as np
 
 from recsys_examples.census_income.models import Settings, kind_of
 
-# Narrower than the 2048 units that are allowed: wider bodies and longer embeddings were
-# no better on validation, and cost more.
-TOTAL_UNITS = (256, 512)  # of all experts of a level
+# Below the limit of 2048 units: wider bodies and larger embeddings were no better on
+# validation, and slower.
+TOTAL_UNITS = (256, 512)  # total over the experts of a level
 DEPTHS = (1, 2)
 EMBEDDINGS = (4, 8)
 TOWERS = (0, 32)
 DROPOUTS = (0.0, 0.1, 0.2, 0.3)
-LEARNING_RATES = (1e-3, 6e-3)  # drawn between them, on a log scale
+LEARNING_RATES = (1e-3, 6e-3)  # log-uniform between them
 EPOCHS = (4, 6, 8)
 AUXILIARY_WEIGHTS = (0.1, 0.3, 1.0)
 
 
 def draw(model: str, trial: int, seed: int = 0) -> Settings:
-    """Return the settings of one trial, always the same for the same arguments.
+    """Return the settings of one trial, a deterministic function of the arguments.
 
     Args:
         model: one of `names.CHOICES`, or `names.EQUAL_BOTTOM`.
-        trial: its number, from 0.
-        seed: of the whole search.
+        trial: number of the trial, from 0.
+        seed: seed of the search.
     """
     common = np.random.default_rng([seed, trial])
     own = np.random.default_rng([seed, trial, zlib.crc32(model.encode())])
@@ -44,7 +44,7 @@ def draw(model: str, trial: int, seed: int = 0) -> Settings:
         tower=_choice(common, TOWERS),
         dropout=_choice(common, DROPOUTS),
         structure=dict(structure),
-        learning_rate=_between(common, *LEARNING_RATES),
+        learning_rate=_log_uniform(common, *LEARNING_RATES),
         epochs=_choice(common, EPOCHS),
         auxiliary_weight=_choice(common, AUXILIARY_WEIGHTS),
     )
@@ -54,6 +54,6 @@ def _choice(rng: np.random.Generator, options: Any) -> Any:
     return options[rng.integers(len(options))]
 
 
-def _between(rng: np.random.Generator, low: float, high: float) -> float:
-    # Four digits, so that what is written is what was run.
+def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    # Rounded to four digits: the value in the results file is the value used.
     return float(f"{np.exp(rng.uniform(np.log(low), np.log(high))):.4g}")

@@ -1,8 +1,8 @@
-"""The study: the same number of trials for every model, then the seeds of the best.
+"""The study: equal search budgets for all models, then several seeds of the best trial.
 
-A trial is chosen by the validation AUC of the main task alone; the test rows are only
-reported. At the end a shared bottom gets the size of the best layer, and a search of
-its own.
+The best trial has the highest validation AUC of the main task; test results are not
+used for selection. Finally, a shared bottom with as many parameters as the best layer
+is tuned with the same budget.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from recsys_examples.census_income.results import Job, Results, best_trial
 from recsys_examples.census_income.search import draw
 from recsys_examples.census_income.training import Outcome
 
-# Does jobs, in any order, and gives each back with its outcome.
+# Runs jobs in any order; yields each with its outcome.
 Runner = Callable[[Sequence[Job]], Iterator[tuple[Job, Outcome]]]
-# Is told of each job that is done and kept, and whether it was just now.
+# Called with each job, its stored outcome, and whether it ran in this session.
 Announce = Callable[[Job, Outcome, bool], None]
 
-# Trials have seeds apart from those of the table.
+# Search trials and final runs have different seeds.
 _FIRST_TRIAL_SEED = 1_000_000
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study runs.
+    """The runs of a study.
 
     Attributes:
-        groups: some of `features.GROUPS`.
-        models: some of `names.CHOICES`.
-        trials: of the search, for each model and group.
-        seeds: runs of each model with the settings that were found.
+        groups: names from `features.GROUPS`.
+        models: names from `names.CHOICES`.
+        trials: number of search trials per model and group.
+        seeds: number of final runs per model and group.
         equal_bottom: whether to add a shared bottom of the best layer's size.
-        first_seed: the seed of the search, and the first one of the runs.
+        first_seed: seed of the search and of the first final run.
     """
 
     groups: Sequence[str]
@@ -56,18 +56,18 @@ class Plan:
 
     @property
     def runs(self) -> int:
-        """How many runs there are in all."""
+        """Total number of runs."""
         models = len(self.models) + self.equal_bottom
         return len(self.groups) * models * (self.trials + self.seeds)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the study found for one model in one group.
+    """The result of one model in one group.
 
     Attributes:
-        settings: of the best trial.
-        outcomes: with these settings, by seed.
+        settings: settings of the best trial.
+        outcomes: outcomes of the final runs, one per seed.
     """
 
     settings: Settings
@@ -78,29 +78,28 @@ class Found:
         return float(np.mean([outcome.validation[task] for outcome in self.outcomes]))
 
     def test(self, task: str) -> list[float]:
-        """Return the test AUC of a task by seed."""
+        """Return the test AUC of a task, one per seed."""
         return [outcome.test[task] for outcome in self.outcomes]
 
 
-# By model.
-Table = dict[str, Found]
+Table = dict[str, Found]  # by model
 
 
 def best_layer(table: Mapping[str, Found], task: str) -> str | None:
-    """Return the model, no baseline, that is best on validation; None if none is."""
+    """Return the non-baseline model with the best validation AUC, or None."""
     layers = [model for model in table if model not in BASELINES]
     return max(layers, key=lambda m: table[m].validation(task), default=None)
 
 
 class Study:
-    """Runs a plan, and takes up what is done.
+    """Runs a plan, except for the runs that are already in the results.
 
     Args:
-        plan: what to run.
-        splits: the rows.
-        results: where outcomes are kept.
-        runner: does the runs that are missing.
-        announce: told of each run, also of those that are taken up.
+        plan: the runs.
+        splits: the encoded rows.
+        results: store of the outcomes.
+        runner: runs the missing jobs.
+        announce: callback for each run, including those already in the results.
     """
 
     def __init__(
@@ -109,14 +108,14 @@ class Study:
         splits: Splits,
         results: Results,
         runner: Runner,
-        announce: Announce = lambda job, outcome, just_now: None,
+        announce: Announce = lambda job, outcome, is_new: None,
     ) -> None:
         self._plan, self._splits = plan, splits
         self._results, self._runner = results, runner
         self._announce = announce
 
     def run(self) -> Iterator[tuple[str, Table]]:
-        """Run one group after the other; yield the name of each, and its table."""
+        """Run the groups in order; yield the name and table of each."""
         for group in self._plan.groups:
             main = GROUPS[group].main
             table = self._search_and_run(
@@ -133,10 +132,10 @@ class Study:
         return [draw(model, trial, seed) for trial in range(self._plan.trials)]
 
     def _equal_trials(self, group: str, best: str, found: Found) -> list[Settings]:
-        """Give each trial of a shared bottom the size of the best layer's model.
+        """Return trials of a shared bottom with as many parameters as the best model.
 
-        The table of categories has the best layer's size as well: else it would be
-        the most of some trials' parameters.
+        They use the best model's embedding size: otherwise the embedding table would
+        have most of the parameters in some trials.
         """
         target = self._parameters(group, best, found.settings)
 
@@ -175,7 +174,7 @@ class Study:
             ]
             for model, settings in candidates.items()
         }
-        self._do(_in_turn(trials.values()))
+        self._run_missing(_interleaved(trials.values()))
         runs = {}
         for model, jobs in trials.items():
             chosen = best_trial([self._outcome(job) for job in jobs], main)
@@ -183,13 +182,13 @@ class Study:
                 Job(group, model, candidates[model][chosen], plan.first_seed + i)
                 for i in range(plan.seeds)
             ]
-        self._do(_in_turn(runs.values()))
+        self._run_missing(_interleaved(runs.values()))
         return {
             model: Found(jobs[0].settings, [self._outcome(job) for job in jobs])
             for model, jobs in runs.items()
         }
 
-    def _do(self, jobs: Sequence[Job]) -> None:
+    def _run_missing(self, jobs: Sequence[Job]) -> None:
         missing = []
         for job in jobs:
             earlier = self._results.get(job)
@@ -207,9 +206,9 @@ class Study:
         return outcome
 
 
-def _in_turn(jobs: Iterable[Sequence[Job]]) -> list[Job]:
-    """Take the first jobs of all models, then the second ones, and so on.
+def _interleaved(jobs: Iterable[Sequence[Job]]) -> list[Job]:
+    """Return the first job of each model, then the second of each, and so on.
 
-    A study that is stopped then has as many trials of one model as of another.
+    An interrupted study then has about as many trials of each model.
     """
     return list(chain.from_iterable(zip(*jobs, strict=True)))

@@ -1,4 +1,4 @@
-"""One run: train with a seed, keep the best epoch by validation, measure on test."""
+"""One run: train, restore the best epoch by validation AUC, evaluate on test rows."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _STEPS_PER_EXECUTION = 16
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run is worth.
+    """The result of a run.
 
     Attributes:
-        validation: AUC by task.
-        test: AUC by task.
-        epoch: the epoch whose weights were kept, counted from 1, by task.
-        parameters: trainable ones.
-        seconds: of training and measuring.
+        validation: validation AUC by task.
+        test: test AUC by task.
+        epoch: the best epoch, from 1, by task.
+        parameters: number of trainable parameters.
+        seconds: duration of training and evaluation.
     """
 
     validation: Mapping[str, float]
@@ -49,18 +49,17 @@ def run(
     splits: Splits,
     seed: int,
 ) -> Outcome:
-    """Train one of the models and measure it.
+    """Train and evaluate one of the models.
 
-    All models have one rule: after each epoch the validation AUC of the main task is
-    taken, and the weights of the best epoch are kept. Tasks that are kept apart have a
-    rule each, for its own task.
+    The weights of the epoch with the best validation AUC of the main task are restored.
+    With one model per task, each uses the AUC of its own task.
 
     Args:
         model: one of `names.CHOICES`, or `names.EQUAL_BOTTOM`.
-        settings: sizes and rates.
+        settings: hyperparameters.
         tasks: the tasks to learn, the main one first.
-        splits: the rows.
-        seed: of weights, dropout and the order of rows.
+        splits: the encoded rows.
+        seed: seed of the weights, of dropout and of shuffling.
     """
     started = time.perf_counter()
     keras.backend.clear_session()
@@ -98,20 +97,20 @@ def aucs(model: keras.Model, rows: Rows) -> dict[str, float]:
 
 def _auc(labels: np.ndarray, scores: np.ndarray) -> float:
     if not np.isfinite(scores).all():
-        return 0.5  # The training diverged: what it left ranks nothing.
+        return 0.5  # Training diverged: the AUC of a random ranking.
     return float(roc_auc_score(labels, scores))
 
 
 class BestEpoch(keras.callbacks.Callback):
-    """Keeps the weights of the epoch with the best validation AUC of one task.
+    """Restores the weights of the epoch with the best validation AUC of one task.
 
     Args:
         task: the task.
         rows: the validation rows.
 
     Attributes:
-        aucs: of all tasks in the best epoch.
-        epoch: the best epoch, counted from 1.
+        aucs: AUC of all tasks in the best epoch.
+        epoch: the best epoch, from 1.
     """
 
     def __init__(self, task: str, rows: Rows) -> None:
@@ -143,8 +142,8 @@ def _fit(
         loss={t: keras.losses.BinaryCrossentropy(from_logits=True) for t in tasks},
         loss_weights={t: settings.auxiliary_weight for t in tasks} | {tasks[0]: 1.0},
         steps_per_execution=_STEPS_PER_EXECUTION,
-        # Compiling takes longer than it saves in so few epochs, and dropout is slow
-        # in what XLA makes for CPUs.
+        # With this few epochs XLA does not save its compile time, and its dropout is
+        # slow on CPUs.
         jit_compile=False,
     )
     best = BestEpoch(tasks[0], splits.validation)

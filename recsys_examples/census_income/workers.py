@@ -1,6 +1,6 @@
-"""What a process that trains does: it holds the rows and has one thread.
+"""The worker processes: each has a copy of the rows and uses one thread.
 
-With one thread, a run depends on its seed alone.
+With one thread, runs are deterministic given the seed.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from recsys_examples.census_income.features import GROUPS, Splits
 from recsys_examples.census_income.results import Job
 from recsys_examples.census_income.training import Outcome
 
-_splits: Splits | None = None  # of this process, if it is a worker
+_splits: Splits | None = None  # set by `prepare` in a worker process
 
 
 def prepare(splits: Splits) -> None:
-    """Make this process one that trains."""
+    """Set up this process as a worker."""
     global _splits
     _splits = splits
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
 
-    # TensorFlow warns that models differ from each other, which here they should.
+    # TensorFlow warns about retracing, which is expected with many different models.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
 def train(job: Job) -> tuple[Job, Outcome]:
-    """Do a job, in a process that is prepared."""
+    """Run a job. `prepare` must have been called in this process."""
     from recsys_examples.census_income.models import kind_of
     from recsys_examples.census_income.training import run
 
-    assert _splits is not None, "this process is no worker"
+    assert _splits is not None, "call `prepare` first"
     group = GROUPS[job.group]
-    # A trial is chosen by the main task; a model apart for the other says nothing.
+    # Trials are selected by the main task: the auxiliary model need not be trained.
     only_main = job.trial is not None and kind_of(job.model).tasks_apart
     tasks = (group.main,) if only_main else group.tasks
     return job, run(job.model, job.settings, tasks, _splits, job.seed)

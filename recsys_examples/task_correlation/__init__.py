@@ -1,1 +1,1 @@
-"""The MMoE paper's synthetic study: two regression tasks of chosen correlation."""
+"""The MMoE paper's synthetic study: two regression tasks of given correlation."""

@@ -1,7 +1,7 @@
-"""The MMoE paper's synthetic study: what task correlation does to four models.
+"""The MMoE paper's synthetic study: the effect of task correlation on four models.
 
 python -m recsys_examples.task_correlation             the study
-python -m recsys_examples.task_correlation --resume    go on with one that was stopped
+python -m recsys_examples.task_correlation --resume    continue an interrupted study
 
 Two regression tasks of correlation p are learned by a shared bottom, OMoE, MMoE and PLE
 of equal size, in many runs; the paper's claims are then checked (Ma et al. 2018,
@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Before TensorFlow is loaded: less start-up chatter.
+# Set before TensorFlow is loaded: no log messages at start-up.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from recsys_examples.command import (
-    end_as_interrupted,
+    interrupt_on_sigterm,
     make_console,
     number,
     run_command,
@@ -45,7 +45,7 @@ QUICK = {
     "correlations": [0.0, 1.0],
     "steps": 200,
     "learning_rates": [0.01],
-    "processes": 1,  # each compiles for itself, which takes most of the time
+    "processes": 1,  # each process compiles, which takes most of the time
 }
 QUICK_ROWS = 16_384
 
@@ -56,15 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command(
         lambda: study(options),
         needs="the study's training loop",
-        interrupted="--resume goes on with what is done",
+        interrupted="finished runs are kept, and --resume continues from them",
     )
 
 
 def study(options: argparse.Namespace) -> None:
-    """Run the study, or what is left of it; print, draw and write what it came to."""
+    """Run the missing runs of the study; print, plot and write the results."""
     started = time.perf_counter()
     settings = _settings(options)
-    # An error in what is there already comes before TensorFlow is loaded.
+    # Errors in an existing results file are raised before TensorFlow is loaded.
     from recsys_examples.task_correlation.results import ResultsFile
 
     depends_on = {**asdict(settings), "versions": _versions()}
@@ -79,7 +79,7 @@ def study(options: argparse.Namespace) -> None:
 
     console = make_console()
     if options.quick:
-        console.print("A quick run: it shows that all works, and its figures nothing.")
+        console.print("A quick run, to test the installation: figures mean nothing.")
     every_width = equal_widths(settings.recipe.dimension)
     widths = {NAMES[name]: every_width[NAMES[name]] for name in options.models}
     sizes = _sizes(widths, settings.recipe.dimension, console)
@@ -127,14 +127,14 @@ def _run(work: Study, processes: int, console: Console) -> None:
 def _record(
     options: argparse.Namespace, settings: Settings, work: Study, claims: list[Claim]
 ) -> dict[str, Any]:
-    """Return all that says where the figures come from, and the figures."""
-    from recsys_examples.task_correlation.claims import mean, spread
+    """Return the results with the arguments, settings and versions they depend on."""
+    from recsys_examples.task_correlation.claims import mean, standard_deviation
 
     def cell(model: str, p: float, losses: Any) -> dict[str, Any]:
         return {
             "learning_rate": work.learning_rate(model, p),
             "mean": float(mean(losses)),
-            "standard_deviation": float(spread(losses)),
+            "standard_deviation": float(standard_deviation(losses)),
             "losses": losses.tolist(),
         }
 
@@ -169,20 +169,20 @@ def _print_results(record: dict[str, Any], losses: Losses, console: Console) -> 
 
 
 def _shown(correlation: float) -> str:
-    return f"{correlation:.15g}"  # all digits: no two of them may become one
+    return f"{correlation:.15g}"  # all digits: the keys must be unique
 
 
 def _print_claims(claims: list[Claim], console: Console) -> None:
     console.print(
-        "The paper's claims, which PLE, of a later one, does not decide; "
+        "The paper's claims (PLE is later than the paper and not part of them); "
         "[..]: 95% interval of a paired bootstrap"
     )
-    from recsys_examples.task_correlation.claims import FEWEST_RUNS
+    from recsys_examples.task_correlation.claims import MIN_RUNS
 
     verdicts = {
         True: "true",
         False: "false",
-        None: f"not checked (it needs {FEWEST_RUNS} runs at each correlation)",
+        None: f"not checked (requires {MIN_RUNS} runs at each correlation)",
     }
     for place, claim in enumerate(claims, start=1):
         console.print(f"{place}. {claim.text}: {verdicts[claim.holds]}")
@@ -217,7 +217,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.quick:  # what else is given still counts
+    if options.quick:  # other options take precedence over those of --quick
         parser.set_defaults(**QUICK)
         options = parser.parse_args(arguments)
     for name in ("correlations", "models", "learning_rates"):
@@ -226,16 +226,23 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    recipe, settings = Recipe(), Settings()
     parser = argparse.ArgumentParser(
         prog="python -m recsys_examples.task_correlation",
-        description="Compare multi-task models on two tasks of chosen correlation.",
+        description="Compare multi-task models on two tasks of given correlation.",
     )
+    _add_study_options(parser)
+    _add_training_options(parser)
+    _add_data_options(parser)
+    _add_run_options(parser)
+    return parser
+
+
+def _add_study_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs",
         type=whole_number(2, 100_000),
         default=30,
-        help="runs of each model at each correlation (default: %(default)s)",
+        help="runs per model and correlation (default: %(default)s)",
     )
     parser.add_argument(
         "--correlations",
@@ -243,26 +250,30 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[0.0, 0.5, 1.0],
         metavar="P",
-        help="cosines of the tasks' weights (default: 0 0.5 1)",
+        help="cosines between the weight vectors of the tasks (default: 0 0.5 1)",
     )
     parser.add_argument(
         "--models",
         choices=tuple(NAMES),
         nargs="+",
         default=list(NAMES),
-        help="what to compare (default: all)",
+        help="models to compare (default: all)",
     )
+
+
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    settings = Settings()
     parser.add_argument(
         "--steps",
         type=whole_number(1, 10**9),
         default=settings.steps,
-        help="batches of a run (default: %(default)s)",
+        help="training steps per run (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size",
         type=whole_number(1, QUICK_ROWS),
         default=settings.batch_size,
-        help="rows of a batch (default: %(default)s)",
+        help="rows per batch (default: %(default)s)",
     )
     parser.add_argument(
         "--learning-rates",
@@ -270,60 +281,68 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(settings.learning_rates),
         metavar="RATE",
-        help="the grid of Adam's rates for each model and correlation; one alone is "
-        f"taken as it is (default: {' '.join(map(str, settings.learning_rates))})",
-    )
-    parser.add_argument(
-        "--scale",
-        type=number(0, 1000),
-        default=recipe.scale,
-        help="length c of the tasks' weight vectors (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--sines",
-        type=whole_number(0, 1000),
-        default=recipe.sines,
-        help="number m of sines in a label (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--noise",
-        type=number(0, 1000),
-        default=recipe.noise,
-        help="standard deviation of a label's noise (default: %(default)s)",
+        help="grid of learning rates of Adam, tuned per model and correlation; a "
+        "single value is not tuned "
+        f"(default: {' '.join(map(str, settings.learning_rates))})",
     )
     parser.add_argument(
         "--seed",
         type=whole_number(0, 2**32 - 1),
         default=settings.seed,
-        help="of the data and the weights of all runs (default: %(default)s)",
+        help="seed of the data and weights of all runs (default: %(default)s)",
     )
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    recipe = Recipe()
+    parser.add_argument(
+        "--scale",
+        type=number(0, 1000),
+        default=recipe.scale,
+        help="norm c of the weight vectors of the tasks (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sines",
+        type=whole_number(0, 1000),
+        default=recipe.sines,
+        help="number m of sine terms in a label (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--noise",
+        type=number(0, 1000),
+        default=recipe.noise,
+        help="standard deviation of the label noise (default: %(default)s)",
+    )
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes",
         type=whole_number(1, 256),
         default=min(os.cpu_count() or 1, 4),
-        help="runs at the same time, 1.4 GiB of memory each; the results are the same "
-        "(default: the number of cores, here %(default)s)",
+        help="number of parallel processes, of 1.4 GiB of memory each; it does not "
+        "affect the results (default: the number of cores, at most 4: %(default)s)",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("runs/task_correlation"),
-        help=f"the folder of {RESULTS}, {METRICS} and {PICTURE} (default: %(default)s)",
+        help=f"folder of {RESULTS}, {METRICS} and {PICTURE} (default: %(default)s)",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the study in the folder; it may be given more runs, "
-        "correlations or models than it had",
+        help="continue the study in the folder; runs, correlations and models may be "
+        "added",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"{QUICK['runs']} runs of {QUICK['steps']} steps, to see that all works",
+        help=f"{QUICK['runs']} runs of {QUICK['steps']} steps, to test the "
+        "installation",
     )
-    return parser
 
 
 if __name__ == "__main__":
-    end_as_interrupted()
+    interrupt_on_sigterm()
     sys.exit(main())

@@ -1,9 +1,8 @@
-"""The paper's four claims, decided from the final losses by rules stated here.
+"""Tests of the paper's four claims on the final losses.
 
-Runs of one number have the same data in every model and, but for p, at every
-correlation, so all differences are taken within runs. How sure a difference is, a
-bootstrap says: the runs are drawn again with replacement, 10,000 times, and its
-interval holds the middle 95% of what comes out.
+Runs with the same number use the same data for every model and, except for p, for every
+correlation: all differences are paired by run. The 95% interval of a difference is a
+percentile bootstrap over runs with 10,000 resamples.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ import numpy as np
 
 from recsys_examples.task_correlation.settings import BOTTOM, MMOE, OMOE, PLE
 
-# By model and correlation, the final loss of each run.
+# Maps model and correlation to the final losses, one per run.
 Losses = Mapping[str, Mapping[float, np.ndarray]]
 
-MIXTURES = (OMOE, MMOE)  # of the paper; PLE is of 2020 and decides no claim
-MARGIN = 0.1  # Two mean losses closer than this share of OMoE's are about equal.
-FEWEST_RUNS = 5  # below, an interval of the bootstrap says nothing
+MIXTURES = (OMOE, MMOE)  # the paper's; PLE is of 2020 and not part of the claims
+MARGIN = 0.1  # of OMoE's mean loss: losses that differ by less are about equal
+MIN_RUNS = 5  # required for a meaningful bootstrap interval
 _RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the ends of its 95% interval."""
+    """An estimate and its 95% interval."""
 
     value: float
     low: float
@@ -41,10 +40,10 @@ class Claim:
     """One claim of the paper.
 
     Attributes:
-        text: what is claimed.
-        rule: what would make it true.
-        holds: whether it is; None if the results it is about are not there.
-        evidence: the figures, a line each.
+        text: the claim.
+        rule: the criterion by which it is tested.
+        holds: whether the criterion is met; None if results are missing.
+        evidence: the figures, one line each.
     """
 
     text: str
@@ -54,16 +53,16 @@ class Claim:
 
 
 def check_claims(losses: Losses) -> list[Claim]:
-    """Decide the four claims.
+    """Test the four claims.
 
     Args:
-        losses: by model and correlation, the final loss of each run, in the order of
-            the runs. Models and correlations may be missing; the claims about them
-            are then not checked, nor are any with less than 5 runs.
+        losses: maps model and correlation to the final losses, in the order of the
+            runs. Claims about missing models or correlations, or with fewer than 5
+            runs, are not checked.
     """
     return [
         _mixtures_are_better(losses),
-        _mixtures_spread_less(losses),
+        _mixtures_vary_less(losses),
         _equal_for_identical_tasks(losses),
         _lead_grows(losses),
     ]
@@ -74,17 +73,17 @@ def mean(losses: np.ndarray) -> np.ndarray:
     return np.mean(losses, axis=-1)
 
 
-def spread(losses: np.ndarray) -> np.ndarray:
+def standard_deviation(losses: np.ndarray) -> np.ndarray:
     """Return the standard deviation over runs, the last axis."""
     return np.std(losses, axis=-1, ddof=1)
 
 
 def bootstrap(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> Interval:
-    """Return `statistic(*samples)`, and its interval when the runs are drawn again.
+    """Return `statistic(*samples)` with its bootstrap interval over runs.
 
     Args:
-        statistic: maps samples of shape `(..., r)` over r runs to `(...)`.
-        *samples: the losses of the same r runs, each `(r,)`.
+        statistic: function of samples of shape `(..., r)`, over r runs, to `(...)`.
+        *samples: losses of the same r runs, each of shape `(r,)`.
     """
     runs = len(samples[0])
     drawn = np.random.default_rng(0).integers(runs, size=(_RESAMPLES, runs))
@@ -94,29 +93,29 @@ def bootstrap(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> Int
 
 
 def difference(statistic: Callable, first: np.ndarray, second: np.ndarray) -> Interval:
-    """Return how much larger a statistic is for the first losses than the second."""
+    """Return `statistic(first) - statistic(second)` with its interval."""
     return bootstrap(lambda a, b: statistic(a) - statistic(b), first, second)
 
 
 def _mixtures_are_better(losses: Losses) -> Claim:
-    return _against_the_bottom(
+    return _compared_with_bottom(
         losses,
         mean,
         "mixtures beat the shared bottom at every p",
-        "mean loss of the shared bottom less that of OMoE, of MMoE: interval above 0",
+        "mean loss of the shared bottom minus that of OMoE, of MMoE: interval above 0",
     )
 
 
-def _mixtures_spread_less(losses: Losses) -> Claim:
-    return _against_the_bottom(
+def _mixtures_vary_less(losses: Losses) -> Claim:
+    return _compared_with_bottom(
         losses,
-        spread,
-        "mixtures spread less than the shared bottom at every p",
-        "standard deviation over runs, the same differences: interval above 0",
+        standard_deviation,
+        "mixtures vary less over runs than the shared bottom at every p",
+        "the same differences of standard deviations over runs: interval above 0",
     )
 
 
-def _against_the_bottom(
+def _compared_with_bottom(
     losses: Losses, statistic: Callable, text: str, rule: str
 ) -> Claim:
     shared = _correlations(losses, BOTTOM, *MIXTURES)
@@ -133,7 +132,7 @@ def _against_the_bottom(
 def _equal_for_identical_tasks(losses: Losses) -> Claim:
     text = "MMoE is about equal to OMoE at p = 1"
     rule = (
-        "mean loss of OMoE less that of MMoE: interval within "
+        "mean loss of OMoE minus that of MMoE: interval within "
         f"{MARGIN:.0%} of OMoE's mean"
     )
     if 1.0 not in _correlations(losses, OMOE, MMOE):
@@ -147,8 +146,8 @@ def _equal_for_identical_tasks(losses: Losses) -> Claim:
 def _lead_grows(losses: Losses) -> Claim:
     text = "MMoE's lead over OMoE grows as p falls"
     rule = (
-        "mean loss of OMoE less that of MMoE: larger at each lower p, and the "
-        "lowest p less the highest: interval above 0"
+        "mean loss of OMoE minus that of MMoE: larger at each lower p, and "
+        "its value at the lowest p minus that at the highest: interval above 0"
     )
     falling = sorted(_correlations(losses, OMOE, MMOE), reverse=True)
     if len(falling) < 2:
@@ -163,14 +162,14 @@ def _lead_grows(losses: Losses) -> Claim:
     values = [lead.value for lead in leads]
     holds = growth.low > 0 and values == sorted(set(values))
     evidence = [f"p = {p:g}: {lead}" for p, lead in zip(falling, leads, strict=True)]
-    evidence.append(f"p = {lowest:g} less p = {highest:g}: {growth}")
+    evidence.append(f"p = {lowest:g} minus p = {highest:g}: {growth}")
     return Claim(text, rule, holds, tuple(evidence))
 
 
 def _correlations(losses: Losses, *models: str) -> list[float]:
-    """Return the correlations at which all these models have enough runs."""
+    """Return the correlations at which all models have `MIN_RUNS` runs."""
     return sorted(
         p
         for p in losses.get(models[0], {})
-        if all(len(losses.get(m, {}).get(p, ())) >= FEWEST_RUNS for m in models)
+        if all(len(losses.get(m, {}).get(p, ())) >= MIN_RUNS for m in models)
     )

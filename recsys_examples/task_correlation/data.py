@@ -1,4 +1,4 @@
-"""Two regression tasks whose relatedness is a number.
+"""Two synthetic regression tasks of given correlation.
 
 Axis letters: n rows, d input features, m sines.
 
@@ -28,7 +28,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two tasks: their weights (2, d), and rows to learn from and to measure with."""
+    """Two tasks: weight vectors (2, d), training rows and test rows."""
 
     weights: np.ndarray
     train: Rows
@@ -36,13 +36,13 @@ class Pair:
 
 
 def make_pair(correlation: float, recipe: Recipe, seed: int | list[int]) -> Pair:
-    """Draw two tasks and their rows.
+    """Sample two tasks and their rows.
 
     Args:
-        correlation: p in [-1, 1], the cosine of the two weight vectors.
-        recipe: all else.
-        seed: of u_1, u_2, the inputs and the noise, which are the same for every
-            correlation: runs of one seed can be compared in pairs.
+        correlation: p in [-1, 1], the cosine between the two weight vectors.
+        recipe: the other settings of the data.
+        seed: seed of u_1, u_2, the inputs and the noise. They do not depend on the
+            correlation: runs with the same seed can be paired.
     """
     rng = np.random.default_rng(seed)
     u_1, u_2 = orthonormal_pair(recipe.dimension, rng)
@@ -63,7 +63,7 @@ def make_pair(correlation: float, recipe: Recipe, seed: int | list[int]) -> Pair
 def orthonormal_pair(
     dimension: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return two orthogonal vectors of length 1, in a random plane."""
+    """Return two random orthonormal vectors."""
     basis, _ = np.linalg.qr(rng.normal(size=(dimension, 2)))
     return basis[:, 0], basis[:, 1]
 

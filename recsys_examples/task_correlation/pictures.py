@@ -1,4 +1,4 @@
-"""The picture of the study: mean and spread by correlation, and every run."""
+"""Plot of the study: mean and standard deviation by correlation, and every run."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # a run may have no screen
+matplotlib.use("Agg")  # works without a display
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from recsys_examples.task_correlation.claims import Losses, mean, spread
+from recsys_examples.task_correlation.claims import Losses, mean, standard_deviation
 
 
 def draw(path: Path, losses: Losses) -> None:
-    """Write the picture as PNG: means to the left, distributions to the right."""
+    """Write the plot as PNG: means on the left, distributions on the right."""
     models = list(losses)
     correlations = sorted(losses[models[0]])
     figure, (means, runs) = plt.subplots(
@@ -30,7 +30,7 @@ def draw(path: Path, losses: Losses) -> None:
         means.errorbar(
             at,
             [mean(v) for v in values],
-            [spread(v) for v in values],
+            [standard_deviation(v) for v in values],
             fmt="o-",
             color=colour,
             capsize=3,
@@ -40,7 +40,7 @@ def draw(path: Path, losses: Losses) -> None:
             values,
             positions=at,
             widths=0.6 / len(models),
-            showfliers=False,  # every run is drawn below
+            showfliers=False,  # every run is plotted below
             manage_ticks=False,
             boxprops={"color": colour},
             whiskerprops={"color": colour},

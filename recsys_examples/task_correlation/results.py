@@ -1,4 +1,4 @@
-"""The results of a study, kept as they come."""
+"""The results of training runs, written to disk at once."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Result:
-    """What one training run came to.
+    """The result of one training run.
 
     Attributes:
         model: one of `models.BODIES`.
-        correlation: p of the two tasks.
-        run: number of the run, from 0. Runs of one number have the same data.
-        learning_rate: of Adam.
-        tuning: whether the run is one of those that choose the learning rate, which
-            have data of their own.
-        losses: mean squared error of each task on its test rows.
-        seconds: what the run took.
+        correlation: correlation p of the two tasks.
+        run: number of the run, from 0. Runs with the same number have the same data.
+        learning_rate: learning rate of Adam.
+        tuning: whether the run belongs to the learning-rate search, which uses other
+            data than the study.
+        losses: mean squared error of each task on the test rows.
+        seconds: duration of the run.
     """
 
     model: str
@@ -53,18 +53,18 @@ class Result:
 
 
 class ResultsFile:
-    """Results that are kept as they come.
+    """Results in memory and in a file.
 
     Args:
-        path: the file. Its folder is made where there is none.
-        depends_on: what the results depend on, as JSON can hold it.
-        resume: whether to go on from the results that are there.
+        path: the file. Missing folders are created.
+        depends_on: JSON object of what the results depend on, such as versions.
+        resume: whether to continue from the results in the file.
 
     Attributes:
-        results: all results so far, in the order of their coming.
+        results: all results so far, in the order in which they were added.
 
     Raises:
-        InputError: as `RecordsFile` does, or if a line is no result.
+        InputError: as `RecordsFile`, or if a line is not a result.
     """
 
     def __init__(self, path: Path, depends_on: dict[str, Any], resume: bool) -> None:
@@ -72,7 +72,7 @@ class ResultsFile:
         self.results = [_result(record, where) for where, record in self._file.found]
 
     def add(self, results: Iterable[Result]) -> None:
-        """Keep results; those of a call are written together."""
+        """Append results; those of one call are written together."""
         new = list(results)
         self._file.add(*(asdict(result) for result in new))
         self.results += new
@@ -84,5 +84,5 @@ def _result(record: dict[str, Any], where: str) -> Result:
     losses = tuple(record["losses"])
     finite = (isinstance(loss, float) and math.isfinite(loss) for loss in losses)
     if not losses or not all(finite):
-        raise InputError(f"{where}: losses must be finite numbers, not {losses}")
+        raise InputError(f"{where}: losses must be finite numbers; got {losses}")
     return Result(**{**record, "losses": losses})

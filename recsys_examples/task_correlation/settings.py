@@ -1,4 +1,4 @@
-"""What the results of the study depend on."""
+"""The settings of the study."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ MODELS = (BOTTOM, OMOE, MMOE, PLE)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all pairs of tasks have in common.
+    """Settings of the synthetic data.
 
-    The paper gives the dimension and the noise, N(0, 0.01), which we read as a
-    variance. It leaves out c, m, a and b: ours are those of the published code of
-    Maziarz et al. 2019 (https://arxiv.org/abs/1910.04915), who make the same data:
+    The paper gives the dimension and the noise, N(0, 0.01), which we interpret as a
+    variance. It does not give c, m, a and b: we use those of the published code of
+    Maziarz et al. 2019 (https://arxiv.org/abs/1910.04915), who generate the same data:
     c = 1, m = 10, a_i = i and b_i = (i - 1)^2.
 
     Attributes:
-        dimension: input features d.
-        scale: c, the length of the weight vectors.
-        sines: m, the number of sines in a label.
-        noise: standard deviation of a label's noise.
-        train_rows: rows to learn from. The paper has "enough" of them; a quarter of
-            ours are too few: the models then learn their noise.
-        test_rows: rows that measure the loss.
+        dimension: number of input features d.
+        scale: norm c of the weight vectors.
+        sines: number m of sine terms in a label.
+        noise: standard deviation of the label noise.
+        train_rows: number of training rows. The paper says "enough"; with a quarter of
+            ours the models overfit.
+        test_rows: number of test rows.
     """
 
     dimension: int = 100
@@ -37,18 +37,18 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a result depends on, besides its model, its correlation and its run.
+    """Settings of all runs.
 
-    The paper names Adam and the grid of learning rates, and neither the steps nor the
-    size of a batch.
+    The paper names Adam and the grid of learning rates, but not the number of steps or
+    the batch size.
 
     Attributes:
-        recipe: the tasks.
-        steps: batches of a run.
-        batch_size: rows of a batch.
-        learning_rates: the grid. One alone is taken as it is.
-        tuning_runs: runs for each model, correlation and rate of the grid.
-        seed: of all that is drawn.
+        recipe: settings of the data.
+        steps: training steps per run.
+        batch_size: rows per batch.
+        learning_rates: grid of learning rates. A single value is not tuned.
+        tuning_runs: tuning runs per model, correlation and learning rate.
+        seed: seed of the data and weights of all runs.
     """
 
     recipe: Recipe = Recipe()

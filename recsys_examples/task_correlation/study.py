@@ -1,7 +1,7 @@
-"""The study: every model at every correlation, in runs with data of their own.
+"""The study: every model at every correlation, in several runs with different data.
 
-The paper searches the learning rate of a model on a grid. So do we, for each model and
-correlation, in runs whose data the study does not use.
+As in the paper, learning rates are tuned on a grid, here per model and correlation, in
+runs on other data than that of the study.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from recsys_examples.workers import Workers
 
 @dataclass(frozen=True)
 class Round:
-    """One pair of tasks, and what to train on it: a model and a learning rate each."""
+    """Trainings on one pair of tasks: tuples (model, learning rate)."""
 
     correlation: float
     run: int
@@ -35,11 +35,11 @@ class Study:
     """Runs of every model at every correlation.
 
     Args:
-        settings: of all runs.
-        widths: by model, the width of its shared layer or its experts.
-        correlations: each p.
-        runs: runs of each model at each p.
-        file: where results are kept. What it holds is not run again.
+        settings: settings of all runs.
+        widths: maps each model to the width of its shared layer or experts.
+        correlations: values of p.
+        runs: number of runs per model and p.
+        file: file of results. Runs in it are not repeated.
     """
 
     def __init__(
@@ -57,17 +57,17 @@ class Study:
 
     @property
     def trainings(self) -> int:
-        """How often a model is trained in all."""
+        """Total number of trainings."""
         cells = len(self._widths) * len(self._correlations)
         rates = len(self._settings.learning_rates)
         return (self._tuning_runs * rates + self._runs) * cells
 
     def run(self, progress: Callable[[int], None], processes: int = 1) -> None:
-        """Train what is not in the file.
+        """Run the trainings that are not in the file.
 
         Args:
-            progress: told how many trainings have been done, by now or before.
-            processes: how many train at the same time. The results are the same.
+            progress: callback, called with the number of finished trainings.
+            processes: number of parallel processes. It does not affect the results.
 
         Raises:
             InputError: if a training diverges, a process dies, or the file cannot be
@@ -87,7 +87,7 @@ class Study:
                     progress(done)
 
     def learning_rate(self, model: str, correlation: float) -> float:
-        """Return the rate of the grid with the lowest mean loss in tuning."""
+        """Return the learning rate with the lowest mean loss over the tuning runs."""
         rates = self._settings.learning_rates
         if len(rates) == 1:
             return rates[0]
@@ -104,7 +104,7 @@ class Study:
         return min(rates, key=tuning_loss)
 
     def losses(self) -> Losses:
-        """Return by model and correlation the final loss of each run, in order."""
+        """Return the final losses by model and correlation, in order of the runs."""
         found = {
             (r.model, r.correlation, r.run): r.loss
             for r in self._file.results
@@ -139,7 +139,7 @@ class Study:
         ]
 
     def _missing(self, wanted: Round) -> Round:
-        """Return a round without what the file holds."""
+        """Return a round without the trainings that are in the file."""
         key = (wanted.correlation, wanted.run, wanted.tuning)
         done = {
             (r.model, r.learning_rate)
@@ -152,16 +152,16 @@ class Study:
 def train_round(
     wanted: Round, settings: Settings, widths: dict[str, int]
 ) -> list[Result]:
-    """Train all models of a round on its tasks; return their results in order."""
-    # The correlation is not among what seeds: see `make_pair`.
-    drawn = [settings.seed, int(wanted.tuning), wanted.run]
-    pair = make_pair(wanted.correlation, settings.recipe, drawn)
-    initial = int(np.random.SeedSequence([*drawn, 1]).generate_state(1)[0])
+    """Run all trainings of a round; return their results in order."""
+    # The seed does not depend on the correlation, see `make_pair`.
+    data_seed = [settings.seed, int(wanted.tuning), wanted.run]
+    pair = make_pair(wanted.correlation, settings.recipe, data_seed)
+    weight_seed = int(np.random.SeedSequence([*data_seed, 1]).generate_state(1)[0])
     results = []
     for model, rate in wanted.trainings:
         trainer = _trainer(model, widths[model], settings)
         started = time.perf_counter()
-        losses = trainer.run(pair, settings.steps, rate, initial)
+        losses = trainer.run(pair, settings.steps, rate, weight_seed)
         results.append(
             Result(
                 model=model,
@@ -178,7 +178,7 @@ def train_round(
 
 @cache
 def _trainer(model: str, width: int, settings: Settings) -> Trainer:
-    """Return the process's trainer of a model, which compiles once."""
+    """Return this process's trainer of a model, which is compiled once."""
     return Trainer(model, width, settings.recipe.dimension, settings.batch_size)
 
 

@@ -1,8 +1,8 @@
-"""Training: all steps of a run in one loop that XLA compiles.
+"""Training: all steps of a run in one loop, compiled by XLA.
 
-A step of these models takes less time than `fit` needs to hand it a batch. The loop
-repeats Keras' own training step, and one compiled loop serves all runs of a model,
-each of which starts from weights of its own.
+A training step of these models takes less time than the overhead of `fit` per batch.
+The loop calls `keras.Model.train_step`. It is compiled once per model and reused for
+all runs, with new initial weights.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from recsys_examples.task_correlation.models import build_model
 
 
 class Trainer:
-    """Trains one of the models from the start, any number of times.
+    """Trains one of the models from new initial weights in each run.
 
     Args:
         model: one of `models.BODIES`.
-        width: of its shared layer or its experts.
-        dimension: input features d.
-        batch_size: rows a step, b.
+        width: width of its shared layer or experts.
+        dimension: number of input features d.
+        batch_size: rows per step b.
     """
 
     def __init__(self, model: str, width: int, dimension: int, batch_size: int) -> None:
-        self._described = (model, width, dimension)
+        self._arguments = (model, width, dimension)
         self._batch_size = batch_size
-        self._model = build_model(*self._described)
+        self._model = build_model(*self._arguments)
         self._optimizer = keras.optimizers.Adam()
         self._optimizer.build(self._model.trainable_variables)
         self._model.compile(self._optimizer, "mse", jit_compile=True)
@@ -39,37 +39,36 @@ class Trainer:
     def run(
         self, pair: Pair, steps: int, learning_rate: float, seed: int
     ) -> tuple[float, ...]:
-        """Train from the start; return the mean squared error of each task.
+        """Train from new initial weights; return the test MSE of each task.
 
         Args:
-            pair: the tasks. Batches are taken in the order of the rows, and from the
-                first again after the last.
-            steps: number of batches.
-            learning_rate: of Adam, whose other settings are the defaults.
-            seed: of the initial weights.
+            pair: the tasks. Batches are taken in the order of the rows, cyclically.
+            steps: number of training steps.
+            learning_rate: learning rate of Adam.
+            seed: seed of the initial weights.
 
         Raises:
             InputError: if the training diverges.
         """
-        self._start_again(learning_rate, seed)
+        self._reset(learning_rate, seed)
         self._train(*self._batches(pair.train), tf.constant(steps))
         losses = self._losses(*_tensors(pair.test)).numpy().tolist()
         if not all(map(math.isfinite, losses)):
             raise InputError(
-                f"{self._described[0]} diverged: no finite loss after {steps} steps at "
-                f"the learning rate {learning_rate:g}"
+                f"{self._arguments[0]} diverged: the loss is not finite after {steps} "
+                f"steps with learning rate {learning_rate:g}"
             )
         return tuple(losses)
 
-    def _start_again(self, learning_rate: float, seed: int) -> None:
+    def _reset(self, learning_rate: float, seed: int) -> None:
         keras.utils.set_random_seed(seed)
-        self._model.set_weights(build_model(*self._described).get_weights())
+        self._model.set_weights(build_model(*self._arguments).get_weights())
         for variable in self._optimizer.variables:
             variable.assign(keras.ops.zeros_like(variable))
         self._optimizer.learning_rate = learning_rate
 
     def _batches(self, rows: Rows) -> tuple[tf.Tensor, tf.Tensor]:
-        """(n, d), (n, 2) -> (s, b, d), (s, b, 2), less the rows that fill no batch."""
+        """(n, d), (n, 2) -> (s, b, d), (s, b, 2), without an incomplete last batch."""
         batches = len(rows.inputs) // self._batch_size
         inputs, labels = (part[: batches * self._batch_size] for part in _tensors(rows))
         return (

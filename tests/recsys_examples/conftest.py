@@ -1,4 +1,4 @@
-"""A MovieLens so small that a ranker is trained on it in seconds."""
+"""A tiny MovieLens data set, on which a ranker trains in seconds."""
 
 import numpy as np
 import pandas as pd
@@ -8,11 +8,11 @@ from recsys_examples.movielens.data import MovieLens
 
 NUM_MOVIES = 60
 GENRES = np.array(["Action", "Comedy", "Drama", "War"])
-NEWCOMER = 99  # a user with two ratings, who is wholly in the training window
+NEWCOMER = 99  # a user with two ratings, both in the training window
 
 
 def movies_frame(rng: np.random.Generator) -> pd.DataFrame:
-    """Ids with gaps; some movies without a year, and some without a genre."""
+    """Movies with gaps in their ids, some without a year, some without a genre."""
     rows = np.arange(NUM_MOVIES)
     return pd.DataFrame(
         {
@@ -25,9 +25,9 @@ def movies_frame(rng: np.random.Generator) -> pd.DataFrame:
 
 
 def ratings_frame(rng: np.random.Generator) -> pd.DataFrame:
-    """Users who mostly watch what many watch, and each like one half of it."""
+    """Users rate by popularity; each prefers the movies of one half."""
     popularity = 1 / (5 + np.arange(NUM_MOVIES))
-    # 24 to 41 ratings: each last digit, on which the split depends, is there.
+    # 24 to 41 ratings: all last digits occur, on which the split depends.
     counts = {1 + 2 * u: 24 + u % 18 for u in range(40)} | {NEWCOMER: 2}
     frames = []
     for user, count in counts.items():
@@ -71,7 +71,7 @@ def settings():
 
 @pytest.fixture(scope="session")
 def trained(windows, settings):
-    """A ranker that was selected, trained and measured; for two files of tests."""
+    """A trained and evaluated ranker, shared by two test files."""
     from recsys_examples.movielens.pipeline import run_ranker
 
     return run_ranker(windows, settings, verbose=0)

@@ -1,4 +1,4 @@
-"""The command: what it says and keeps, and what it refuses."""
+"""The command: its output, its results file and its errors."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def records(out):
 
 @pytest.fixture(scope="module")
 def out(data_dir, tmp_path_factory):
-    """Results of a run with one worker, and of one with two that goes on from it."""
+    """Results of a run with one worker, resumed with two workers."""
     out = tmp_path_factory.mktemp("out") / "new"
     first = call(out, "--trials=1", "--seeds=1", "--workers=1", KERAS_MOE_DATA=data_dir)
     assert first.returncode == 0, first.stderr[-3000:]
@@ -56,7 +56,7 @@ def out(data_dir, tmp_path_factory):
 
 
 class TestRun:
-    def test_what_is_kept(self, out):
+    def test_results_file(self, out):
         depends_on, runs = records(out)
         assert depends_on["data"]
         assert depends_on["versions"]["keras"]
@@ -69,23 +69,23 @@ class TestRun:
             assert run["job"]["group"] == "income"
             assert set(run["outcome"]["test"]) == {"income", "never_married"}
 
-    def test_what_is_said(self, out):
+    def test_output(self, out):
         first = (out.parent / "first.txt").read_text()
         assert "34 of the 42 columns, 30 of them inputs" in first
-        assert "600 rows to train, 200 to choose, 200 to report" in first
-        assert "4 runs, for each model and group 1 of the search and 1 by" in first
+        assert "rows: 600 training, 200 validation, 200 test" in first
+        assert "4 runs: 1 search trials and 1 seeds for each model and group" in first
         assert "income, MMoE, trial 0: validation 0." in first
-        assert "One seed allows no paired test" in first
+        assert "A paired test needs two or more seeds; got 1." in first
         second = (out.parent / "second.txt").read_text()
-        assert "; 4 runs at hand; " in second
+        assert "; 4 finished before; " in second
         assert second.count(": validation 0.") == 2
         assert "income, shared bottom, seed 1: validation 0." in second
         assert "Group 1, test AUC, mean ± standard deviation" in second
-        assert "MMoE less shared bottom: " in second
+        assert "MMoE minus shared bottom: " in second
 
-    def test_the_papers_figures_stand_apart(self, out):
+    def test_the_papers_figures_have_their_own_table(self, out):
         ours, papers = (out.parent / "first.txt").read_text().split("in the paper")
-        assert "on other columns and with another budget" in papers
+        assert "with other columns and another budget" in papers
         assert "0.9359" in papers
         assert "0.9359" not in ours
 
@@ -105,23 +105,23 @@ def test_an_interrupted_run_keeps_what_is_finished(data_dir, out, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell's job in the background ignores Ctrl-C, and all that it starts.
+        # Background jobs of a shell, and their children, ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             next(line for line in process.stdout if ": validation 0." in line)
-            # As a terminal does it: to the workers as well.
+            # Like Ctrl-C in a terminal: to the workers as well.
             os.killpg(process.pid, signal.SIGINT)
             _, errors = process.communicate(timeout=240)
         finally:
             process.kill()
         assert process.returncode == 130
-        assert "finished runs are kept, and --resume goes on" in errors
+        assert "finished runs are kept, and --resume continues" in errors
         assert "Traceback" not in errors
         assert_no_process_left(process.pid)
     _, kept = records(tmp_path)
 
-    # Two workers did here what one did there: the first trial comes first.
+    # The same runs with two workers instead of one: the results are equal.
     def by_job(runs):
         return {json.dumps(run["job"]): run["outcome"]["test"] for run in runs}
 
@@ -132,8 +132,8 @@ def test_an_interrupted_run_keeps_what_is_finished(data_dir, out, tmp_path):
 
 
 def assert_no_process_left(session):
-    """The workers had the session of their parent."""
-    for _ in range(300):  # a minute, for machines that are busy
+    """The workers are in the session of their parent."""
+    for _ in range(300):  # one minute, for slow machines
         try:
             os.killpg(session, 0)
         except ProcessLookupError:
@@ -144,7 +144,7 @@ def assert_no_process_left(session):
 
 @pytest.fixture
 def command(capsys):
-    """Run the command in this process; give its status and its two outputs."""
+    """Run the command in this process; return status, stdout and stderr."""
 
     def run(*arguments):
         status = main([str(argument) for argument in arguments])
@@ -154,13 +154,13 @@ def command(capsys):
     return run
 
 
-class TestRefused:
+class TestErrors:
     def test_no_data(self, command, monkeypatch):
         monkeypatch.delenv(DATA_VARIABLE, raising=False)
-        status, said, error = command()
+        status, output, error = command()
         assert status == 2
-        assert said == ""
-        assert error.startswith("error: where is the data? Give --data-dir")
+        assert output == ""
+        assert error.startswith("error: no data folder: set --data-dir")
         assert error.count("\n") == 1
 
     def test_a_bad_line(self, command, tmp_path):

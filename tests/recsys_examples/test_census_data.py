@@ -1,4 +1,4 @@
-"""Reading Census-Income: both formats; each fault with its file, line and column."""
+"""Reading Census-Income: both formats; errors name the file, line and column."""
 
 import gzip
 import os
@@ -122,12 +122,12 @@ class TestFormats:
         assert set(census.columns) == set(names)
         self.check(census, census.columns)
 
-    def test_the_official_files_go_first(self, tmp_path):
+    def test_the_official_files_take_precedence(self, tmp_path):
         census_files.write_cut(tmp_path, TRAIN, TEST)
         census_files.write_official(tmp_path, TRAIN, TEST)
         assert len(load_census(tmp_path).columns) == 42
 
-    def test_one_official_file_does_not_hide_the_pair(self, tmp_path):
+    def test_a_single_official_file_is_ignored_beside_a_pair(self, tmp_path):
         census_files.write_official(tmp_path, TRAIN, TEST)
         (tmp_path / "census-income.data").unlink()
         census_files.write_cut(tmp_path, TRAIN, TEST)
@@ -141,7 +141,7 @@ class TestFormats:
 
 
 def fault(folder):
-    """The message of the fault, without the folder's own path."""
+    """The error message, without the path of the folder."""
     with pytest.raises(InputError) as caught:
         load_census(folder)
     message = str(caught.value)
@@ -152,7 +152,7 @@ def fault(folder):
 
 def test_no_folder(monkeypatch):
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
-    with pytest.raises(InputError, match=f"Give --data-dir.*{DATA_VARIABLE}"):
+    with pytest.raises(InputError, match=f"set --data-dir.*{DATA_VARIABLE}"):
         load_census()
 
 
@@ -163,11 +163,11 @@ class TestFolderFaults:
 
     def test_a_file(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(InputError, match="must be a folder; this is a file"):
+        with pytest.raises(InputError, match="must be a folder; got a file"):
             load_census(tmp_path / "file")
 
     def test_empty(self, tmp_path):
-        assert "no Census-Income files here" in fault(tmp_path)
+        assert "no Census-Income files; looked for" in fault(tmp_path)
 
     @pytest.mark.parametrize("lost", ["train.csv", "test.csv"])
     def test_half_a_pair(self, tmp_path, lost):
@@ -175,7 +175,7 @@ class TestFolderFaults:
         (tmp_path / lost).unlink()
         (left,) = os.listdir(tmp_path)
         assert fault(tmp_path) == (
-            f"{lost}: missing, with or without .gz; {left} needs it"
+            f"{lost}: missing, with or without .gz; required beside {left}"
         )
 
     def test_not_a_zip(self, tmp_path):
@@ -192,22 +192,22 @@ class TestFolderFaults:
 
 
 def changed(**values):
-    """The third row with other values; names with blanks are given by underscores."""
+    """The third row with changed values; underscores stand for blanks in names."""
     names = {re.sub(r"\W", "_", name): name for name in OFFICIAL}
     return {**TRAIN[2], **{names[key]: value for key, value in values.items()}}
 
 
-# What is wrong, and what is said of it after the file and the line.
+# Changed values, and the error message after the file and the line.
 BAD_VALUES = [
     ({"race": "Martian"}, "column 'race': unknown category 'Martian'"),
     ({"race": "?"}, "column 'race': unknown category '?'"),
     ({"race": ""}, "column 'race': unknown category ''"),
     ({"year": "96"}, "column 'year': unknown category '96'"),
     ({"education": "Primary"}, "column 'education': unknown category 'Primary'"),
-    ({"age": "old"}, "column 'age': must be a number from 0 on; got 'old'"),
-    ({"age": "-1"}, "column 'age': must be a number from 0 on; got '-1'"),
-    ({"age": "nan"}, "column 'age': must be a number from 0 on; got 'nan'"),
-    ({"weight": "?"}, "column 'weight': must be a number from 0 on; got '?'"),
+    ({"age": "old"}, "column 'age': must be a number >= 0; got 'old'"),
+    ({"age": "-1"}, "column 'age': must be a number >= 0; got '-1'"),
+    ({"age": "nan"}, "column 'age': must be a number >= 0; got 'nan'"),
+    ({"weight": "?"}, "column 'weight': must be a number >= 0; got '?'"),
     (
         {"label": "50000"},
         "column 'label': must be '- 50000.' or '50000+.'; got '50000'",
@@ -218,13 +218,13 @@ BAD_VALUES = [
 
 
 class TestFaultsInAFile:
-    @pytest.mark.parametrize(("values", "said"), BAD_VALUES)
-    def test_values(self, tmp_path, values, said):
+    @pytest.mark.parametrize(("values", "message"), BAD_VALUES)
+    def test_values(self, tmp_path, values, message):
         rows = [*TRAIN[:2], changed(**values), *TRAIN[3:]]
         census_files.write_official(tmp_path / "official", rows, TEST)
-        assert fault(tmp_path / "official") == f"census-income.data, line 3, {said}"
+        assert fault(tmp_path / "official") == f"census-income.data, line 3, {message}"
         census_files.write_cut(tmp_path / "cut", TRAIN, rows, zipped=True)
-        assert fault(tmp_path / "cut") == f"test.csv.gz, line 4, {said}"
+        assert fault(tmp_path / "cut") == f"test.csv.gz, line 4, {message}"
 
     def test_a_column_that_only_the_official_files_have(self, tmp_path):
         rows = [*TRAIN[:2], changed(detailed_industry_recode="52")]
@@ -260,7 +260,7 @@ class TestFaultsInAFile:
         (tmp_path / "census-income.data").write_text("\n".join(lines))
         assert fault(tmp_path) == (
             f"census-income.data, line {line}, after column 'label': a row must have "
-            "42 values; got 43"
+            "42 values, got 43"
         )
 
     @pytest.mark.parametrize("name", ["age", "education", "label", "weight", "year"])
@@ -270,12 +270,13 @@ class TestFaultsInAFile:
         (tmp_path / "test.csv").write_text(census_files.cut_text(TEST, names))
         assert fault(tmp_path) == f"test.csv, line 1, column {name!r}: missing"
 
-    def test_a_column_of_one_file_alone(self, tmp_path):
+    def test_a_column_of_only_one_file(self, tmp_path):
         census_files.write_cut(tmp_path, TRAIN, TEST)
         names = [*census_files.CUT, OPTIONAL[0]]
         (tmp_path / "test.csv").write_text(census_files.cut_text(TEST, names))
         assert fault(tmp_path) == (
-            f"train.csv, line 1, column {OPTIONAL[0]!r}: missing, while test.csv has it"
+            f"train.csv, line 1, column {OPTIONAL[0]!r}: missing, but present in "
+            "test.csv"
         )
 
     @pytest.mark.parametrize("text", ["", "\n", "  \n1,2\n"])
@@ -298,17 +299,15 @@ class TestFaultsInAFile:
         census_files.write_cut(tmp_path, TRAIN, TEST)
         text = census_files.cut_text(TRAIN, [*census_files.CUT, "age"])
         (tmp_path / "train.csv").write_text(text)
-        assert fault(tmp_path) == (
-            "train.csv, line 1, column 'age': named more than once"
-        )
+        assert fault(tmp_path) == ("train.csv, line 1, column 'age': duplicate column")
 
     @pytest.mark.parametrize("text", ["", "\n\n"])
     def test_no_rows(self, tmp_path, text):
         census_files.write_official(tmp_path, TRAIN, TEST)
         (tmp_path / "census-income.test").write_text(text)
-        assert fault(tmp_path) == "census-income.test: the file holds no rows"
+        assert fault(tmp_path) == "census-income.test: the file has no rows"
 
-    def test_bytes_that_are_no_text(self, tmp_path):
+    def test_invalid_utf8(self, tmp_path):
         census_files.write_official(tmp_path, TRAIN, TEST)
         path = tmp_path / "census-income.data"
         path.write_bytes(path.read_bytes().replace(b"Never married", b"Never \xff", 1))
@@ -328,11 +327,11 @@ def shared_data() -> Path:
 
 
 class TestPublishedFiles:
-    def test_the_official_test_file_is_what_the_cut_one_was_cut_from(self, tmp_path):
+    def test_the_cut_test_file_has_the_rows_of_the_official_one(self, tmp_path):
         folder = shared_data()
         if not (folder / "train.csv.gz").is_file():
             pytest.skip(f"{folder}: no train.csv.gz")
-        # The official train file is not there; the reader wants a pair.
+        # The reader requires a pair of files; the official train file is not at hand.
         for name in ("census-income.data.gz", "census-income.test.gz"):
             (tmp_path / name).symlink_to(folder / "census-income.test.gz")
         official, cut = load_census(tmp_path).test, load_census(folder)
@@ -342,12 +341,12 @@ class TestPublishedFiles:
             assert np.array_equal(official[name], cut.test[name]), name
         assert (cut.train[LABEL] == INCOMES[1]).mean() == pytest.approx(0.062, abs=5e-4)
 
-    def test_its_last_line_spoiled(self, tmp_path):
+    def test_an_invalid_value_in_the_last_line(self, tmp_path):
         text = gzip.decompress(
             (shared_data() / "census-income.test.gz").read_bytes()
         ).decode()
         lines = text.splitlines()
-        lines[-1] = lines[-1].replace(", 9", ", 8")  # the year, and what else is so
+        lines[-1] = lines[-1].replace(", 9", ", 8")  # at least the year
         census_files.write(tmp_path / "census-income.data", text)
         census_files.write(tmp_path / "census-income.test", "\n".join(lines))
         assert fault(tmp_path).startswith("census-income.test, line 99762, column")

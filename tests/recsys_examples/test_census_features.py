@@ -1,4 +1,4 @@
-"""Inputs and labels: no leak, nothing learned from test rows, a fixed split."""
+"""Inputs and labels: no leakage, encoders fitted on training rows, a fixed split."""
 
 import numpy as np
 import pandas as pd
@@ -9,8 +9,8 @@ from recsys_examples.census_income.columns import CATEGORIES, EDUCATION, MARITAL
 from recsys_examples.census_income.data import Census, load_census
 from recsys_examples.census_income.features import (
     COLLEGE,
-    FEWEST_ROWS,
     GROUPS,
+    MIN_CATEGORY_ROWS,
     Encoder,
     make_labels,
     make_splits,
@@ -42,8 +42,8 @@ class TestLeak:
         for name in ("education", "marital stat", "label", "weight"):
             assert name not in columns
 
-    def test_inputs_do_not_depend_on_what_labels_are_made_of(self, census, splits):
-        """Other degrees, marital states, incomes and weights: the same inputs."""
+    def test_inputs_do_not_depend_on_excluded_columns(self, census, splits):
+        """Shuffled education, marital status, income and weight: the same inputs."""
         rng = np.random.default_rng(0)
         shuffled = {
             part: frame.assign(
@@ -101,7 +101,7 @@ class TestSplit:
     def test_fixed(self):
         assert np.array_equal(split_in_half(101, 0)[0], split_in_half(101, 0)[0])
         assert not np.array_equal(split_in_half(101, 0)[0], split_in_half(101, 1)[0])
-        # Written down: results of another split must not be compared with ours.
+        # Fixed values: results of different splits are not comparable.
         assert split_in_half(10, 0)[0].tolist() == [2, 3, 4, 6, 7]
 
     def test_rows_keep_their_labels(self, census, splits):
@@ -123,7 +123,7 @@ class TestEncoder:
         return pd.DataFrame({**columns, **labels})
 
     def test_categories_by_hand(self):
-        enough = FEWEST_ROWS
+        enough = MIN_CATEGORY_ROWS
         train = self.frame(
             race=["White"] * enough + ["Black"] * enough + ["Other"] * (enough - 1),
             sex=["Male"] * enough + ["Female"] * (2 * enough - 1),
@@ -138,7 +138,7 @@ class TestEncoder:
         assert encoder.encode(test).codes.tolist() == [[2, 5], [1, 4], [0, 5], [0, 5]]
 
     def test_quantiles_by_hand(self):
-        """80 positive values make 4 quantiles of 20; zeros are for themselves."""
+        """80 positive values give 4 quantiles of 20; zeros are separate."""
         values = np.concatenate([np.zeros(20), np.repeat([1.0, 2.0, 5.0, 9.0], 20)])
         encoder = Encoder(self.frame(age=values))
         # np.quantile at 0, 1/4, 1/2, 3/4: 1, 1.75, 3.5, 6.
@@ -150,7 +150,7 @@ class TestEncoder:
     def test_numbers_are_standardised_by_the_training_rows(self):
         train = self.frame(age=[0.0, 2.0], **{"capital gains": [7.0, 7.0]})
         numbers = Encoder(train).encode(train).numbers
-        # age, capital gains, and both on a log scale; what never changes is 0.
+        # age, capital gains, and both on a log scale; a constant column is 0.
         expected = [[-1, 0, -1, 0], [1, 0, 1, 0]]
         np.testing.assert_allclose(numbers, expected, atol=1e-6)
         far = Encoder(train).encode(
@@ -158,7 +158,7 @@ class TestEncoder:
         )
         np.testing.assert_allclose(far.numbers[:, :2], [[4, 2], [0, 0]], atol=1e-6)
 
-    def test_every_column_has_a_place_of_its_own(self, splits):
+    def test_columns_have_disjoint_indices(self, splits):
         codes = splits.train.codes
         assert codes.shape == (400, 38)
         assert (codes.min(axis=0)[1:] > codes.max(axis=0)[:-1]).all()
@@ -167,21 +167,21 @@ class TestEncoder:
         assert splits.train.numbers.shape == (400, 14)
         assert splits.train.numbers.dtype == np.float32
 
-    def test_test_rows_teach_nothing(self, census, splits):
-        """Without half of the test rows the training rows are encoded the same."""
+    def test_encoder_does_not_use_test_rows(self, census, splits):
+        """With half of the test rows the training rows are encoded the same."""
         other = make_splits(Census(census.train, census.test[:50], ""))
         assert np.array_equal(other.train.codes, splits.train.codes)
         assert np.array_equal(other.train.numbers, splits.train.numbers)
         assert other.table_rows == splits.table_rows
 
 
-def test_labels_that_are_all_alike(census):
+def test_labels_of_one_class(census):
     poor = census.test.assign(label="- 50000.")
-    said = "tiny: the 50 validation rows must hold both classes of income"
-    with pytest.raises(InputError, match=said):
+    message = "tiny: the 50 validation rows must have both classes of income"
+    with pytest.raises(InputError, match=message):
         make_splits(Census(census.train, poor, "tiny"))
 
 
-def test_the_fingerprint_tells_data_apart(census, splits):
+def test_the_fingerprint_depends_on_the_data(census, splits):
     assert make_splits(census).fingerprint() == splits.fingerprint()
     assert make_splits(census, seed=1).fingerprint() != splits.fingerprint()

@@ -1,4 +1,4 @@
-"""The models: sizes, budgets, and the search that draws them."""
+"""The models: sizes, budgets, and the random search."""
 
 from dataclasses import asdict, replace
 
@@ -50,7 +50,7 @@ def test_the_choices_are_the_models():
 
 class TestModels:
     @pytest.mark.parametrize("model", [*MODELS, EQUAL_BOTTOM])
-    def test_a_log_odds_for_each_task(self, model):
+    def test_a_logit_for_each_task(self, model):
         settings = SMALL if model == EQUAL_BOTTOM else with_structure(model)
         built = build(model, settings)
         outputs = {}
@@ -79,10 +79,10 @@ class TestModels:
         # tower (4 + 1) * 4 + (4 + 1) * 1 for each of two tasks.
         expected = 150 + 184 + 36 + 2 * 25
         assert parameters(build(SHARED_BOTTOM)) == expected
-        # Apart, all comes twice but the towers.
+        # One model per task: everything is doubled, except the towers.
         assert parameters(build(SINGLE_TASK)) == 2 * (150 + 184 + 36 + 25)
 
-    def test_statistics_that_are_not_trained_do_not_count(self):
+    def test_non_trainable_statistics_are_not_counted(self):
         (home,) = build("HoME")
         assert parameters([home]) < home.count_params()
 
@@ -91,11 +91,11 @@ class TestModels:
         (table,) = [w for w in model.trainable_weights if w.path.startswith("cat")]
         assert table.shape == (50, 3 * 3)
         (stem,) = [layer for layer in model.layers if isinstance(layer, STEM)]
-        # Each of the three streams reads its own columns of the table and the numbers.
+        # Inputs of each of the three streams: its columns of the table, the numbers.
         assert stem.experts[0].kernels[0].shape[-2] == 22
         before = model.predict(inputs(), verbose=0)
         changed = np.array(table)
-        changed[:, 3:6] += 1.0  # those of the first task
+        changed[:, 3:6] += 1.0  # the embeddings of the first task
         table.assign(changed)
         after = model.predict(inputs(), verbose=0)
         assert not np.allclose(before["income"], after["income"])
@@ -120,8 +120,8 @@ class TestExpertUnits:
         assert units("HoME", num_shared_experts=3, num_task_experts=2) == 10 * 9
 
     @pytest.mark.parametrize("model", MODELS)
-    def test_they_are_counted_as_the_layer_makes_them(self, model):
-        """The widest level's experts, as the stacked kernels have them."""
+    def test_equal_the_stacked_kernels(self, model):
+        """The units of the widest level, from the shapes of the stacked kernels."""
         settings = with_structure(model, -1)
         (network, *_) = build(model, settings)
         stacked = [
@@ -134,7 +134,7 @@ class TestExpertUnits:
 
 class TestSearch:
     @pytest.mark.parametrize("model", [*MODELS, EQUAL_BOTTOM])
-    def test_the_same_trial_is_the_same(self, model):
+    def test_a_trial_is_deterministic(self, model):
         assert search.draw(model, 3, 1) == search.draw(model, 3, 1)
         drawn = [repr(search.draw(model, trial)) for trial in range(20)]
         assert len(set(drawn)) == 20
@@ -151,8 +151,8 @@ class TestSearch:
             structures.add(repr(settings.structure))
         assert len(structures) == len(MODELS[model].structures)
 
-    def test_all_models_try_the_same(self):
-        """What all have is the same; what only one has may differ."""
+    def test_common_settings_are_equal_for_all_models(self):
+        """Only `structure` and `units` may differ."""
         for trial in range(10):
             drawn = [asdict(search.draw(model, trial)) for model in MODELS]
             for settings in drawn:
@@ -163,7 +163,7 @@ class TestSearch:
 class TestEqualSize:
     @pytest.mark.parametrize("model", ["MMoE", "PLE", "HoME"])
     @pytest.mark.parametrize("depth", [1, 2])
-    def test_within_a_hundredth(self, model, depth):
+    def test_within_one_percent(self, model, depth):
         target = parameters(build(model, replace(with_structure(model), units=64)))
 
         def count(settings):

@@ -1,4 +1,4 @@
-"""The study: what is kept, what goes on, what is chosen, what is called better."""
+"""The study: stored results, resuming, selection, comparison and reports."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def outcome(validation=0.8, test=0.7, seconds=1.0):
 
 
 def by_job(job):
-    """An outcome that is a pure function of the job, as a run is."""
+    """An outcome that is a pure function of the job, like a real run."""
     rng = np.random.default_rng([job.seed, len(job.model), job.settings.units])
     return outcome(*rng.uniform(0.7, 0.9, 2).round(6))
 
@@ -51,7 +51,7 @@ def splits():
 
 
 class Runner:
-    """Does jobs at once, the last first; stops after so many."""
+    """Runs jobs in reverse order; is interrupted after `stop_after` jobs."""
 
     def __init__(self, stop_after=10**6):
         self.done, self._left = [], stop_after
@@ -104,30 +104,30 @@ class TestPlan:
                 assert result.settings == best.settings
                 assert result.outcomes == [by_job(j) for j in runs]
 
-    def test_every_run_is_told_of_after_it_was_kept(self, path, splits):
-        told = []
+    def test_every_run_is_announced_after_it_was_stored(self, path, splits):
+        announced = []
 
         def study(resume):
             results = Results(path, DATA, resume)
 
-            def announce(job, outcome, just_now):
+            def announce(job, outcome, is_new):
                 assert results.get(job) == outcome
                 assert (
-                    not just_now
+                    not is_new
                     or str(outcome.test["income"])
                     in (path.read_text().splitlines()[-1])
                 )
-                told.append(just_now)
+                announced.append(is_new)
 
             return Study(PLAN, splits, results, Runner(), announce)
 
         list(study(resume=False).run())
-        assert told == [True] * PLAN.runs
+        assert announced == [True] * PLAN.runs
         list(study(resume=True).run())
-        assert told[PLAN.runs :] == [False] * PLAN.runs
+        assert announced[PLAN.runs :] == [False] * PLAN.runs
 
-    def test_models_take_turns(self, path, splits):
-        """Stopped early, every model has about as many trials as another."""
+    def test_models_alternate(self, path, splits):
+        """An interrupted study has about as many trials of each model."""
         order = []
 
         def runner(jobs):
@@ -138,7 +138,7 @@ class TestPlan:
         assert [job.trial for job in order[:9]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
         assert [job.model for job in order[:3]] == list(PLAN.models)
 
-    def test_the_search_has_seeds_of_its_own(self, path, splits):
+    def test_search_and_final_runs_have_different_seeds(self, path, splits):
         runner = Runner()
         tables(path, splits, runner, replace(PLAN, first_seed=5))
         seeds = {job.seed for job in runner.done if job.trial is None}
@@ -147,7 +147,7 @@ class TestPlan:
         assert runner.done[0].settings == search.draw("PLE", 2, 5)
 
     def test_equal_bottom(self, path, splits):
-        """Its trials have the parameters of the best layer, within a hundredth."""
+        """Its trials have the parameters of the best layer, within one percent."""
         runner = Runner()
         plan = replace(PLAN, groups=["income"], equal_bottom=True)
         (table,) = tables(path, splits, runner, plan).values()
@@ -172,7 +172,7 @@ class TestResume:
     JOB = Job("income", "MMoE", Settings(structure={"num_experts": 4}), 3, trial=1)
 
     @pytest.mark.parametrize("stop_after", [0, 1, 4, 10, 17, 29])
-    def test_it_goes_on_exactly(self, tmp_path, splits, stop_after):
+    def test_it_equals_an_uninterrupted_study(self, tmp_path, splits, stop_after):
         whole = tables(tmp_path / "whole", splits, Runner())
         path = tmp_path / "stopped"
         first, second = Runner(stop_after), Runner()
@@ -185,7 +185,7 @@ class TestResume:
         assert tables(path, splits, third, resume=True) == whole
         assert third.done == []
 
-    def test_more_trials_build_on_fewer(self, path, tmp_path, splits):
+    def test_trials_can_be_added(self, path, tmp_path, splits):
         tables(path, splits, Runner())
         before = path.read_text()
         runner = Runner()
@@ -195,10 +195,10 @@ class TestResume:
         assert sum(job.trial is not None for job in runner.done) == 2 * 3 * 2
         assert path.read_text().startswith(before)
 
-    def test_only_if_asked(self, path, splits):
+    def test_not_without_the_flag(self, path, splits):
         tables(path, splits, Runner())
         before = path.read_bytes()
-        with pytest.raises(InputError, match="add --resume to go on with it"):
+        with pytest.raises(InputError, match="add --resume to continue it"):
             tables(path, splits, Runner())
         assert path.read_bytes() == before
 
@@ -208,15 +208,15 @@ class TestResume:
         with pytest.raises(InputError, match=f"made with {name} = .*, this .* other"):
             Results(path, {**DATA, name: "other"}, resume=True)
 
-    @pytest.mark.parametrize("torn", ["", "{", '{"job": 3}', "null"])
-    def test_a_torn_last_line_is_dropped(self, path, torn):
+    @pytest.mark.parametrize("incomplete", ["", "{", '{"job": 3}', "null"])
+    def test_an_incomplete_last_line_is_dropped(self, path, incomplete):
         Results(path, DATA).add(self.JOB, by_job(self.JOB))
         with path.open("a") as file:
-            file.write(torn)
+            file.write(incomplete)
         again = Results(path, DATA, resume=True)
         assert len(again) == 1
         assert again.get(self.JOB) == by_job(self.JOB)
-        # A run of the same settings and seed that is no trial is another run.
+        # A final run with the same settings and seed is a different job.
         assert again.get(replace(self.JOB, trial=None)) is None
 
     @pytest.mark.parametrize(
@@ -229,16 +229,16 @@ class TestResume:
             '{"job": {"settings": 3}, "outcome": {}}',
         ],
     )
-    def test_a_line_that_is_no_run_is_refused_by_its_number(self, path, line):
+    def test_an_invalid_line_is_reported_by_number(self, path, line):
         Results(path, DATA).add(self.JOB, by_job(self.JOB))
         with path.open("a") as file:
             file.write(f"{line}\n")
-        with pytest.raises(InputError, match="line 3: no run: ") as error:
+        with pytest.raises(InputError, match="line 3: not a run: ") as error:
             Results(path, DATA, resume=True)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
 
-    def test_a_line_is_all_that_a_run_was(self, path):
+    def test_a_line_holds_the_job_and_its_outcome(self, path):
         Results(path, DATA).add(self.JOB, by_job(self.JOB))
         first, line = path.read_text().splitlines()
         assert json.loads(first) == DATA
@@ -255,11 +255,11 @@ class TestResume:
 
 
 class TestChoice:
-    def test_by_validation_alone(self):
+    def test_by_validation_only(self):
         outcomes = [outcome(0.8, 0.99), outcome(0.9, 0.1), outcome(0.9, 0.2)]
         assert best_trial(outcomes, "income") == 1
 
-    def test_the_best_layer_is_no_baseline(self):
+    def test_the_best_layer_is_not_a_baseline(self):
         table = {
             SHARED_BOTTOM: Found(Settings(), [outcome(0.99)]),
             "MMoE": Found(Settings(), [outcome(0.8), outcome(0.9)]),
@@ -279,12 +279,12 @@ class TestComparison:
         assert found.deviation == pytest.approx(0.001 * np.sqrt(5 / 3))
         # t = 2.5 / (1.291 / 2) = 3.873 with 3 degrees of freedom.
         assert found.t_test == pytest.approx(0.0305, abs=1e-4)
-        # All four signs alike: 2 of the 16 equally likely patterns.
+        # All four signs are equal: 2 of the 16 equally likely patterns.
         assert found.wilcoxon == pytest.approx(2 / 16)
         assert found.better == 1.0
         assert found.holds
 
-    def test_both_ways(self):
+    def test_swapped_arguments(self):
         first, second = [0.91, 0.92, 0.95], [0.92, 0.91, 0.93]
         there, back = compare(first, second), compare(second, first)
         assert there.mean == pytest.approx(-back.mean)
@@ -301,11 +301,11 @@ class TestComparison:
             (-0.005, 0.01, False),
         ],
     )
-    def test_the_bar(self, mean, p, holds):
+    def test_thresholds(self, mean, p, holds):
         assert Comparison(mean, 0.001, 1.0, p, p).holds is holds
         assert comparison.GAIN == 0.001
 
-    def test_no_spread(self):
+    def test_no_variance(self):
         same = compare([0.5, 0.6], [0.5, 0.6])
         assert (same.mean, same.t_test, same.wilcoxon) == (0.0, 1.0, 1.0)
         assert not same.holds
@@ -313,11 +313,11 @@ class TestComparison:
 
     @pytest.mark.parametrize(("a", "b"), [([0.5], [0.5]), ([1, 2], [1, 2, 3])])
     def test_too_few_or_unequal(self, a, b):
-        with pytest.raises(ValueError, match="the same two or more seeds"):
+        with pytest.raises(ValueError, match="needs two or more seeds"):
             compare(a, b)
 
 
-def said(renderable):
+def rendered(renderable):
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()
@@ -332,7 +332,7 @@ class TestReport:
         table["MMoE"] = replace(
             table["MMoE"], settings=Settings(units=64, structure={"num_experts": 4})
         )
-        text = said(report.found_table("income", table, "34 of the 42 columns"))
+        text = rendered(report.found_table("income", table, "34 of the 42 columns"))
         assert "Group 1" in text
         assert "34 of the 42 columns" in text
         (line,) = [line for line in text.splitlines() if "MMoE" in line]
@@ -348,9 +348,9 @@ class TestReport:
             "1",
         ]
 
-    def test_papers_stand_apart_and_say_where_from(self):
+    def test_papers_have_a_table_with_its_source(self):
         for group in GROUPS:
-            text = said(report.papers_table(group))
+            text = rendered(report.papers_table(group))
             assert "10.1145/3219819.3220007" in text
             assert "all 40 attributes" in text
             assert "0.9359" in text or "0.8826" in text
@@ -366,19 +366,19 @@ class TestReport:
             EQUAL_BOTTOM: self.found(*near),
         }
         text = "\n".join(report.verdict("income", table))
-        assert "MMoE less single-task: +0.00310" in text
+        assert "MMoE minus single-task: +0.00310" in text
         assert text.endswith("p < 0.05: yes")
         table[EQUAL_BOTTOM] = self.found(*ahead)
         assert report.verdict("income", table)[-1].endswith("p < 0.05: no")
         del table[EQUAL_BOTTOM]
         assert "p < 0.05:" not in "\n".join(report.verdict("income", table))
 
-    def test_no_verdict_without_two_sides(self):
+    def test_no_verdict_without_layer_and_baseline(self):
         assert report.verdict("income", {SHARED_BOTTOM: self.found(0.9)}) == []
         assert report.verdict("income", {"MMoE": self.found(0.9)}) == []
         one = {SHARED_BOTTOM: self.found(0.9), "MMoE": self.found(0.9)}
-        assert "One seed" in report.verdict("income", one)[-1]
+        assert "two or more seeds" in report.verdict("income", one)[-1]
 
 
-def test_every_model_has_a_name_of_its_own():
+def test_names_of_models_are_unique():
     assert len({model.lower() for model in [*CHOICES, EQUAL_BOTTOM]}) == 10

@@ -1,4 +1,4 @@
-"""A run: the same for the same seed, better than chance, measured as it should be."""
+"""A run: deterministic given the seed, better than chance, correctly evaluated."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ class TestRun:
         assert outcome.parameters > 0
         assert outcome.seconds > 0
 
-    def test_the_same_seed_gives_the_same(self, splits, outcome):
+    def test_deterministic_given_the_seed(self, splits, outcome):
         again = training.run(SHARED_BOTTOM, SMALL, TASKS, splits, seed=1)
         assert again.validation == outcome.validation
         assert again.test == outcome.test
@@ -68,15 +68,15 @@ class TestRun:
 
 
 def test_the_best_epoch_is_kept(splits, monkeypatch):
-    """Of three epochs the second is said to be best: its weights are measured."""
-    said = iter([0.6, 0.9, 0.7])
+    """The second of three epochs is the best: its weights are evaluated."""
+    validation_aucs = iter([0.6, 0.9, 0.7])
     weights = []
     measured = training.aucs
 
     def aucs(model, rows):
         if rows is splits.validation:
             weights.append([np.array(w) for w in model.get_weights()])
-            return {"income": next(said), "never_married": 0.5}
+            return {"income": next(validation_aucs), "never_married": 0.5}
         for now, then in zip(model.get_weights(), weights[1], strict=True):
             np.testing.assert_array_equal(now, then)
         return measured(model, rows)
@@ -97,7 +97,7 @@ class FixedScores:
 
 
 def test_auc_by_hand():
-    """Pairs of a positive and a negative: 3 of 4 in order; a tie counts half."""
+    """Of the pairs of a positive and a negative, 3 of 4 are in order; ties are 1/2."""
     labels = np.array([1, 1, 0, 0], np.float32)
     rows = Rows(np.zeros((4, 1)), np.zeros((4, 1)), {"a": labels, "b": labels})
     scores = {
@@ -107,7 +107,7 @@ def test_auc_by_hand():
     assert training.aucs(FixedScores(scores), rows) == {"a": 0.75, "b": 0.75}
 
 
-def test_a_model_that_diverged_ranks_nothing():
+def test_auc_of_a_diverged_model_is_one_half():
     labels = np.array([1, 0, 0], np.float32)
     rows = Rows(np.zeros((3, 1)), np.zeros((3, 1)), {"a": labels})
     scores = {"a": np.array([[1.0], [np.nan], [0.0]])}

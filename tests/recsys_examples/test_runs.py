@@ -1,4 +1,4 @@
-"""Run folders: whole or not at all."""
+"""Run folders and files are written atomically."""
 
 import json
 import os
@@ -36,10 +36,10 @@ class TestRunFolder:
             fail()
         assert os.listdir(tmp_path) == []
 
-    def test_what_was_there_stays_after_a_failure(self, tmp_path):
+    def test_existing_files_are_kept_after_a_failure(self, tmp_path):
         (tmp_path / "mine.txt").write_text("mine")
-        with pytest.raises(ValueError, match="half-way"), run_folder(tmp_path):
-            raise ValueError("half-way")
+        with pytest.raises(ValueError, match="failed"), run_folder(tmp_path):
+            raise ValueError("failed")
         assert os.listdir(tmp_path) == ["mine.txt"]
 
     def test_two_within_a_second(self, tmp_path):
@@ -63,7 +63,7 @@ class TestRunFolder:
         assert str(parent) in str(it.value)
         assert (tmp_path / "file").read_text() == "kept"
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root can write to any folder")
     def test_read_only(self, tmp_path):
         tmp_path.chmod(0o500)
         with (
@@ -80,7 +80,7 @@ class TestWriteJson:
         assert os.listdir(tmp_path) == ["a.json"]
         assert json.loads((tmp_path / "a.json").read_text()) == {"c": "ü"}
 
-    def test_what_was_there_stays_if_the_value_is_no_json(self, tmp_path):
+    def test_an_existing_file_is_kept_if_the_value_is_not_json(self, tmp_path):
         write_json(tmp_path / "a.json", 1)
         with pytest.raises(TypeError):
             write_json(tmp_path / "a.json", [2, np.float32(3)])

@@ -1,4 +1,4 @@
-"""The paper's claims, decided on results made by hand."""
+"""The paper's claims, tested on constructed losses."""
 
 import numpy as np
 import pytest
@@ -8,21 +8,21 @@ from recsys_examples.task_correlation.claims import (
     check_claims,
     difference,
     mean,
-    spread,
+    standard_deviation,
 )
 from recsys_examples.task_correlation.settings import BOTTOM, MMOE, MODELS, OMOE, PLE
 
 RUNS = 30
-WOBBLE = np.tile([-1.0, 1.0], RUNS // 2)
-# Not in step with the other: a difference of two models then varies over runs.
-OTHER_WOBBLE = np.repeat([-1.0, 1.0], RUNS // 2)
+SIGNS = np.tile([-1.0, 1.0], RUNS // 2)
+# Uncorrelated with SIGNS: differences of two models then vary over runs.
+OTHER_SIGNS = np.repeat([-1.0, 1.0], RUNS // 2)
 CORRELATIONS = (0.0, 0.5, 1.0)
 
 
 def results(**changed):
-    """Losses for which all claims are true, but for what is changed.
+    """Losses for which all claims are true, with changes.
 
-    A change maps p to the mean and the half-width of the losses of a model.
+    A change is a function of p that returns the mean and half-width of the losses.
     """
     described = {
         "bottom": lambda p: (1.0, 0.2),
@@ -33,11 +33,11 @@ def results(**changed):
     }
     losses = {}
     for model, name in zip(MODELS, described, strict=True):
-        wobble = OTHER_WOBBLE if model == MMOE else WOBBLE
+        signs = OTHER_SIGNS if model == MMOE else SIGNS
         losses[model] = {}
         for p in CORRELATIONS:
             centre, width = described[name](p)
-            losses[model][p] = centre + width * wobble
+            losses[model][p] = centre + width * signs
     return losses
 
 
@@ -49,25 +49,25 @@ def test_all_true():
     claims = check_claims(results())
     assert [claim.holds for claim in claims] == [True] * 4
     assert claims[0].text == "mixtures beat the shared bottom at every p"
-    # Three correlations, and at each OMoE, MMoE and PLE.
+    # OMoE, MMoE and PLE at three correlations.
     assert len(claims[0].evidence) == len(claims[1].evidence) == 9
     # 1.0 - 0.8 and, with p = 1, 1.0 - 0.6
     assert claims[0].evidence[0].startswith("p = 0, OMoE: +0.2000 [+0.")
     assert claims[0].evidence[6].startswith("p = 1, OMoE: +0.4000 [+0.")
     assert claims[2].evidence[0].endswith("margin 0.0600")
-    assert claims[3].evidence[-1].startswith("p = 0 less p = 1: +0.2000")
+    assert claims[3].evidence[-1].startswith("p = 0 minus p = 1: +0.2000")
 
 
 class TestBetter:
     @pytest.mark.parametrize("model", ["omoe", "mmoe"])
     @pytest.mark.parametrize("weak_at", CORRELATIONS)
-    def test_worse_once(self, model, weak_at):
+    def test_worse_at_one_p(self, model, weak_at):
         losses = results(**{model: lambda p: (1.1 if p == weak_at else 0.6, 0.02)})
         assert verdicts(losses)[0] is False
 
-    def test_better_but_not_surely(self):
-        # The wobbles are out of step: the difference has the standard deviation
-        # sqrt(1 + 1), and the mean of 30 of them 0.26, against a gain of 0.1.
+    def test_better_but_not_significantly(self):
+        # The signs are uncorrelated: the difference has a standard deviation of
+        # sqrt(1 + 1) and its mean over 30 runs one of 0.26; the gain is 0.1.
         losses = results(
             bottom=lambda p: (1.0, 1.0),
             omoe=lambda p: (0.9, 1.0),
@@ -76,27 +76,27 @@ class TestBetter:
         assert verdicts(losses)[0] is False
 
     def test_runs_are_compared_in_pairs(self):
-        # OMoE wobbles with the shared bottom: every run is better by 0.1.
+        # OMoE has the signs of the shared bottom: every run is better by 0.1.
         losses = results(bottom=lambda p: (1.0, 0.9), omoe=lambda p: (0.9, 0.9))
         first = check_claims(losses)[0]
         assert first.holds is True
         assert first.evidence[0] == "p = 0, OMoE: +0.1000 [+0.1000, +0.1000]"
 
-    def test_ple_decides_nothing(self):
+    def test_ple_does_not_affect_the_claims(self):
         assert verdicts(results(ple=lambda p: (2.0, 0.9))) == [True] * 4
 
 
-class TestSpread:
+class TestVariation:
     @pytest.mark.parametrize("model", ["omoe", "mmoe"])
     @pytest.mark.parametrize("wide_at", CORRELATIONS)
-    def test_wider_once(self, model, wide_at):
+    def test_larger_at_one_p(self, model, wide_at):
         centre = {"omoe": lambda p: 0.8 - 0.2 * p, "mmoe": lambda p: 0.6}[model]
         losses = results(
             **{model: lambda p: (centre(p), 0.3 if p == wide_at else 0.02)}
         )
         assert verdicts(losses)[:2] == [True, False]
 
-    def test_as_wide(self):
+    def test_equal(self):
         losses = results(bottom=lambda p: (1.0, 0.02))
         assert verdicts(losses) == [True, False, True, True]
 
@@ -104,7 +104,7 @@ class TestSpread:
 class TestEqual:
     @pytest.mark.parametrize("centre", [0.51, 0.69])
     def test_another_mean(self, centre):
-        # 0.6 is OMoE's at p = 1, and 10% of it the margin.
+        # OMoE's mean at p = 1 is 0.6, and the margin is 10% of it.
         losses = results(mmoe=lambda p: (centre if p == 1.0 else 0.4, 0.02))
         assert verdicts(losses)[2] is False
 
@@ -112,9 +112,9 @@ class TestEqual:
         losses = results(mmoe=lambda p: (0.56, 0.02))
         assert verdicts(losses)[2] is True
 
-    def test_not_known_well_enough(self):
-        # Equal means; but their difference has the standard error
-        # 0.6 sqrt(2) / sqrt(30) = 0.15, against a margin of 0.06.
+    def test_wide_interval(self):
+        # Equal means, but the standard error of their difference is
+        # 0.6 sqrt(2) / sqrt(30) = 0.15; the margin is 0.06.
         losses = results(omoe=lambda p: (0.6, 0.6), mmoe=lambda p: (0.6, 0.6))
         assert verdicts(losses)[2] is False
 
@@ -130,17 +130,17 @@ class TestGrows:
         ],
         ids=["constant", "shrinks", "dips", "peaks"],
     )
-    def test_it_does_not(self, lead):
+    def test_does_not_grow(self, lead):
         losses = results(omoe=lambda p: (0.6 + lead[p], 0.02))
         assert verdicts(losses)[3] is False
 
-    def test_it_does_but_not_surely(self):
+    def test_grows_but_not_significantly(self):
         losses = results(
             omoe=lambda p: (0.61 - 0.01 * p, 0.3 if p == 0.0 else 0.02),
         )
         assert verdicts(losses)[3] is False
 
-    def test_of_two_correlations(self):
+    def test_two_correlations(self):
         losses = {
             model: {p: found[p] for p in (0.5, 1.0)}
             for model, found in (results().items())
@@ -187,23 +187,25 @@ class TestNotChecked:
 
 class TestBootstrap:
     def test_mean(self):
-        # 400 runs of ±1: the standard error is 1 / 20, and 1.96 of it on each side.
+        # 400 runs of ±1: the standard error is 1 / 20; the interval is ±1.96 of it.
         runs = np.tile([-1.0, 1.0], 200)
         interval = bootstrap(mean, runs)
         assert interval.value == 0
         assert interval.low == pytest.approx(-0.098, abs=0.006)
         assert interval.high == pytest.approx(0.098, abs=0.006)
 
-    def test_spread_is_the_standard_deviation(self):
+    def test_standard_deviation(self):
         # Deviations -1, 0, 1: sqrt(2 / (3 - 1)) = 1.
-        assert spread(np.array([4.0, 5.0, 6.0])) == pytest.approx(1)
+        assert standard_deviation(np.array([4.0, 5.0, 6.0])) == pytest.approx(1)
 
-    def test_pairs_stay_together(self):
+    def test_resampling_keeps_pairs(self):
         runs = np.random.default_rng(0).normal(size=30)
         interval = difference(mean, runs + 0.5, runs)
         for end in (interval.value, interval.low, interval.high):
             assert end == pytest.approx(0.5)
 
-    def test_the_same_each_time(self):
+    def test_deterministic(self):
         runs = np.random.default_rng(0).normal(size=30)
-        assert bootstrap(spread, runs) == bootstrap(spread, runs)
+        assert bootstrap(standard_deviation, runs) == bootstrap(
+            standard_deviation, runs
+        )

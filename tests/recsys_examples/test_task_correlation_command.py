@@ -1,4 +1,4 @@
-"""The command line: a study from end to end, and what is refused."""
+"""The command line: a study end to end, and errors."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from tests.support import processes
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ["-m", "recsys_examples.task_correlation"]
-# Enough runs for the claims to be checked, and next to no steps.
+# Enough runs for the claims to be checked, but only 3 steps.
 TINY = ["--quick", "--runs", "5", "--steps", "3", "--seed", "4"]
 WRITTEN = {"results.jsonl", "metrics.json", "task_correlation.png"}
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """The output folder of a real study, in a process of its own."""
+    """The output folder of a study that ran in a subprocess."""
     out = tmp_path_factory.mktemp("out") / "new" / "study"
     done = processes.run([*COMMAND, *TINY, "--out", out], cwd=out.parent.parent)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -37,7 +37,7 @@ def out(tmp_path_factory):
 
 @pytest.fixture
 def command(capfd):
-    """Run the command in this process; give its status and its two outputs."""
+    """Run the command in this process; return status, stdout and stderr."""
 
     def call(*arguments):
         status = main([str(a) for a in arguments])
@@ -48,29 +48,31 @@ def command(capfd):
 
 
 class TestStudy:
-    def test_exactly_what_is_promised(self, out):
+    def test_files(self, out):
         assert set(os.listdir(out)) == WRITTEN
 
-    def test_what_is_said(self, out):
-        said = (out.parent / "stdout.txt").read_text()
-        assert "MMoE: 14,818 parameters, width 16" in said
-        assert "40/40" in said  # 5 runs of 4 models at 2 correlations
-        assert re.search("┃ +shared bottom ┃ +OMoE ┃ +MMoE ┃ +PLE ┃", said)
+    def test_output(self, out):
+        output = (out.parent / "stdout.txt").read_text()
+        assert "MMoE: 14,818 parameters, width 16" in output
+        assert "40/40" in output  # 5 runs of 4 models at 2 correlations
+        assert re.search("┃ +shared bottom ┃ +OMoE ┃ +MMoE ┃ +PLE ┃", output)
         for p in ("0", "1"):
             assert re.search(
-                rf"│ p = {p} │( +\d+\.\d{{4}} ± \d+\.\d{{4}} │){{4}}", said
+                rf"│ p = {p} │( +\d+\.\d{{4}} ± \d+\.\d{{4}} │){{4}}", output
             )
-        claims = re.findall(r"^([1-4])\. .*: (true|false)$", said, flags=re.MULTILINE)
+        claims = re.findall(r"^([1-4])\. .*: (true|false)$", output, flags=re.MULTILINE)
         assert [number for number, _ in claims] == ["1", "2", "3", "4"]
-        assert re.search(r"^   p = 0, OMoE: [+-]\d.*\[.*\]$", said, flags=re.MULTILINE)
-        assert f"Written to {out}" in said
+        assert re.search(
+            r"^   p = 0, OMoE: [+-]\d.*\[.*\]$", output, flags=re.MULTILINE
+        )
+        assert f"Written to {out}" in output
         errors = (out.parent / "stderr.txt").read_text()
         assert "Traceback" not in errors
         assert "Warning" not in errors
 
     def test_metrics(self, out):
         text = (out / "metrics.json").read_text()
-        # Strictly JSON, which has no NaN.
+        # Strict JSON, without NaN.
         record = json.loads(text, parse_constant=pytest.fail)
         assert record["seed"] == record["arguments"]["seed"] == 4
         assert record["arguments"]["out"] == str(out)
@@ -110,8 +112,8 @@ class TestStudy:
         assert 0.01 < np.mean(grey < 0.9) < 0.9
 
 
-def test_a_stopped_study_goes_on_in_two_processes(out, tmp_path):
-    """Without the shared bottom's last results, and with half of a line."""
+def test_an_interrupted_study_resumes_in_two_processes(out, tmp_path):
+    """The last results of the shared bottom are missing; the last line is cut off."""
     lines = (out / "results.jsonl").read_text().splitlines()
     gone = [line for line in lines[-16:] if f'"{BOTTOM}"' in line]
     assert len(gone) == 4
@@ -137,7 +139,7 @@ def test_a_stopped_study_goes_on_in_two_processes(out, tmp_path):
 
 def test_a_terminated_study_ends_with_its_processes(tmp_path):
     out = tmp_path / "study"
-    # A group of its own, so that whatever is left of it can be found.
+    # In a new process group, by which remaining processes are found.
     run = subprocess.Popen(
         [sys.executable, *COMMAND, "--quick", "--processes", "2", "--out", out],
         stdout=subprocess.PIPE,
@@ -148,18 +150,18 @@ def test_a_terminated_study_ends_with_its_processes(tmp_path):
     )
     with run.stdout:
         assert any(line.startswith("PLE: ") for line in run.stdout)
-        time.sleep(2)  # the processes start now, and have minutes of work
+        time.sleep(2)  # the workers are starting, with minutes of work
         run.terminate()
         assert run.wait(timeout=120) == 130
     deadline = time.monotonic() + 30
-    while _lives(run.pid) and time.monotonic() < deadline:
+    while _is_alive(run.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not _lives(run.pid)
-    # What there is can be gone on with.
+    assert not _is_alive(run.pid)
+    # The results file can be resumed.
     assert json.loads((out / "results.jsonl").read_text().splitlines()[0])
 
 
-def _lives(group):
+def _is_alive(group):
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -167,8 +169,8 @@ def _lives(group):
     return True
 
 
-class TestRefused:
-    """Status 2 and one line, before anything is trained or written over."""
+class TestErrors:
+    """Status 2 and one line on stderr, before any training or overwriting."""
 
     def test_a_folder_with_results(self, out, command):
         before = (out / "results.jsonl").read_bytes()
@@ -178,16 +180,16 @@ class TestRefused:
         assert len(err.splitlines()) == 1
         assert (out / "results.jsonl").read_bytes() == before
 
-    def test_to_go_on_with_other_settings(self, out, command):
+    def test_resume_with_other_settings(self, out, command):
         status, _, err = command(*TINY, "--steps", 9, "--out", out, "--resume")
         assert status == 2
         assert "these results were made with steps = 3, this study has 9" in err
         assert len(err.splitlines()) == 1
 
-    def test_to_go_on_with_nothing(self, tmp_path, command):
+    def test_resume_without_results(self, tmp_path, command):
         status, _, err = command("--out", tmp_path / "absent", "--resume")
         assert status == 2
-        assert re.fullmatch(r"error: [^\n]*no study to go on with[^\n]*\n", err)
+        assert re.fullmatch(r"error: [^\n]*no study to resume[^\n]*\n", err)
         assert os.listdir(tmp_path) == []
 
     def test_damaged_results(self, out, tmp_path, command):
@@ -199,7 +201,7 @@ class TestRefused:
         assert err.startswith(f"error: {tmp_path / 'results.jsonl'}, line 8: ")
         assert len(err.splitlines()) == 1
 
-    def test_a_file_in_the_place_of_the_output(self, tmp_path, command):
+    def test_output_folder_is_a_file(self, tmp_path, command):
         place = tmp_path / "file"
         place.write_text("kept")
         status, _, err = command("--out", place)
@@ -251,7 +253,7 @@ class TestRefused:
         assert caught.value.code == 2
         assert f"error: argument {arguments[0]}: " in capsys.readouterr().err
 
-    def test_in_a_process_of_its_own(self, tmp_path):
+    def test_in_a_subprocess(self, tmp_path):
         done = processes.run([*COMMAND, "--resume", "--out", "absent"], cwd=tmp_path)
         assert done.returncode == 2
         assert re.fullmatch(

@@ -1,4 +1,4 @@
-"""Two tasks of chosen correlation, against hand-worked facts."""
+"""Two tasks of given correlation: hand-worked values and statistical properties."""
 
 import math
 from dataclasses import replace
@@ -16,8 +16,8 @@ def label_correlation(pair):
     return np.corrcoef(pair.train.labels.T)[0, 1]
 
 
-def test_the_paper_and_who_followed():
-    # d = 100 and a variance of 0.01; c = 1 and m = 10.
+def test_defaults_are_those_of_the_papers():
+    # Ma et al.: d = 100, a noise variance of 0.01. Maziarz et al.: c = 1, m = 10.
     recipe = Recipe()
     assert (recipe.dimension, recipe.scale, recipe.sines) == (100, 1.0, 10)
     assert recipe.noise**2 == pytest.approx(0.01)
@@ -64,11 +64,11 @@ class TestPair:
         pair = make_pair(0.5, RECIPE, 0)
         clean = curve(pair.train.inputs @ pair.weights.T, RECIPE.sines)
         noise = pair.train.labels - clean
-        # Of 15,000 draws, the standard deviation is off by about 0.6%.
+        # With 15,000 samples, the standard error of the deviation is about 0.6%.
         np.testing.assert_allclose(noise.std(axis=0), 0.1, rtol=0.03)
         assert abs(np.corrcoef(noise.T)[0, 1]) < 0.04
 
-    def test_identical_tasks_differ_by_their_noise_alone(self):
+    def test_identical_tasks_differ_only_by_noise(self):
         labels = make_pair(1.0, RECIPE, 0).train.labels
         # Two independent noises: 0.1 sqrt(2).
         assert np.std(labels[:, 0] - labels[:, 1]) == pytest.approx(0.1414, rel=0.03)
@@ -76,7 +76,7 @@ class TestPair:
         np.testing.assert_allclose(clean[:, 0], clean[:, 1], atol=1e-5)
 
     @pytest.mark.parametrize("p", [0.0, 0.5, 0.9])
-    def test_linear_labels_have_the_correlation_itself(self, p):
+    def test_linear_labels_have_correlation_p(self, p):
         linear = replace(RECIPE, sines=0, noise=0.0)
         # The standard error is at most 1 / sqrt(15,000) = 0.008.
         assert label_correlation(make_pair(p, linear, 0)) == pytest.approx(p, abs=0.03)
@@ -85,7 +85,7 @@ class TestPair:
         found = [label_correlation(make_pair(p, RECIPE, 0)) for p in (0, 0.5, 0.9, 1)]
         assert found == sorted(found)
         assert abs(found[0]) < 0.03
-        assert 0.1 < found[1] < 0.4  # the sines take off most of it
+        assert 0.1 < found[1] < 0.4  # reduced by the sines
         assert found[3] > 0.99
 
     def test_rows(self):
@@ -109,6 +109,6 @@ class TestPair:
     def test_one_seed_at_two_correlations(self):
         low, high = (make_pair(p, RECIPE, 7) for p in (0.0, 0.9))
         np.testing.assert_array_equal(low.train.inputs, high.train.inputs)
-        # The first task is the same, and the second is not.
+        # The first task is the same, the second differs.
         np.testing.assert_array_equal(low.train.labels[:, 0], high.train.labels[:, 0])
         assert not np.allclose(low.train.labels[:, 1], high.train.labels[:, 1])

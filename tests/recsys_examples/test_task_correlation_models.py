@@ -1,4 +1,4 @@
-"""Models of equal size, and the loop that trains them."""
+"""Models of equal size, and the training loop."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def widths():
 class TestSize:
     def test_the_paper_s_mmoe(self, widths):
         assert widths[MMOE] == 16
-        # 8 experts and their biases, 2 gates without, and 2 towers of 8 units and 1.
+        # 8 experts with biases, 2 gates without biases, 2 towers of 8 units and 1.
         by_hand = 8 * 101 * 16 + 2 * 100 * 8 + 2 * (16 * 8 + 8 + 8 + 1)
         assert parameters(MMOE, 16, 100) == by_hand == 14_818
 
@@ -41,14 +41,14 @@ class TestSize:
             assert count == pytest.approx(counts[MMOE], rel=0.01), model
 
     @pytest.mark.parametrize("model", MODELS)
-    def test_no_width_is_nearer(self, widths, model):
+    def test_width_is_the_nearest(self, widths, model):
         def distance(width):
             return abs(parameters(model, width, 100) - 14_818)
 
         width = widths[model]
         assert distance(width) <= min(distance(width - 1), distance(width + 1))
 
-    def test_all_that_is_counted_is_trained(self, widths):
+    def test_all_counted_weights_are_trainable(self, widths):
         for model in MODELS:
             built = build_model(model, widths[model], 100)
             assert not built.non_trainable_variables
@@ -56,7 +56,7 @@ class TestSize:
 
 class TestModel:
     @pytest.mark.parametrize("model", MODELS)
-    def test_a_column_a_task(self, model):
+    def test_one_column_per_task(self, model):
         built = build_model(model, 4, 6)
         inputs = np.random.default_rng(0).normal(size=(5, 6))
         before = built.predict(inputs, verbose=0)
@@ -78,7 +78,7 @@ def pair():
 
 
 def fitted(pair, epochs, learning_rate, seed):
-    """What Keras' own `fit` comes to."""
+    """The test MSE after training by `keras.Model.fit`."""
     keras.utils.set_random_seed(seed)
     model = build_model(MMOE, 3, 6)
     model.compile(keras.optimizers.Adam(learning_rate), "mse")
@@ -96,13 +96,13 @@ def fitted(pair, epochs, learning_rate, seed):
 
 class TestTrainer:
     @pytest.mark.parametrize(
-        ("steps", "epochs"), [(4, 1), (12, 3)], ids=["once", "from the first again"]
+        ("steps", "epochs"), [(4, 1), (12, 3)], ids=["one pass", "three passes"]
     )
-    def test_it_is_what_fit_does(self, trainer, pair, steps, epochs):
+    def test_equals_fit(self, trainer, pair, steps, epochs):
         losses = trainer.run(pair, steps, 0.01, seed=5)
         np.testing.assert_allclose(losses, fitted(pair, epochs, 0.01, 5), rtol=1e-4)
 
-    def test_rows_that_fill_no_batch_are_left_out(self, trainer, pair):
+    def test_incomplete_last_batch_is_dropped(self, trainer, pair):
         longer = make_pair(0.5, replace(RECIPE, train_rows=70), 0)
         shorter = replace(
             longer,
@@ -110,7 +110,7 @@ class TestTrainer:
         )
         assert trainer.run(longer, 9, 0.01, 0) == trainer.run(shorter, 9, 0.01, 0)
 
-    def test_no_run_knows_of_another(self, trainer, pair):
+    def test_runs_are_independent(self, trainer, pair):
         alone = trainer.run(pair, 8, 0.01, seed=0)
         trainer.run(make_pair(0.5, RECIPE, 1), 8, 0.1, seed=1)
         assert trainer.run(pair, 8, 0.01, seed=0) == alone
@@ -118,21 +118,21 @@ class TestTrainer:
         assert trainer.run(pair, 8, 0.02, seed=0) != alone
 
     def test_it_learns(self, trainer):
-        # Linear labels of variance 1, and a noise of 0.01.
+        # Linear labels of variance 1, with a noise variance of 0.01.
         pair = make_pair(0.5, replace(RECIPE, train_rows=4096), 0)
         before = trainer.run(pair, 0, 0.01, 0)
         after = trainer.run(pair, 1500, 0.01, 0)
         assert max(after) < 0.1 < 0.5 < min(before)
         assert all(isinstance(loss, float) for loss in after)
 
-    def test_divergence_is_told(self, trainer, pair):
+    def test_divergence_raises(self, trainer, pair):
         huge = replace(
             pair, test=replace(pair.test, labels=pair.test.labels + np.float32(1e30))
         )
-        with pytest.raises(InputError, match="MMoE diverged: no finite loss after 1 s"):
+        with pytest.raises(InputError, match="MMoE diverged: the loss is not finite"):
             trainer.run(huge, 1, 0.01, 0)
 
 
-def test_omoe_is_as_wide_as_its_missing_gate_allows(widths):
-    # One gate of 100 x 8 less pays for a unit more in each expert.
+def test_omoe_is_wider_for_its_missing_gate(widths):
+    # The parameters of one gate, 100 x 8, equal those of one unit more per expert.
     assert widths[OMOE] == 17

@@ -1,4 +1,4 @@
-"""Results are kept as they come, and no other ones are taken up."""
+"""Results are written at once; a file of other settings is not resumed."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ def test_the_loss_is_the_mean_of_the_tasks():
     assert FIRST.loss == pytest.approx(0.2)
 
 
-def test_what_is_read_is_what_was_kept(path):
+def test_round_trip(path):
     file = resumed(path)
     assert file.results == [FIRST, SECOND]
     file.add([THIRD])
@@ -39,7 +39,7 @@ def test_what_is_read_is_what_was_kept(path):
     assert [len(lines), json.loads(lines[0])["steps"]] == [4, 10]
 
 
-def test_nothing_is_written_over(path):
+def test_nothing_is_overwritten(path):
     before = path.read_bytes()
     with pytest.raises(InputError, match="add --resume") as error:
         ResultsFile(path, DEPENDS_ON, resume=False)
@@ -48,24 +48,24 @@ def test_nothing_is_written_over(path):
 
 
 @pytest.mark.parametrize("cut", [1, 2, 50])
-def test_a_torn_last_line_is_dropped(path, cut):
+def test_an_incomplete_last_line_is_dropped(path, cut):
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
     file = resumed(path)
     assert file.results == [FIRST]
-    # What comes next is not joined to the torn line.
+    # The next record is not appended to the incomplete line.
     file.add([THIRD])
     assert resumed(path).results == [FIRST, THIRD]
 
 
-def test_a_torn_first_line(path):
+def test_an_incomplete_first_line(path):
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(InputError, match="no line is whole"):
+    with pytest.raises(InputError, match="no complete line"):
         resumed(path)
 
 
-def test_nothing_to_go_on_with(tmp_path):
-    with pytest.raises(InputError, match="no study to go on with") as error:
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(InputError, match="no study to resume") as error:
         resumed(tmp_path / "results.jsonl")
     assert str(tmp_path) in str(error.value)
 
@@ -87,7 +87,7 @@ def test_nothing_to_go_on_with(tmp_path):
         json.dumps({k: v for k, v in vars(FIRST).items() if k != "tuning"}),
     ],
 )
-def test_a_damaged_line_is_refused_by_its_number(path, line):
+def test_a_damaged_line_is_reported_by_number(path, line):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
     with pytest.raises(InputError, match="line 3: ") as error:
@@ -100,31 +100,31 @@ def test_a_damaged_line_is_refused_by_its_number(path, line):
     ("name", "value"),
     [("steps", 11), ("learning_rates", (0.1,)), ("versions", {"keras": "4"})],
 )
-def test_other_settings_are_refused_by_name(path, name, value):
+def test_other_settings_are_reported_by_name(path, name, value):
     with pytest.raises(InputError, match=f"made with {name} = ") as error:
         resumed(path, {**DEPENDS_ON, name: value})
     assert "\n" not in str(error.value)
 
 
-def test_a_setting_more_is_refused(path):
+def test_an_additional_setting_raises(path):
     with pytest.raises(InputError, match="made with noise = None, this study has 1"):
         resumed(path, {**DEPENDS_ON, "noise": 1})
 
 
-def test_no_loss_that_is_no_number_is_kept(path):
+def test_a_loss_of_nan_is_not_written(path):
     before = path.read_bytes()
     with pytest.raises(ValueError, match="JSON"):
         resumed(path).add([replace(FIRST, losses=(float("nan"), 0.1))])
     assert path.read_bytes() == before
 
 
-def test_a_file_in_the_place_of_the_folder(tmp_path):
+def test_folder_is_a_file(tmp_path):
     (tmp_path / "file").write_text("kept")
     with pytest.raises(InputError, match="cannot write to the output folder"):
         ResultsFile(tmp_path / "file" / "results.jsonl", DEPENDS_ON, resume=False)
 
 
-def test_a_folder_in_the_place_of_the_file(tmp_path):
+def test_file_is_a_folder(tmp_path):
     (tmp_path / "results.jsonl").mkdir()
     with pytest.raises(InputError, match="Is a directory"):
         resumed(tmp_path / "results.jsonl")

@@ -1,4 +1,4 @@
-"""The order of the runs, and what is taken up again."""
+"""The order of the runs, and resuming."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ SETTINGS = Settings(learning_rates=(0.1, 0.2), tuning_runs=2)
 ONE_RATE = replace(SETTINGS, learning_rates=(0.3,))
 WIDTHS = {"A": 1, "B": 2}
 CORRELATIONS = (0.0, 1.0)
-# Of model A the better rate depends on p; at p = 1 the first is better on average.
+# The best rate of model A depends on p; at p = 1 the first is better on average.
 TUNING = {
     ("A", 0.0, 0.1): [2.0, 2.0],
     ("A", 0.0, 0.2): [1.0, 1.0],
@@ -29,13 +29,13 @@ BEST = {("A", 0.0): 0.2, ("A", 1.0): 0.1, ("B", 0.0): 0.1, ("B", 1.0): 0.1}
 
 
 def loss_of(model, p, run):
-    """A loss that tells its run."""
+    """A different loss for each run."""
     return 10.0 * "AB".index(model) + p + run / 100
 
 
 @pytest.fixture
 def trained(monkeypatch):
-    """What is trained, in order, by a training that takes no time."""
+    """The list of trainings, in order, with a fake training function."""
     done = []
 
     def train_round(wanted, settings, widths):
@@ -49,7 +49,7 @@ def trained(monkeypatch):
                 loss = TUNING[model, wanted.correlation, rate][wanted.run]
             else:
                 loss = loss_of(model, wanted.correlation, wanted.run)
-            # The tasks' losses differ; their mean is what counts.
+            # The losses of the tasks differ; the study uses their mean.
             losses = (loss - 0.5, loss + 0.5)
             results.append(Result(*key, losses, seconds=0.1))
         return results
@@ -69,14 +69,14 @@ def make(tmp_path):
 
 class TestStudy:
     def test_all_runs(self, trained, make):
-        work, told = make(), []
-        work.run(told.append)
-        # 2 tuning runs of 2 rates, and 3 runs, of 2 models at 2 correlations.
+        work, progress = make(), []
+        work.run(progress.append)
+        # 2 tuning runs of 2 rates and 3 runs, for 2 models and 2 correlations.
         assert work.trainings == len(trained) == (2 * 2 + 3) * 4
         assert len(set(trained)) == len(trained)
-        assert told[0] == 0
-        assert told == sorted(told)
-        assert told[-1] == work.trainings
+        assert progress[0] == 0
+        assert progress == sorted(progress)
+        assert progress[-1] == work.trainings
         tuning = [key for key in trained if key[-1]]
         assert trained[: len(tuning)] == tuning
         assert len(tuning) == 16
@@ -107,7 +107,7 @@ class TestStudy:
         assert {key[3:] for key in trained} == {(0.3, False)}
 
     @pytest.mark.parametrize("stopped_after", [0, 1, 5, 16, 17, 26])
-    def test_a_stopped_study_goes_on(self, trained, make, stopped_after):
+    def test_an_interrupted_study_resumes(self, trained, make, stopped_after):
         def stop(done):
             if done >= stopped_after:
                 raise KeyboardInterrupt
@@ -115,18 +115,18 @@ class TestStudy:
         with pytest.raises(KeyboardInterrupt):
             make().run(stop)
         assert stopped_after <= len(trained) < 28
-        work, told = make(resume=True), []
-        work.run(told.append)
+        work, progress = make(resume=True), []
+        work.run(progress.append)
         assert len(set(trained)) == len(trained) == 28
-        assert told[-1] == 28
+        assert progress[-1] == 28
         np.testing.assert_allclose(work.losses()["B"][1.0], [11.0, 11.01, 11.02])
 
-    def test_all_is_there(self, trained, make):
+    def test_resume_a_finished_study(self, trained, make):
         make().run(lambda _: None)
-        done, told = len(trained), []
-        make(resume=True).run(told.append)
+        done, progress = len(trained), []
+        make(resume=True).run(progress.append)
         assert len(trained) == done
-        assert told[-1] == 28
+        assert progress[-1] == 28
 
     def test_more_runs_and_correlations(self, trained, make):
         make(runs=2, correlations=(1.0,)).run(lambda _: None)
@@ -145,7 +145,7 @@ class TestStudy:
 
 
 class Recorder:
-    """Stands where a trainer does, and keeps what it is given."""
+    """A fake trainer that records its arguments."""
 
     def __init__(self):
         self.given = []
@@ -179,7 +179,7 @@ class TestRound:
             Result("B", 0.5, 2, 0.2, False, (0.5, 0.25), 0.0),
         ]
 
-    def test_models_share_the_tasks_and_the_seed(self, given):
+    def test_models_share_data_and_seed(self, given):
         _, (first, second) = given()
         assert first[0] is second[0]
         assert first[1] == second[1] == 7

@@ -1,4 +1,4 @@
-"""Processes that work at the same time, and end with the one that started them."""
+"""Parallel worker processes, and their exit with the parent process."""
 
 import math
 import multiprocessing
@@ -20,25 +20,28 @@ ROOT = Path(__file__).parent.parent.parent
 def test_all_items_are_done(processes):
     with Workers(processes) as workers:
         assert sorted(workers.map(math.sqrt, [9.0, 1.0, 4.0])) == [1.0, 2.0, 3.0]
-        # The processes serve more than one list, and an empty one.
+        # The workers can be reused, also with an empty list.
         assert list(workers.map(abs, [])) == []
         assert list(workers.map(abs, [-5])) == [5]
 
 
-def test_it_is_other_processes():
+def test_work_is_done_in_another_process():
     with Workers(2) as workers:
         (process,) = workers.map(eval, ["__import__('os').getpid()"])
     assert process != os.getpid()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_an_error_comes_through(processes):
+def test_errors_are_raised_in_the_parent(processes):
     with pytest.raises(ValueError, match="math domain"), Workers(processes) as all_:
         list(all_.map(math.sqrt, [-1.0]))
 
 
 def test_a_process_that_dies():
-    with pytest.raises(InputError, match="a process died"), Workers(2) as workers:
+    with (
+        pytest.raises(InputError, match="a worker process died"),
+        Workers(2) as workers,
+    ):
         list(workers.map(os._exit, [1]))
 
 
@@ -68,7 +71,7 @@ with Workers(2) as workers:
 """
 
 
-def test_an_interrupt_reaches_no_process_that_still_starts():
+def test_an_interrupt_does_not_reach_a_starting_process():
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED_AT_ONCE],
         cwd=ROOT,
@@ -81,15 +84,15 @@ def test_an_interrupt_reaches_no_process_that_still_starts():
     assert (done.stdout, done.stderr) == ("[2.0, 3.0] 1\n", "")
 
 
-def remember(value):
-    global _remembered
-    _remembered = value
+def prepare(value):
+    global _prepared
+    _prepared = value
 
 
-def remembered(_):
-    return _remembered
+def prepared(_):
+    return _prepared
 
 
 def test_each_process_is_prepared():
-    with Workers(1, remember, 7) as workers:
-        assert list(workers.map(remembered, [0, 1])) == [7, 7]
+    with Workers(1, prepare, 7) as workers:
+        assert list(workers.map(prepared, [0, 1])) == [7, 7]
