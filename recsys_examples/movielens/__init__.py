@@ -1,1 +1,1 @@
-"""The MovieLens example: data, split, models and their comparison."""
+"""MovieLens: data, split, models and their comparison."""

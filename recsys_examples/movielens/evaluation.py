@@ -1,6 +1,6 @@
-"""What a trained ranker is worth on a window of time it has not seen.
+"""Evaluation of a trained ranker on a later time window.
 
-Predictions are asked of the model that is exported, from raw features.
+Predictions are made by the exported model, from raw features.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from recsys_examples.movielens.ranking import LIKED, group_auc
 
 @dataclass(frozen=True)
 class Rows:
-    """(user, movie) pairs to predict: the window's, and unseen ones beside them.
+    """(user, movie) pairs to predict: those of the window, and sampled negatives.
 
     Attributes:
         users: (n,) user rows.
         movies: (n,) catalogue rows.
-        watched: (n,) bool, whether the pair is of the window.
+        watched: (n,) bool, whether the pair is in the window.
         ratings: (n,) stars, 0 where not watched.
     """
 
@@ -37,7 +37,7 @@ class Rows:
     ratings: np.ndarray
 
     def parts(self, size: int) -> Iterator[Rows]:
-        """Cut the rows into parts of at most `size`."""
+        """Split the rows into parts of at most `size`."""
         for start in range(0, len(self.users), size):
             yield Rows(
                 *(getattr(self, f.name)[start : start + size] for f in fields(self))
@@ -47,14 +47,14 @@ class Rows:
 def sample_rows(
     window: Sequences, rated: sparse.csr_matrix, num_movies: int, seed: int = 0
 ) -> Rows:
-    """Put unseen movies beside every watched one of a window.
+    """Sample unseen movies as negatives for every watched movie of a window.
 
     Args:
-        window: the window's ratings.
-        rated: (u, i) sparse, what each user rated until the end of the window: never
-            taken for unseen.
+        window: ratings of the window.
+        rated: (u, i) sparse, the movies that each user rated until the end of the
+            window, which are not sampled.
         num_movies: size of the catalogue.
-        seed: seed of the sample, which is uniform.
+        seed: seed of the uniform samples.
     """
     rng = np.random.default_rng(seed)
     users = np.repeat(window.users, EVALUATION_NEGATIVES)
@@ -71,7 +71,7 @@ def sample_rows(
 def raw_pairs(
     rows: Rows, sequences: Sequences, catalogue: Catalogue
 ) -> dict[str, np.ndarray]:
-    """Return the raw features of the pairs, as a client of the model would send."""
+    """Return the raw features of the pairs, the inputs of the exported model."""
     return {
         **sequences.histories(catalogue, rows.users),
         "movie_id": catalogue.movie_ids[rows.movies],
@@ -83,8 +83,8 @@ def raw_pairs(
 def predict_pairs(
     pairs: keras.Model, features: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Predict pairs of raw features: (n,) for each task."""
-    # Keras takes strings as tensors only.
+    """Predict pairs of raw features: (n,) per task."""
+    # Keras accepts strings only as tensors.
     tensors = {name: keras.ops.convert_to_tensor(v) for name, v in features.items()}
     return pairs.predict(tensors, batch_size=4096, verbose=0)
 
@@ -94,15 +94,15 @@ def predict_rows(
     rows: Rows,
     sequences: Sequences,
     catalogue: Catalogue,
-    at_once: int = 65536,
+    part_size: int = 65536,
 ) -> dict[str, np.ndarray]:
-    """Predict rows from what `sequences` tell of their users: (n,) for each task.
+    """Predict rows with histories from `sequences`: (n,) per task.
 
-    The histories of so many rows at once bound the memory.
+    Rows are processed in parts of `part_size`, which bounds the memory.
     """
     parts = [
         predict_pairs(pairs, raw_pairs(part, sequences, catalogue))
-        for part in rows.parts(at_once)
+        for part in rows.parts(part_size)
     ]
     return {task: np.concatenate([part[task] for part in parts]) for task in parts[0]}
 
@@ -110,12 +110,12 @@ def predict_rows(
 def calibrate(
     rows: Rows, predictions: dict[str, np.ndarray], before: Calibration
 ) -> Calibration:
-    """Fit the line from watch scores to log odds (Platt, 1999) to predicted rows.
+    """Calibrate the watch scores by Platt scaling (Platt, 1999).
 
     Args:
         rows: pairs of a window that the model was not trained on.
-        predictions: of these pairs.
-        before: the calibration that the predictions were made with.
+        predictions: predictions of these pairs.
+        before: the calibration of these predictions.
     """
     log_odds = logit(predictions["watch"].astype(np.float64).clip(1e-9, 1 - 1e-9))
     line = LogisticRegression(C=np.inf).fit(log_odds[:, None], rows.watched)
@@ -126,19 +126,19 @@ def calibrate(
 def measure(rows: Rows, predictions: dict[str, np.ndarray]) -> dict[str, float]:
     """Return AUC, log loss, GAUC and RMSE of the tasks that were predicted.
 
-    `watch` is measured on all rows, `like` and `rating` on the watched ones only.
-    A figure that is undefined, as an AUC of liked movies alone, is left out.
+    `watch` is evaluated on all rows, `like` and `rating` on the watched ones only.
+    Undefined metrics, such as the AUC of a single class, are omitted.
     """
     found: dict[str, float] = {}
-    for task, labels, on in (
+    for task, labels, mask in (
         ("watch", rows.watched, np.ones_like(rows.watched)),
         ("like", rows.ratings >= LIKED, rows.watched),
     ):
-        if task in predictions and 0 < labels[on].mean() < 1:
-            scores = predictions[task][on]
-            found[f"{task}_auc"] = float(roc_auc_score(labels[on], scores))
-            found[f"{task}_log_loss"] = float(log_loss(labels[on], scores))
-            found[f"{task}_gauc"] = group_auc(rows.users[on], labels[on], scores)
+        if task in predictions and 0 < labels[mask].mean() < 1:
+            scores = predictions[task][mask]
+            found[f"{task}_auc"] = float(roc_auc_score(labels[mask], scores))
+            found[f"{task}_log_loss"] = float(log_loss(labels[mask], scores))
+            found[f"{task}_gauc"] = group_auc(rows.users[mask], labels[mask], scores)
     if "rating" in predictions:
         found["rating_rmse"] = float(
             root_mean_squared_error(

@@ -1,9 +1,9 @@
-"""What the model sees: movies as rows of a catalogue, users as sequences of ratings.
+"""Features: movies as rows of a catalogue, users as sequences of ratings.
 
 Axis letters: b batch, l history length, u users, i movies of the catalogue.
 
-Whoever builds `Sequences` decides what can be known: a history is cut from them and
-from nothing else, so ratings that were left out cannot reach a feature.
+All user features are computed from `Sequences`: ratings that are not in them, such as
+those of later windows, cannot leak into a feature.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import pandas as pd
 from scipy import sparse
 
 HISTORY_LENGTH = 50
-NO_MOVIE = 0  # MovieLens ids start at 1, so 0 pads a history that is shorter
+NO_MOVIE = 0  # padding of histories; MovieLens ids start at 1
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All movies, in the order of their ids. A movie's row is its position.
+    """All movies, sorted by id. The row of a movie is its position.
 
     Attributes:
         movie_ids: (i,) int64, increasing.
         titles: (i,) str.
-        genres: (i, most genres of a movie) str, padded by "".
+        genres: (i, largest number of genres) str, padded by "".
         years: (i,) int64, 0 where unknown.
     """
 
@@ -50,19 +50,19 @@ class Catalogue:
         return len(self.movie_ids)
 
     def rows_of(self, movie_ids: np.ndarray) -> np.ndarray:
-        """Return the catalogue rows of ids that are in it."""
+        """Return the rows of ids, which must be in the catalogue."""
         return np.searchsorted(self.movie_ids, movie_ids)
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Every user's ratings in time order, laid one after the other.
+    """The ratings of all users in time order, concatenated.
 
     The ratings of user row u are `movies[starts[u]:starts[u + 1]]` and likewise in
     the other arrays.
 
     Attributes:
-        user_ids: (u,) int64, increasing. A user's row is the position.
+        user_ids: (u,) int64, increasing. The row of a user is the position.
         starts: (u + 1,) int64.
         movies: (n,) int64, catalogue rows.
         ratings: (n,) float32, stars.
@@ -79,11 +79,11 @@ class Sequences:
     def from_ratings(
         cls, ratings: pd.DataFrame, catalogue: Catalogue, user_ids: np.ndarray
     ) -> Sequences:
-        """Build them from ratings that are sorted by user and time.
+        """Build sequences from ratings that are sorted by user and time.
 
         Args:
-            ratings: `Split.train`, or any frame in that order.
-            catalogue: the movies.
+            ratings: data frame such as `Split.train`.
+            catalogue: all movies.
             user_ids: the users that get a row, increasing; some may have no ratings.
         """
         rows = np.searchsorted(user_ids, ratings.user_id.to_numpy())
@@ -116,12 +116,12 @@ class Sequences:
     def histories(
         self, catalogue: Catalogue, users: np.ndarray, ends: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """Return the raw features of users who have rated `ends` movies so far.
+        """Return the raw features of users after their first `ends` ratings.
 
         Args:
-            catalogue: the movies.
+            catalogue: all movies.
             users: (b,) user rows.
-            ends: (b,) how many of each user's ratings have happened; all by default.
+            ends: (b,) number of the user's ratings that are used. Default: all.
 
         Returns:
             `user_id` (b,), `history` (b, l) movie ids with the latest first, padded by
@@ -131,7 +131,7 @@ class Sequences:
         ends = self.lengths[users] if ends is None else ends
         back = np.arange(HISTORY_LENGTH)
         happened = back < ends[:, None]
-        # Positions of padding are clipped to something readable, then blanked.
+        # Positions of padding read element 0 and are masked below.
         at = np.where(happened, (self.starts[users] + ends)[:, None] - 1 - back, 0)
         if len(self.movies) == 0:
             at_movies, at_ratings, at_times = (np.zeros_like(at),) * 3

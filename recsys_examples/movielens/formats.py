@@ -1,8 +1,8 @@
-"""The official formats of MovieLens, and the rules for every line of their files.
+"""The official formats of MovieLens, with validation of every line.
 
-The ratings, up to tens of millions of rows, go through pandas' C reader and are
-checked column by column. That finds whether a rule is broken, not where; only then
-is the file read a second time, line by line, for the number that the message names.
+The ratings, up to tens of millions of rows, are read by pandas' C reader and validated
+column by column. If a value is invalid, the file is read again line by line, to report
+the line number.
 """
 
 import csv
@@ -23,7 +23,7 @@ RATING_COLUMNS = ["user_id", "movie_id", "rating", "timestamp"]
 _HIGHEST_RATING = 5.0
 NO_GENRES = "(no genres listed)"
 
-# The flags of u.item in their order, after the first one, "unknown", which means none.
+# The genre flags of u.item in order, after the first flag, "unknown" (no genre).
 _ML_100K_GENRES = [
     "Action",
     "Adventure",
@@ -45,13 +45,13 @@ _ML_100K_GENRES = [
     "Western",
 ]
 
-# What pandas' C reader takes for a number, which is less than Python's float does.
+# Numbers accepted by pandas' C reader, which is stricter than Python's float.
 _NUMBER = re.compile(
     r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*", re.ASCII
 )
 
 # "Title (1995)", "Title (1995-1997)" with a hyphen or an en dash, "Title (1995- )",
-# "Title (1995) (V)" for a video in ml-100k, and "Title" alone.
+# "Title (1995) (V)" for a video in ml-100k, and "Title".
 _TITLE_AND_YEAR = (
     r"(?s)^\s*(?P<title>.*?)\s*"
     r"(?:\((?P<year>[0-9]{4})(?:\s*[-\u2013]\s*[0-9]{0,4})?\s*\)\s*(?:\(V\))?)?\s*$"
@@ -59,7 +59,7 @@ _TITLE_AND_YEAR = (
 
 
 def movies_frame(movies: pd.DataFrame) -> pd.DataFrame:
-    """Return the columns of a movie, in their types, sorted by id."""
+    """Return the movie columns with their types, sorted by id."""
     types = {"movie_id": "int64", "title": "str", "genres": "str", "year": "int64"}
     return movies[list(types)].astype(types).sort_values("movie_id", ignore_index=True)
 
@@ -81,7 +81,7 @@ def _flagged_genres(fields: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Format:
-    """The two files of a data set: what they are called, and how a line reads."""
+    """The format of a data set: names of the two files, and the format of a line."""
 
     name: str
     ratings_file: str
@@ -136,8 +136,8 @@ FORMATS = (
 )
 
 
-# Rules for one line, shared by both files: they raise ValueError, and the caller, who
-# knows the file and the line, makes an InputError of it.
+# Validation of one line, for both files. These functions raise ValueError; the caller
+# adds the file and the line and raises InputError.
 
 
 def _shown(text: str) -> str:
@@ -174,11 +174,11 @@ def _check_header(path: Path, header: str, expected: str) -> None:
         )
 
 
-# The movies file: small, so read line by line at once.
+# The movies file, which is small and read line by line.
 
 
 def read_movies(path: Path, form: Format) -> pd.DataFrame:
-    """Return the movies, checked line by line."""
+    """Return the movies, validated line by line."""
     first_lines: dict[int, int] = {}
     movies = []
     for line, fields in _movie_rows(path, form):
@@ -194,7 +194,7 @@ def read_movies(path: Path, form: Format) -> pd.DataFrame:
             )
         movies.append(movie)
     if not movies:
-        raise InputError(f"{path}: the file holds no movies")
+        raise InputError(f"{path}: the file has no movies")
     frame = pd.DataFrame(movies, columns=["movie_id", "title", "genres"])
     parts = frame["title"].str.extract(_TITLE_AND_YEAR)
     return movies_frame(parts.fillna({"year": "0"}).join(frame.drop(columns="title")))
@@ -210,7 +210,7 @@ def _movie(fields: list[str], form: Format) -> tuple[int, str, str]:
 
 
 def _movie_rows(path: Path, form: Format) -> Iterator[tuple[int, list[str]]]:
-    """Yield the line number and the fields of each row that is not blank."""
+    """Yield `(line number, fields)` for each row that is not blank."""
     text = _decoded(path, form)
     if form.movies_header:
         yield from _csv_rows(path, text, form.movies_header)
@@ -229,7 +229,7 @@ def _csv_rows(path: Path, text: str, header: str) -> Iterator[tuple[int, list[st
                 _check_header(path, ",".join(fields), header)
             elif fields:
                 yield line, fields
-            # A quoted title may run over lines; the next row starts after its last.
+            # A quoted title may span several lines.
             line = rows.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}, line {line}: not valid csv: {error}") from None
@@ -240,8 +240,8 @@ def _decoded(path: Path, form: Format) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # ml-10m is UTF-8, the older sets are Latin-1, whose accented letters are hardly
-        # ever valid UTF-8; so the stricter encoding is tried first.
+        # ml-10m is UTF-8, the older sets are Latin-1. UTF-8 is tried first, because
+        # Latin-1 accents are rarely valid UTF-8.
         if form.may_be_latin_1:
             return content.decode("latin-1")
         line = error.object.count(b"\n", 0, error.start) + 1
@@ -251,33 +251,33 @@ def _decoded(path: Path, form: Format) -> str:
         ) from None
 
 
-# The ratings file: the fast reading, and the slow look at its lines.
+# The ratings file: the fast reader, and line-by-line validation to locate a fault.
 
 
 def read_ratings(path: Path, form: Format) -> pd.DataFrame:
-    """Return the ratings in the order of the file, checked one by one."""
-    # The C reader takes the number of fields from the first row, so that one is looked
-    # at before; of every other row it reports too many fields itself.
+    """Return the validated ratings, in the order of the file."""
+    # pandas takes the number of fields from the first row, which is checked here; it
+    # raises an error for longer rows.
     if not _check_rating_lines(path, form, stop=1):
-        raise InputError(f"{path}: the file holds no ratings")
+        raise InputError(f"{path}: the file has no ratings")
     try:
         table = _parsed_ratings(path, form)
     except (ValueError, TypeError, OverflowError) as error:
         _raise_first_fault(path, form, str(error))
-    if not _follows_rules(table, form):
-        _raise_first_fault(path, form, "a value breaks a rule")
+    if not _is_valid(table, form):
+        _raise_first_fault(path, form, "invalid value")
     return table[RATING_COLUMNS].astype({"rating": "float32"})
 
 
 def _parsed_ratings(path: Path, form: Format) -> pd.DataFrame:
     columns = list(RATING_COLUMNS)
     if form.ratings_separator == "::":
-        # pandas reads one-letter separators only (fast): between the two colons is a
+        # pandas' C reader needs one-letter separators: between the two colons is a
         # column that must be empty.
         columns = ["user_id", "gap1", "movie_id", "gap2", "rating", "gap3", "timestamp"]
     whole = {"user_id", "movie_id", "timestamp"}
-    # A value like 1e30 in a column of whole numbers is refused by pandas with an error,
-    # but not before numpy has warned.
+    # For a value such as 1e30 in an integer column, pandas raises an error, and numpy
+    # warns before.
     with np.errstate(invalid="ignore"):
         return pd.read_csv(
             path,
@@ -294,7 +294,7 @@ def _parsed_ratings(path: Path, form: Format) -> pd.DataFrame:
         )
 
 
-def _follows_rules(table: pd.DataFrame, form: Format) -> bool:
+def _is_valid(table: pd.DataFrame, form: Format) -> bool:
     gaps = table.columns.difference(RATING_COLUMNS)
     return bool(
         table[["user_id", "movie_id"]].min().min() >= 1
@@ -304,14 +304,14 @@ def _follows_rules(table: pd.DataFrame, form: Format) -> bool:
     )
 
 
-def _raise_first_fault(path: Path, form: Format, otherwise: str) -> NoReturn:
+def _raise_first_fault(path: Path, form: Format, reason: str) -> NoReturn:
     _check_rating_lines(path, form)
-    # No line is at fault, so it is the reading as a whole: memory, for one.
-    raise InputError(f"{path}: cannot be read: {' '.join(otherwise.split())}")
+    # Every line is valid: the error has another cause, such as memory.
+    raise InputError(f"{path}: cannot be read: {' '.join(reason.split())}")
 
 
 def _check_rating_lines(path: Path, form: Format, stop: int | None = None) -> int:
-    """Check the first `stop` rows, or all, and return how many there were."""
+    """Check the first `stop` rows (None: all); return the number of rows checked."""
     count = 0
     for line, text in islice(_rating_lines(path, form), stop):
         count += 1
@@ -325,7 +325,7 @@ def _check_rating_lines(path: Path, form: Format, stop: int | None = None) -> in
 def _check_rating(fields: list[str], form: Format) -> None:
     _check_field_count(fields, len(RATING_COLUMNS), form.ratings_separator)
     user, movie, rating, timestamp = fields
-    # An id of 0 would be taken for "unknown" by the model.
+    # The model uses the id 0 for unknown users and padding.
     _whole_number(user, "user id", lowest=1)
     _whole_number(movie, "movie id", lowest=1)
     if not form.lowest_rating <= _number(rating, "rating") <= _HIGHEST_RATING:
@@ -337,7 +337,7 @@ def _check_rating(fields: list[str], form: Format) -> None:
 
 
 def _rating_lines(path: Path, form: Format) -> Iterator[tuple[int, str]]:
-    """Yield the number and text of each row that `_parsed_ratings` sees as one."""
+    """Yield `(line number, text)` for each line that `_parsed_ratings` reads as row."""
     with path.open(encoding="utf-8-sig", errors="backslashreplace") as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1 and form.ratings_header:
@@ -351,7 +351,7 @@ def _line_of(path: Path, form: Format, row: int) -> int:
 
 
 def check_pairs(path: Path, form: Format, ratings: pd.DataFrame) -> None:
-    """Refuse a user who has rated a movie twice."""
+    """Raise InputError if a user has rated a movie twice."""
     repeated = ratings.duplicated(["user_id", "movie_id"]).to_numpy()
     if not repeated.any():
         return
@@ -369,7 +369,7 @@ def check_pairs(path: Path, form: Format, ratings: pd.DataFrame) -> None:
 def check_movies_known(
     path: Path, form: Format, ratings: pd.DataFrame, movies: pd.DataFrame
 ) -> None:
-    """Refuse a rating of a movie that is not in the movies file."""
+    """Raise InputError if a rated movie is not in the movies file."""
     unknown = ~ratings["movie_id"].isin(movies["movie_id"]).to_numpy()
     if unknown.any():
         row = int(unknown.argmax())

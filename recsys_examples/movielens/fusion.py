@@ -1,4 +1,4 @@
-"""One score of several tasks, by which movies are ranked."""
+"""Fusion of the scores of several tasks to one ranking score."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recsys_examples.movielens.ranking import Scorer
 
 
 def fused_scorer(ranker: Ranker, sequences: Sequences, catalogue: Catalogue) -> Scorer:
-    """Rank by the fused scores, see `fuse`."""
+    """Return a scorer of the catalogue by fused scores, see `fuse`."""
 
     def score(users: np.ndarray) -> np.ndarray:
         features = sequences.histories(catalogue, users)
@@ -24,11 +24,11 @@ def fused_scorer(ranker: Ranker, sequences: Sequences, catalogue: Catalogue) -> 
 
 
 def fuse(scores: dict[str, Any]) -> Any:
-    """Add log sigmoids of watch and like, as far as the model has these tasks.
+    """Return the sum of the log sigmoids of the watch and like scores.
 
-    The watch score is the log odds among all unseen movies, as it was learned, and not
-    the calibrated one behind the probability that is shown: at odds of one to some
-    unseen movies nearly every movie of a list is certain, and like would decide alone.
+    A task that the model does not have is omitted. The watch score is the uncalibrated
+    one, the log odds among all unseen movies. The calibrated probability, against a few
+    unseen movies, is near 1 for all movies of a list: like alone would rank them.
     """
     parts = [ops.log_sigmoid(scores[t]) for t in ("watch", "like") if t in scores]
     return sum(parts[1:], parts[0])

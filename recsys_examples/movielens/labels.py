@@ -1,9 +1,8 @@
-"""Examples and their labels: users at moments of their past.
+"""Training examples and their labels.
 
-An example is a user at a moment of the past: the history until then, and the next few
-movies that the user watched. Every movie that the user had not rated by then and does
-not watch next is unseen, and `watch` is learned against all of them. `like` and
-`rating` are learned on the watched movies alone.
+An example is a user at a past point of time: the history until then, and the next few
+movies that the user watched. All other movies that the user had not rated by then are
+negatives for `watch`. `like` and `rating` have labels for the watched movies only.
 
 Axis letters: b batch, u users, i movies of the catalogue, c movies watched next.
 """
@@ -19,29 +18,30 @@ from recsys_examples.movielens.model import TASKS, Settings
 from recsys_examples.movielens.ranking import LIKED
 
 UNKNOWN_USER = 0  # MovieLens ids start at 1
-_HIDDEN_USERS = 0.2  # share of examples without the user id, so that "unknown" is known
+_USER_ID_DROPOUT = 0.2  # fraction of examples with an unknown user id
 _ALREADY_SEEN = -1.0
 
 
 class Examples(keras.utils.PyDataset):
-    """Cuts each user's ratings into blocks, at another offset every epoch.
+    """Splits each user's ratings into blocks, at another offset every epoch.
 
     Item j is a batch (features, labels, sample weights). The label of `watch` is
-    (b, i): 1 watched next, 0 unseen, -1 already seen and no candidate. Those of `like`
+    (b, i): 1 watched next, 0 unseen, -1 already seen (not a candidate). Those of `like`
     and `rating` are (b, c, 1), with a sample weight (b, c) of 0 where the user's
     ratings end before the block does.
 
     Args:
-        sequences: the ratings to cut.
+        sequences: the ratings.
         catalogue: all movies.
-        settings: sizes of block and batch.
-        tasks: the tasks to give labels for.
-        seed: seed of the offsets, the order and the hidden user ids.
-        known: (u,) how many of each user's first ratings are only history. If given,
-            the examples are for validation: the same ones every time, no id hidden.
-        equal_batches: whether all batches have one size, in every epoch, as XLA
-            wants it, which compiles anew for each size. Then a few examples of an
-            epoch may come twice, or not at all.
+        settings: block size and batch size.
+        tasks: the tasks that get labels.
+        seed: seed of the offsets, of shuffling and of the dropout of user ids.
+        known: (u,) number of each user's first ratings that are only history. If
+            given, the examples are for validation: the same in every epoch, with all
+            user ids.
+        equal_batches: whether all batches of all epochs have the same size, which
+            avoids recompilation by XLA. A few examples of an epoch are then repeated
+            or omitted.
     """
 
     def __init__(
@@ -60,24 +60,25 @@ class Examples(keras.utils.PyDataset):
         self._rng = np.random.default_rng(seed)
         self._known = known
         self._cut()
-        # Keras asks once for the number of batches, while the number of examples
-        # differs a little from epoch to epoch: so the size of a batch gives way.
+        # The number of examples varies between epochs, but Keras requires a constant
+        # number of batches: the batch size varies instead.
         self._num_batches = -(-len(self._users) // settings.batch_size)
         self._equal_size = None
         if equal_batches and self._num_batches:
             self._equal_size = -(-len(self._users) // self._num_batches)
         if known is None and not len(self._users):
             raise InputError(
-                "nothing to learn from: no user has two ratings in the training window"
+                "no training examples: no user has two ratings in the training window"
             )
 
     def _cut(self) -> None:
         block = self._settings.block
         lengths = self._sequences.lengths
-        # The first movie has no history; from there every `block`-th rating starts one.
+        # The first movie has no history; after it, every `block`-th rating starts a
+        # block.
         if self._known is None:
             offsets = self._rng.integers(1, block + 1, len(lengths))
-            # Whoever has a second rating gives an example, wherever the cut falls.
+            # Users with two ratings or more have at least one example.
             offsets = np.minimum(offsets, np.maximum(lengths - 1, 1))
         else:
             offsets = np.maximum(self._known, 1)
@@ -100,7 +101,7 @@ class Examples(keras.utils.PyDataset):
         users, ends = self._users[batch], self._ends[batch]
         features = self._sequences.histories(self._catalogue, users, ends)
         if self._known is None:
-            hidden = self._rng.random(len(users)) < _HIDDEN_USERS
+            hidden = self._rng.random(len(users)) < _USER_ID_DROPOUT
             features["user_id"] = np.where(hidden, UNKNOWN_USER, features["user_id"])
 
         starts = self._sequences.starts[users]
@@ -146,7 +147,7 @@ class Examples(keras.utils.PyDataset):
 
 
 class LookedUp(keras.utils.PyDataset):
-    """Examples for `Ranker.behind_lookups`: the same, with ids looked up.
+    """Examples for `Ranker.without_lookups`, with the ids looked up.
 
     Args:
         examples: the examples.

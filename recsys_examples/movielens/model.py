@@ -1,15 +1,15 @@
-"""The ranker: a user's history, through a multi-gate mixture of experts, meets movies.
+"""The ranker: user vectors by a multi-gate mixture of experts, and movie embeddings.
 
-    x    what is known of a user: the pooled history, a few counts, the id
-    h_t  = MMoE(x)_t                                one mixture of experts a task
-                                                    (or what `Settings.body` names)
+    x    user features: the pooled history, a few counts, the id
+    h_t  = MMoE(x)_t                                one mixture of experts per task
+                                                    (or another `Settings.body`)
     u_t  = W_t h_t, and + the pooled history for t = watch
-    v    = id embedding + projected genres and year      one vector a movie
+    v    = id embedding + projected genres and year      one vector per movie
     score_t(user, movie) = <u_t, v> + bias_t(movie) + Tower_t(h_t)
 
-A movie meets a user only in the last line, so the whole catalogue is scored by one
-matmul. That makes two things cheap: training against all unseen movies instead of a
-few sampled ones, and recommending.
+User and movie interact only in the dot product: the whole catalogue is scored by one
+matmul, which makes training against all unseen movies, instead of sampled ones, and
+recommending cheap.
 
 Axis letters: b batch, l history length, p pools, d dimensions of a vector, i movies of
 the catalogue, c movies watched next.
@@ -28,36 +28,36 @@ from keras_moe.experts import MLPExperts
 from keras_moe.layers import MMoE, MoE, SharedBottom, Tower
 from keras_moe.multitask import MultiTaskModel
 from recsys_examples.movielens.features import HISTORY_LENGTH, NO_MOVIE, Catalogue
-from recsys_examples.movielens.movies import CatalogueScores, MovieSide, normal
+from recsys_examples.movielens.movies import CatalogueScores, MovieEncoder, normal
 
 TASKS = ("watch", "like", "rating")
-EVALUATION_NEGATIVES = 4  # unseen movies to a watched one, where watch is a probability
+EVALUATION_NEGATIVES = 4  # unseen movies per watched movie, in evaluation
 
-_CHOSEN_EXPERTS = 2  # experts of the sparse MoE that a user goes to
+_TOP_K = 2  # experts per user in the sparse MoE
 _LAST_SEEN = tuple(range(1996, 2030))
-_RATING_STEPS = 11  # 0 to 5 stars by halves
+_RATING_STEPS = 11  # 0 to 5 stars in steps of 0.5
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the model and its training are made of.
+    """Hyperparameters of the model and its training.
 
     Attributes:
-        body: "mmoe", "shared_bottom", or "moe": a sparse mixture of experts in the
-            place of the shared bottom's one Dense layer.
+        body: "mmoe", "shared_bottom", or "moe": a sparse mixture of experts instead of
+            the shared bottom's Dense layer.
         dimensions: size of movie and user vectors.
-        num_experts: experts of the MMoE, or of the sparse MoE.
-        units: width of an expert, or of the shared bottom.
-        recency: the weight of a movie of the history starts to fall by a factor of e
-            with so many later ones; one pool of the history for each.
-        history_dropout: share of the history's movies hidden in a training example.
-        dropout: share of the inputs of the body that is dropped.
-        block: movies watched next that one training example predicts.
-        batch_size: training examples a step.
-        learning_rate: of Adam, falling by a cosine to a twentieth.
-        max_epochs: passes over the data at most.
-        level_weight: weight of the cross-entropy that makes watch a probability.
-        task_weights: weights of the like and the rating loss; watch has 1.
+        num_experts: number of experts of the MMoE or of the sparse MoE.
+        units: width of an expert or of the shared bottom.
+        recency: initial time constants of the pools of the history, in movies: the
+            weight of a movie falls by a factor of e per so many later movies.
+        history_dropout: fraction of the history's movies dropped in training.
+        dropout: dropout rate of the inputs of the body.
+        block: number of next movies per training example.
+        batch_size: training examples per step.
+        learning_rate: initial learning rate of Adam, with cosine decay to 5%.
+        max_epochs: maximal number of epochs.
+        level_weight: weight of the cross-entropy in the watch loss, see `WatchLoss`.
+        task_weights: loss weights of like and rating; that of watch is 1.
     """
 
     body: str = "mmoe"
@@ -76,18 +76,18 @@ class Settings:
 
 
 class Calibration(NamedTuple):
-    """The log odds that a movie is watched, as a line in its score."""
+    """The log odds that a movie is watched, a linear function of its score."""
 
     slope: float
     offset: float
 
 
 class Towers(NamedTuple):
-    """The two sides of a task's score, which meet in one dot product.
+    """The two towers of a task, whose dot product is the score.
 
     Attributes:
-        users: the features of users -> (b, d) vectors.
-        movies: scores them against the catalogue; `all_movies` is the other side.
+        users: model from user features to vectors (b, d).
+        movies: layer from user vectors to scores; `all_movies` gives the movie vectors.
     """
 
     users: keras.Model
@@ -96,20 +96,21 @@ class Towers(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranker:
-    """Models over the same layers.
+    """Models that share their layers.
 
     Attributes:
-        training: the features of users at some moment -> the scores that the losses
-            need. Its input `next_movies` (b, c) are the catalogue rows watched next.
-        catalogue: the features of users -> per task (b, i) scores of all movies.
-        pairs: the raw features of users and movies -> per task (b,) a prediction:
-            the probability of watch and of like, and the stars of rating.
-        lookups: the inputs of `training` -> a list of tensors, with ids looked up,
-            from which the rest of `training` follows. See `behind_lookups`.
-        user: the features of users -> what the body sees, for a look at its gates.
-        towers: per task, what its scores are the dot product of.
+        training: model from user features to the scores that the losses need. Its
+            input `next_movies` (b, c) are the catalogue rows watched next.
+        catalogue: model from user features to the scores (b, i) of all movies, per
+            task.
+        pairs: model from raw features of users and movies to predictions (b,), per
+            task: the probabilities of watch and like, and the stars of rating.
+        lookups: model from the inputs of `training` to a list of tensors, with ids
+            looked up: the inputs of `without_lookups()`.
+        user: model from user features to the inputs of the body, to inspect its gates.
+        towers: the two towers of each task.
         body: the layer that the tasks share.
-        calibration: what makes a probability of a watch score.
+        calibration: calibration of the watch scores.
     """
 
     training: keras.Model
@@ -121,10 +122,11 @@ class Ranker:
     body: keras.layers.Layer
     calibration: Calibration
 
-    def behind_lookups(self) -> keras.Model:
-        """Return `training` from the outputs of `lookups` on, with the same weights.
+    def without_lookups(self) -> keras.Model:
+        """Return `training` without the lookup layers, with the same weights.
 
-        XLA has no hash tables, and Keras compiles no model that holds one.
+        Its inputs are the outputs of `lookups`. XLA does not support hash tables, and
+        Keras does not compile models that contain one.
         """
         return MultiTaskModel(self.lookups.output, self.training.output)
 
@@ -142,19 +144,14 @@ def build_ranker(
     Args:
         catalogue: all movies.
         user_ids: ids of the known users.
-        popularity: (i,) ratings of each movie in the training window, from which
-            the movies' watch biases start.
-        settings: sizes and rates.
-        tasks: the tasks to learn, some of `TASKS`.
-        calibration: of the watch scores, if it is known from an earlier fit.
+        popularity: (i,) number of ratings of each movie in the training window, for
+            the initial watch biases.
+        settings: hyperparameters.
+        tasks: the tasks to learn, from `TASKS`.
+        calibration: calibration of the watch scores, if known from an earlier fit.
     """
-    movies = MovieSide(catalogue, popularity, settings.dimensions, tasks)
-    user_inputs = {
-        "user_id": keras.Input((), dtype="int64", name="user_id"),
-        "history": keras.Input((HISTORY_LENGTH,), dtype="int64", name="history"),
-        "history_ratings": keras.Input((HISTORY_LENGTH,), name="history_ratings"),
-        "last_seen": keras.Input((), dtype="int64", name="last_seen"),
-    }
+    movies = MovieEncoder(catalogue, popularity, settings.dimensions, tasks)
+    user_inputs = _user_inputs()
     known_user = layers.IntegerLookup(vocabulary=user_ids, name="user_lookup")
     looked_up = {
         "user_row": known_user(user_inputs["user_id"]),
@@ -174,13 +171,8 @@ def build_ranker(
     scores = {task: scorers[task](users[task]) + levels[task] for task in tasks}
 
     next_movies = keras.Input((None,), dtype="int32", name="next_movies")
-    training_outputs = {
-        task: score
-        if task == "watch"
-        else ops.expand_dims(ops.take_along_axis(score, next_movies, axis=1), -1)
-        for task, score in scores.items()
-    }
     training_inputs = {**user_inputs, "next_movies": next_movies}
+    training_outputs = _scores_for_training(scores, next_movies)
     calibration = calibration or _prior_calibration(settings, len(catalogue))
     movie_inputs = movies.inputs()
     pair_scores = {
@@ -191,15 +183,8 @@ def build_ranker(
     return Ranker(
         training=MultiTaskModel(training_inputs, training_outputs),
         catalogue=MultiTaskModel(user_inputs, scores),
-        pairs=MultiTaskModel(
-            {**user_inputs, **movie_inputs},
-            {
-                task: layers.Identity(name=task)(prediction(task, score, calibration))
-                for task, score in pair_scores.items()
-            },
-            name="movielens_ranker",
-        ),
-        # A list, because in a dict Keras wants inputs under the names of tensors.
+        pairs=_pair_model(user_inputs, movie_inputs, pair_scores, calibration),
+        # A list: with a dict, Keras requires inputs named like the tensors.
         lookups=keras.Model(training_inputs, [*looked_up.values(), next_movies]),
         user=keras.Model(user_inputs, features),
         towers={
@@ -211,8 +196,42 @@ def build_ranker(
     )
 
 
+def _user_inputs() -> dict[str, Any]:
+    return {
+        "user_id": keras.Input((), dtype="int64", name="user_id"),
+        "history": keras.Input((HISTORY_LENGTH,), dtype="int64", name="history"),
+        "history_ratings": keras.Input((HISTORY_LENGTH,), name="history_ratings"),
+        "last_seen": keras.Input((), dtype="int64", name="last_seen"),
+    }
+
+
+def _scores_for_training(scores: dict[str, Any], next_movies: Any) -> dict[str, Any]:
+    """Return watch scores (b, i) of all movies, and other scores (b, c, 1)."""
+    return {
+        task: score
+        if task == "watch"
+        else ops.expand_dims(ops.take_along_axis(score, next_movies, axis=1), -1)
+        for task, score in scores.items()
+    }
+
+
+def _pair_model(
+    user_inputs: dict[str, Any],
+    movie_inputs: dict[str, Any],
+    scores: dict[str, Any],
+    calibration: Calibration,
+) -> MultiTaskModel:
+    outputs = {
+        task: layers.Identity(name=task)(prediction(task, score, calibration))
+        for task, score in scores.items()
+    }
+    return MultiTaskModel(
+        {**user_inputs, **movie_inputs}, outputs, name="movielens_ranker"
+    )
+
+
 def prediction(task: str, score: Any, calibration: Calibration) -> Any:
-    """Turn scores of a task into what it predicts: a probability, or stars."""
+    """Return the prediction of a task from its scores: a probability, or stars."""
     if task == "rating":
         return score
     if task == "watch":
@@ -221,10 +240,10 @@ def prediction(task: str, score: Any, calibration: Calibration) -> Any:
 
 
 def _prior_calibration(settings: Settings, num_movies: int) -> Calibration:
-    """Account for the change in odds from training to use.
+    """Return the calibration for the change of prior from training to evaluation.
 
-    Scores are learned where `block` of all movies are watched, and a probability is
-    asked where 1 is watched for every `EVALUATION_NEGATIVES` that are not.
+    In training, `block` of all movies are positive; in evaluation, there are
+    `EVALUATION_NEGATIVES` negatives per positive.
     """
     offset = np.log(1 / EVALUATION_NEGATIVES) - np.log(settings.block / num_movies)
     return Calibration(slope=1.0, offset=float(offset))
@@ -237,40 +256,25 @@ def _body(settings: Settings, tasks: tuple[str, ...]) -> keras.layers.Layer:
         experts = MLPExperts(
             settings.num_experts, settings.units, final_activation="relu"
         )
-        top_k = min(_CHOSEN_EXPERTS, settings.num_experts)
-        return MoE(settings.num_experts, top_k=top_k, experts=experts, name="moe")
-    return MMoE(settings.num_experts, settings.units, tasks, name="mmoe")
+        top_k = min(_TOP_K, settings.num_experts)
+        return MoE(
+            num_experts=settings.num_experts, top_k=top_k, experts=experts, name="moe"
+        )
+    return MMoE(
+        num_experts=settings.num_experts,
+        expert_units=settings.units,
+        tasks=tasks,
+        name="mmoe",
+    )
 
 
 def _user_features(
     inputs: dict[str, Any], num_movie_rows: int, num_user_rows: int, settings: Settings
 ) -> tuple[Any, Any]:
-    """Return the pooled history (b, p, d) and all that the body sees (b, features)."""
+    """Return the pooled history (b, p, d) and the inputs of the body (b, features)."""
     ratings = inputs["history_ratings"]
     watched = ops.cast(inputs["history"] != NO_MOVIE, "float32")
-    movie_vectors = layers.Embedding(
-        num_movie_rows,
-        settings.dimensions,
-        embeddings_initializer=normal(0.05),
-        name="history_movies",
-    )(inputs["history_rows"])
-    rating_vectors = layers.Embedding(
-        _RATING_STEPS,
-        settings.dimensions,
-        embeddings_initializer="zeros",
-        name="history_stars",
-    )(ops.cast(ops.clip(ratings, 0.0, 5.0) * 2, "int32"))
-    # Whole movies are hidden, so that no single one of them is relied upon.
-    kept = layers.Dropout(settings.history_dropout, name="hide_movies")(watched)
-    vectors = (movie_vectors + rating_vectors) * ops.expand_dims(kept, -1)
-    pooling = layers.EinsumDense(
-        "bld,lp->bpd",
-        (len(settings.recency), settings.dimensions),
-        name="recency_pools",
-    )
-    pools = pooling(vectors)
-    pooling.set_weights([_recency_weights(settings.recency)])
-
+    pools = _pooled_history(inputs, watched, num_movie_rows, settings)
     count = ops.sum(watched, 1, keepdims=True)
     share = 1.0 / ops.maximum(count, 1.0)
     liked = ops.cast(ratings >= 4.0, "float32")
@@ -290,19 +294,48 @@ def _user_features(
     return pools, layers.Dropout(settings.dropout)(features)
 
 
+def _pooled_history(
+    inputs: dict[str, Any], watched: Any, num_movie_rows: int, settings: Settings
+) -> Any:
+    """Return weighted sums (b, p, d) of the embeddings of the history (b, l)."""
+    movie_vectors = layers.Embedding(
+        num_movie_rows,
+        settings.dimensions,
+        embeddings_initializer=normal(0.05),
+        name="history_movies",
+    )(inputs["history_rows"])
+    rating_vectors = layers.Embedding(
+        _RATING_STEPS,
+        settings.dimensions,
+        embeddings_initializer="zeros",
+        name="history_stars",
+    )(ops.cast(ops.clip(inputs["history_ratings"], 0.0, 5.0) * 2, "int32"))
+    # Dropout of whole movies of the history.
+    kept = layers.Dropout(settings.history_dropout, name="hide_movies")(watched)
+    vectors = (movie_vectors + rating_vectors) * ops.expand_dims(kept, -1)
+    pooling = layers.EinsumDense(
+        "bld,lp->bpd",
+        (len(settings.recency), settings.dimensions),
+        name="recency_pools",
+    )
+    pools = pooling(vectors)
+    pooling.set_weights([_recency_weights(settings.recency)])
+    return pools
+
+
 def _user_vector(task: str, shared: Any, pools: Any, settings: Settings) -> Any:
     vector = layers.Dense(
         settings.dimensions, kernel_initializer=normal(0.05), name=f"user_{task}"
     )(shared)
     if task != "watch":
         return vector
-    # The item-to-item way: movies that follow each other find each other directly.
+    # Item-to-item: the score depends directly on the movies of the history.
     return vector + ops.sum(pools, axis=1)
 
 
 def _recency_weights(recency: tuple[float, ...]) -> np.ndarray:
-    """Start the pools (l, p) as means of the history that fade exponentially."""
+    """Return initial weights (l, p) of the pools, which decay exponentially."""
     ago = np.arange(HISTORY_LENGTH)[:, None]
     weights = np.exp(-ago / np.array(recency))
-    # Ten times a mean: many histories are shorter than the full length.
+    # Ten times a weighted mean, because many histories are shorter than l.
     return 10 * weights / weights.sum(0)

@@ -1,4 +1,4 @@
-"""The movies' side of the ranker: vectors and biases, of one movie or of all.
+"""The movie tower of the ranker: vectors and biases, of one movie or of all.
 
     v_i = id embedding_i + projected genres and year of i
     score_t(user, i) = <user, v_i> + bias_t(i)
@@ -16,16 +16,16 @@ from keras import layers, ops
 
 from recsys_examples.movielens.features import NO_MOVIE, Catalogue
 
-_FIRST_MOVIE = 2  # a lookup's 0 is padding and its 1 is every unknown movie
+_FIRST_MOVIE = 2  # IntegerLookup maps padding to 0 and unknown movies to 1
 _YEARS = tuple(range(1920, 2030, 3))
 
 
 def normal(stddev: float) -> keras.initializers.Initializer:
-    """Return an initializer of small vectors."""
+    """Return a normal initializer."""
     return keras.initializers.RandomNormal(stddev=stddev)
 
 
-class MovieSide:
+class MovieEncoder:
     """Vectors and biases of movies, from raw values or for the whole catalogue."""
 
     def __init__(
@@ -40,7 +40,7 @@ class MovieSide:
         )
         genres = np.unique(catalogue.genres[catalogue.genres != ""])
         self._genre_lookup = layers.StringLookup(
-            vocabulary=genres if len(genres) else ["none at all"],  # it needs a word
+            vocabulary=genres if len(genres) else ["none at all"],  # must not be empty
             mask_token="",
             output_mode="multi_hot",
             name="genres_hot",
@@ -59,19 +59,19 @@ class MovieSide:
             kernel_initializer=normal(0.025),
             name="movie_content",
         )
-        start = {"watch": np.log(popularity + 0.5) - 6, "rating": 3.5}
+        initial = {"watch": np.log(popularity + 0.5) - 6, "rating": 3.5}
         self._biases = {
-            task: self._bias(task, start.get(task, 0.0), len(catalogue))
+            task: self._bias(task, initial.get(task, 0.0), len(catalogue))
             for task in tasks
         }
         self._content = self._encode(catalogue.genres, catalogue.years)
 
-    def _bias(self, task: str, start: Any, num_movies: int) -> keras.layers.Layer:
+    def _bias(self, task: str, initial: Any, num_movies: int) -> keras.layers.Layer:
         bias = layers.Embedding(
             self.lookup.vocabulary_size(), 1, name=f"movie_bias_{task}"
         )
         bias.build((None,))
-        values = np.broadcast_to(start, num_movies)
+        values = np.broadcast_to(initial, num_movies)
         unknown = np.full(_FIRST_MOVIE, values.min())
         bias.set_weights([np.concatenate([unknown, values])[:, None]])
         return bias
@@ -91,25 +91,25 @@ class MovieSide:
         }
 
     def score_of_one(self, task: str, movie: dict[str, Any], user: Any) -> Any:
-        """(b, d) user vectors -> (b,) scores, each with the movie of its row."""
+        """(b, d) user vectors -> (b,) scores of one movie per row."""
         row = self.lookup(movie["movie_id"])
         content = self._encode(movie["genres"], movie["year"])
         vector = self._vectors(row) + self._project(content)
         return ops.sum(user * vector, -1) + ops.squeeze(self._biases[task](row), -1)
 
     def scores_of_all(self, task: str) -> CatalogueScores:
-        """Return a layer, (b, d) user vectors -> (b, i) scores."""
+        """Return a layer from user vectors (b, d) to scores (b, i)."""
         return CatalogueScores(
             self._vectors,
             self._project,
             self._biases[task],
             self._content,
-            name=f"catalogue_{task}",  # TensorFlow takes no scope like "__catalogue"
+            name=f"catalogue_{task}",  # a TensorFlow scope cannot start with "_"
         )
 
 
 class CatalogueScores(layers.Layer):
-    """User vectors against all movies: one matmul."""
+    """Scores of all movies for user vectors, by one matmul."""
 
     def __init__(
         self, vectors: Any, project: Any, biases: Any, content: Any, name: str

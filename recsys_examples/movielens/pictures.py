@@ -1,4 +1,4 @@
-"""The pictures of a run: learning curves, gates, expert usage, calibration."""
+"""Plots of a run: learning curves, gates, expert usage, calibration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # a run may have no screen
+matplotlib.use("Agg")  # works without a display
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,7 +30,7 @@ def draw(
     rows: Rows,
     predictions: dict[str, np.ndarray],
 ) -> None:
-    """Write all pictures of a run as PNG files into a folder."""
+    """Write all plots of a run as PNG files into a folder."""
     _learning_curves(curves).savefig(folder / "learning_curves.png", dpi=120)
     _calibration(rows, predictions).savefig(folder / "calibration.png", dpi=120)
     if isinstance(ranker.body, MMoE):
@@ -49,7 +49,7 @@ def draw(
 
 
 def _learning_curves(curves: dict[str, list[float]]) -> plt.Figure:
-    """Losses by task to the left, the ranking on validation to the right."""
+    """Losses by task on the left, validation NDCG on the right."""
     figure, (losses, quality) = plt.subplots(
         1, 2, figsize=(9, 3.5), layout="constrained"
     )
@@ -73,7 +73,7 @@ def _learning_curves(curves: dict[str, list[float]]) -> plt.Figure:
 
 
 def _calibration(rows: Rows, predictions: dict[str, np.ndarray]) -> plt.Figure:
-    """Observed share against predicted probability, in ten equally filled bins."""
+    """Reliability diagrams with ten quantile bins."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
     watched = rows.watched
     panels = {

@@ -1,8 +1,8 @@
-"""From ratings to a measured ranker: select on validation, fit again, test.
+"""Training and evaluation of a ranker: tune on validation, retrain, test.
 
-The test window is read once, by the ranker that is kept. What is chosen (the number of
-epochs, and the line that makes a probability of a watch score) is chosen on validation;
-then the ranker is trained anew on everything before the test window, as ALS is.
+The number of epochs and the calibration of the watch scores are tuned on validation.
+The final ranker is trained from scratch on all ratings before the test window, as ALS
+is. The test window is used once, for the final ranker.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from recsys_examples.movielens.training import Fit, Validation, fit_ranker
 
 @dataclass(frozen=True)
 class Windows:
-    """The data of an experiment, with the windows of time kept apart.
+    """The data of an experiment, by time window.
 
     Attributes:
         catalogue: all movies.
-        train: every user's ratings of the training window.
-        before_test: those of the training and the validation window.
-        validation: those of the validation window.
-        test: those of the test window.
-        validation_task: the validation window's ranking, with `train` as the past.
-        test_task: the test window's ranking, with `before_test` as the past.
+        train: ratings of the training window.
+        before_test: ratings of the training and the validation window.
+        validation: ratings of the validation window.
+        test: ratings of the test window.
+        validation_task: ranking of the validation window, with `train` as history.
+        test_task: ranking of the test window, with `before_test` as history.
     """
 
     catalogue: Catalogue
@@ -56,22 +56,22 @@ def make_windows(data: MovieLens) -> Windows:
     """Split a data set by time within each user.
 
     Raises:
-        InputError: if a window holds no liked movie to rank.
+        InputError: if a later window has no liked movie.
     """
     catalogue = Catalogue.from_movies(data.movies)
     user_ids = np.unique(data.ratings.user_id)
     split: Split = split_by_time(data.ratings)
 
-    def laid_out(ratings: pd.DataFrame) -> Sequences:
+    def sequences(ratings: pd.DataFrame) -> Sequences:
         return Sequences.from_ratings(ratings, catalogue, user_ids)
 
-    train, before_test = laid_out(split.train), laid_out(split.before_test)
+    train, before_test = sequences(split.train), sequences(split.before_test)
     windows = Windows(
         catalogue,
         train,
         before_test,
-        validation=laid_out(split.validation),
-        test=laid_out(split.test),
+        validation=sequences(split.validation),
+        test=sequences(split.test),
         validation_task=RankingTask.from_window(train, split.validation, catalogue),
         test_task=RankingTask.from_window(before_test, split.test, catalogue),
     )
@@ -81,22 +81,22 @@ def make_windows(data: MovieLens) -> Windows:
     ):
         if not len(task.users):
             raise InputError(
-                f"{data.name}: no user has a movie rated 4 or more in the {name} "
-                "window, so there is nothing to rank"
+                f"{data.name}: at least one user must have a movie rated 4 or more in "
+                f"the {name} window; got none, and nothing to rank"
             )
     return windows
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trained ranker, and what it is worth on the test window.
+    """A trained ranker and its evaluation on the test window.
 
     Attributes:
-        fit: the ranker that was kept, trained on all before the test window.
-        curves: the curves of the fit that selected the number of epochs.
+        fit: the final ranker, trained on all ratings before the test window.
+        curves: training curves of the fit that tuned the number of epochs.
         rows: the pairs that were predicted.
-        predictions: per task, the prediction of each pair.
-        metrics: by name.
+        predictions: prediction of each pair, per task.
+        metrics: test metrics by name.
     """
 
     fit: Fit
@@ -115,7 +115,7 @@ def run_ranker(
     jit_compile: bool = False,
     verbose: int = 1,
 ) -> Outcome:
-    """Select on validation, train on all before the test window, and measure."""
+    """Tune on validation, train on all ratings before the test window, and evaluate."""
     catalogue = windows.catalogue
     selection = fit_ranker(
         windows.train,
@@ -128,18 +128,10 @@ def run_ranker(
         verbose=verbose,
     )
 
-    def predicted(
-        fit: Fit, past: Sequences, window: Sequences
-    ) -> tuple[Rows, dict[str, np.ndarray]]:
-        # What the user rated later is unknown here, so it counts as unseen.
-        rated = past.matrix(len(catalogue)) + window.matrix(len(catalogue))
-        rows = sample_rows(window, rated, len(catalogue))
-        return rows, predict_rows(fit.ranker.pairs, rows, past, catalogue)
-
     calibration = None
     if "watch" in tasks:
         calibration = calibrate(
-            *predicted(selection, windows.train, windows.validation),
+            *_predict(selection, windows.train, windows.validation, catalogue),
             selection.ranker.calibration,
         )
     fit = fit_ranker(
@@ -153,9 +145,19 @@ def run_ranker(
         jit_compile=jit_compile,
         verbose=verbose,
     )
-    rows, predictions = predicted(fit, windows.before_test, windows.test)
+    rows, predictions = _predict(fit, windows.before_test, windows.test, catalogue)
     metrics = measure(rows, predictions)
     if "watch" in tasks:
         scorer = fused_scorer(fit.ranker, windows.before_test, catalogue)
         metrics = {**rank(scorer, windows.test_task), **metrics}
     return Outcome(fit, selection.curves, rows, predictions, metrics)
+
+
+def _predict(
+    fit: Fit, past: Sequences, window: Sequences, catalogue: Catalogue
+) -> tuple[Rows, dict[str, np.ndarray]]:
+    """Predict the pairs of a window and sampled negatives."""
+    # Movies that the user rates after the window count as unseen.
+    rated = past.matrix(len(catalogue)) + window.matrix(len(catalogue))
+    rows = sample_rows(window, rated, len(catalogue))
+    return rows, predict_rows(fit.ranker.pairs, rows, past, catalogue)

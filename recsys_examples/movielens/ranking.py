@@ -1,8 +1,8 @@
-"""How good a ranking of the whole catalogue is.
+"""Metrics of a ranking of the whole catalogue.
 
-Protocol: for each user, the candidates are all movies not rated before the window,
-the relevant ones are the window's movies rated 4 or more; users without a relevant
-movie are left out; every figure but coverage is a mean over users.
+Protocol: for each user, the candidates are all movies not rated before the window, and
+the relevant ones are the window's movies rated 4 or more. Users without a relevant
+movie are excluded. All metrics except coverage are means over users.
 
 Axis letters: b users of a batch, u users, i movies.
 """
@@ -19,8 +19,8 @@ from sklearn.metrics import ndcg_score, roc_auc_score
 
 from recsys_examples.movielens.features import Catalogue, Sequences
 
-LIKED = 4.0  # stars from which a rating counts as liked
-# A floor below every finite score; sklearn's ndcg_score takes no infinity.
+LIKED = 4.0  # smallest rating that counts as liked, in stars
+# Score of seen movies, below all others; sklearn's ndcg_score accepts no infinity.
 _SEEN = np.finfo(np.float32).min
 # (b,) user rows -> (b, i) scores, higher is better
 Scorer = Callable[[np.ndarray], np.ndarray]
@@ -28,10 +28,10 @@ Scorer = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class RankingTask:
-    """What is to be ranked for whom in one window of time.
+    """The ranking problem of one time window.
 
     Attributes:
-        seen: (u, i) sparse, the movies rated before the window: no candidates.
+        seen: (u, i) sparse, the movies rated before the window, which are excluded.
         relevant: (u, i) sparse, the window's movies that the user liked.
     """
 
@@ -50,12 +50,12 @@ class RankingTask:
 
     @property
     def users(self) -> np.ndarray:
-        """The rows of the users who have a relevant movie."""
+        """The rows of the users with a relevant movie."""
         return np.flatnonzero(self.relevant.getnnz(axis=1))
 
 
 def top_movies(scores: np.ndarray, k: int) -> np.ndarray:
-    """Return the (b, k) best rows of (b, i) scores, best first; all if i < k."""
+    """Return the k best movies (b, k) of scores (b, i), best first; all if i < k."""
     k = min(k, scores.shape[1])
     best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
     order = np.argsort(-np.take_along_axis(scores, best, 1), axis=1, kind="stable")
@@ -65,17 +65,17 @@ def top_movies(scores: np.ndarray, k: int) -> np.ndarray:
 def rank(
     scorer: Scorer, task: RankingTask, k: int = 10, batch_size: int = 256
 ) -> dict[str, float]:
-    """Rank the catalogue for every user of the task.
+    """Rank the catalogue for every user of a task; return metrics.
 
     Args:
-        scorer: gives the scores of all movies for a batch of users.
-        task: who is ranked, and what counts.
+        scorer: function that returns the scores of all movies for a batch of users.
+        task: the ranking task.
         k: length of the list.
-        batch_size: users scored at a time, which bounds the memory.
+        batch_size: number of users per batch, which bounds the memory.
 
     Returns:
-        `ndcg@k`, `recall@k` (share of the relevant movies that are in the list) and
-        `coverage@k` (share of the catalogue that is in any list).
+        `ndcg@k`, `recall@k` (fraction of the relevant movies in the list) and
+        `coverage@k` (fraction of the catalogue in any list).
     """
     ndcg, recall = [], []
     listed = np.zeros(task.relevant.shape[1], bool)
@@ -88,7 +88,7 @@ def rank(
         recall.extend(hits / relevant.sum(1))
         mean = ndcg_score(relevant, scores, k=k, ignore_ties=True)
         ndcg.extend([mean] * len(users))
-        # Whoever has seen nearly all gets a shorter list.
+        # If fewer than k movies are unseen, the list is shorter.
         listed[top[np.take_along_axis(scores, top, 1) > _SEEN]] = True
     return {
         f"ndcg@{k}": float(np.mean(ndcg)),
@@ -98,10 +98,10 @@ def rank(
 
 
 def group_auc(users: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> float:
-    """AUC within each user, averaged with the user's number of rows as weight.
+    """Return the AUC within users, averaged over users weighted by number of rows.
 
-    Users whose rows all have one label have no AUC and are left out, as in Zhou et
-    al., 2018: Deep Interest Network (https://arxiv.org/abs/1706.06978), section 6.
+    Users with rows of one class only are excluded, as in Zhou et al., 2018: Deep
+    Interest Network (https://arxiv.org/abs/1706.06978), section 6.
     """
     rows = pd.DataFrame({"user": users, "label": labels, "score": scores})
     per_user = [

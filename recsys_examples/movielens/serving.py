@@ -1,9 +1,9 @@
-"""The SavedModel: predictions for raw pairs, and recommendations all in the graph.
+"""The SavedModel: predictions for raw pairs, and recommendations.
 
 Signatures:
-    serving_default  raw features of users and movies -> one named output a task
-    recommend        user ids and k -> movies that the user has not seen, best first by
-                     `score`, which is `fusion.fuse` and not made of the other columns
+    serving_default  raw features of users and movies -> one named output per task
+    recommend        user ids and k -> unseen movies, sorted by `score`: the fused
+                     score of `fusion.fuse`, which uses uncalibrated watch scores
 
 Axis letters: b batch, u known users, i movies, k length of a list.
 """
@@ -25,20 +25,19 @@ from recsys_examples.runs import find_saved_model
 
 
 class KnownUsers(keras.layers.Layer):
-    """What is known of users at export.
+    """Features of the users known at export.
 
     Args:
-        sequences: every user's ratings at export, which make the histories and are
-            left out of lists.
+        sequences: ratings of all users at export, for the histories and the movies to
+            exclude.
         catalogue: all movies.
 
     Call arguments:
         user_id: (b,) ids.
 
     Returns:
-        The features of the users, all zeros for whoever is unknown: no id, no history;
-        (n, 2) the user of the batch and the catalogue row of every movie that was
-        seen; and (b,) whether the user is known.
+        The features of the users, zeros for unknown users; (n, 2) pairs (row of the
+        batch, catalogue row) of the movies seen; and (b,) whether the user is known.
     """
 
     def __init__(self, sequences: Sequences, catalogue: Catalogue) -> None:
@@ -46,7 +45,7 @@ class KnownUsers(keras.layers.Layer):
         self._user_lookup = keras.layers.IntegerLookup(vocabulary=sequences.user_ids)
         self._num_users = len(sequences.user_ids)
         known = sequences.histories(catalogue, np.arange(self._num_users))
-        # One more row, all zeros, for whoever is unknown.
+        # An additional row of zeros for unknown users.
         self._features = {
             name: tf.constant(np.concatenate([values, np.zeros_like(values[:1])]))
             for name, values in known.items()
@@ -57,7 +56,7 @@ class KnownUsers(keras.layers.Layer):
         self._seen = tf.constant(sequences.movies)
 
     def call(self, user_id: Any) -> tuple[dict[str, Any], Any, Any]:
-        # The lookup gives 0 to the unknown and then counts from 1.
+        # IntegerLookup maps unknown ids to 0 and known ids to 1, 2, ...
         found = self._user_lookup(user_id)
         unknown = tf.cast(self._num_users, found.dtype)
         row = tf.where(found == 0, unknown, found - 1)
@@ -71,11 +70,11 @@ class KnownUsers(keras.layers.Layer):
 
 
 class Recommender(keras.layers.Layer):
-    """Ranks the catalogue for known users by what was known of them at export.
+    """Ranks the catalogue for users, with their histories at export.
 
     Args:
         ranker: the trained models.
-        sequences: every user's ratings at export.
+        sequences: ratings of all users at export.
         catalogue: all movies.
     """
 
@@ -97,14 +96,14 @@ class Recommender(keras.layers.Layer):
             ),
         ]
         with tf.control_dependencies(checks):
-            k = tf.identity(k)  # or top_k may fail first, in words of its own
+            k = tf.identity(k)  # runs the checks before top_k
         features, seen, known = self._users(user_id)
         scores = self._model(features, training=False)
         ranking = fuse(scores)
         lowest = tf.fill(tf.shape(seen)[:1], ranking.dtype.min)
         ranking = tf.tensor_scatter_nd_update(ranking, seen, lowest)
         best, movies = tf.math.top_k(ranking, k)
-        # Whoever has seen nearly all gets fewer than k movies, then blanks.
+        # If fewer than k movies are unseen, the list is padded with blanks.
         unseen = best > best.dtype.min
         predictions = {
             task: prediction(
@@ -126,17 +125,17 @@ class Recommender(keras.layers.Layer):
 def export_saved_model(
     ranker: Ranker, sequences: Sequences, catalogue: Catalogue, folder: Path
 ) -> None:
-    """Write a SavedModel that needs TensorFlow alone.
+    """Write a SavedModel that requires only TensorFlow.
 
     Args:
         ranker: the trained models.
-        sequences: what is known of the users: their histories, and what they saw.
+        sequences: ratings of all users, for the histories and the movies to exclude.
         catalogue: all movies.
-        folder: where to write.
+        folder: output folder.
     """
     archive = keras.export.ExportArchive()
     recommender = Recommender(ranker, sequences, catalogue)
-    recommender(tf.constant([0], tf.int64), tf.constant(1))  # Keras exports built ones
+    recommender(tf.constant([0], tf.int64), tf.constant(1))  # builds it for export
     archive.track(ranker.pairs)
     archive.track(recommender)
     features = {
@@ -160,10 +159,10 @@ def export_saved_model(
 
 
 def load_recommender(run: Path) -> Any:
-    """Load the `recommend` signature of a run, or of a SavedModel folder itself.
+    """Load the `recommend` signature of a run or of a SavedModel.
 
     Raises:
-        InputError: if the folder holds no SavedModel with that signature.
+        InputError: if there is no SavedModel with that signature.
     """
     folder = find_saved_model(run)
     try:

@@ -1,6 +1,6 @@
-"""Several models over several seeds: mean ± standard deviation on the test window.
+"""The study: several models over several seeds, evaluated on the test window.
 
-Every result is a file of its own, so a study that was stopped goes on where it was.
+Every result is written to its own file, from which an interrupted study resumes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Metrics = dict[str, float]
 
 
 def shared_bottom_of_equal_size(windows: Windows, settings: Settings) -> Settings:
-    """Choose the width at which a shared bottom has the MMoE's parameter count."""
+    """Return settings of a shared bottom with as many parameters as the MMoE."""
 
     def parameters(candidate: Settings) -> int:
         popularity = np.zeros(len(windows.catalogue))
@@ -37,12 +37,12 @@ def shared_bottom_of_equal_size(windows: Windows, settings: Settings) -> Setting
         ranker = build_ranker(windows.catalogue, users, popularity, candidate)
         return ranker.training.count_params()
 
-    # The count is a straight line in the width: two points give it.
+    # The number of parameters is linear in the width.
     target = parameters(settings)
-    at = {
+    counts = {
         w: parameters(replace(settings, body="shared_bottom", units=w)) for w in (1, 2)
     }
-    width = 1 + round((target - at[1]) / (at[2] - at[1]))
+    width = 1 + round((target - counts[1]) / (counts[2] - counts[1]))
     return replace(settings, body="shared_bottom", units=width)
 
 
@@ -58,49 +58,25 @@ def run_study(
 
     Args:
         windows: the data.
-        settings: of the MMoE; the other models have the same but for their body.
-        seeds: number of seeds, from 0. Models without chance run once.
-        folder: where the results are kept, one JSON file each.
-        data_name: which data this is. Results of other data, settings, grids or
-            package versions are not taken up.
-        announce: told of each result as it comes.
+        settings: settings of the MMoE; the other rankers differ only in their body.
+        seeds: number of seeds, from 0. Deterministic models run once.
+        folder: folder of the results, one JSON file each.
+        data_name: name of the data set. Results of other data, settings, grids or
+            package versions are not reused.
+        announce: callback, called with each new result.
 
     Returns:
-        By model, the metrics of each seed.
+        The metrics of each seed, by model.
     """
+    results_on_disk = _results_on_disk(windows, settings, folder, data_name, announce)
+    scorers = _tuned_baselines(windows, results_on_disk, data_name)
     bottom = shared_bottom_of_equal_size(windows, settings)
-    depends_on = {
-        "data": data_name,
-        "ratings": _fingerprint(windows),
-        "settings": asdict(settings),
-        "grids": [baselines.ALS_GRID, baselines.KNN_GRID],
-        "versions": versions("keras-moe", "keras", "tensorflow", "implicit"),
-    }
-    kept = _Results(folder, depends_on, announce)
-
-    def tuned(make: Callable[..., Scorer], grid: tuple, name: str) -> dict[str, Any]:
-        found = tune(windows, make, grid, name, data_name)
-        return {
-            "settings": found.settings,
-            "validation_ndcg@10": found.ndcg,
-            "tried": found.tried,
-        }
-
-    als = kept.get(
-        "ALS, tuned", lambda: tuned(baselines.als, baselines.ALS_GRID, "ALS")
-    )
-    knn = kept.get(
-        "item-kNN, tuned",
-        lambda: tuned(baselines.item_knn, baselines.KNN_GRID, "item-kNN"),
-    )
-    als_settings = baselines.ALSSettings(*als["settings"])
-    watched = windows.before_test.matrix(len(windows.catalogue))
 
     def ranked(scorer: Scorer) -> Metrics:
         return rank(scorer, windows.test_task)
 
     def factorised(seed: int) -> Metrics:
-        return ranked(baselines.als(watched, als_settings, seed))
+        return ranked(scorers["ALS"](seed=seed))
 
     def trained(body: Settings, seed: int) -> Metrics:
         return run_ranker(windows, body, seed=seed, verbose=0).metrics
@@ -114,14 +90,60 @@ def run_study(
             "ALS": partial(factorised, seed),
         }
         for model, run in runs.items():
-            results[model].append(kept.get(f"{model}, seed {seed}", run))
-    results["item-kNN"].append(ranked(baselines.item_knn(watched, knn["settings"])))
-    results["popularity"].append(ranked(baselines.popularity(watched)))
+            results[model].append(results_on_disk.get(f"{model}, seed {seed}", run))
+    results["item-kNN"].append(ranked(scorers["item-kNN"]()))
+    results["popularity"].append(ranked(scorers["popularity"]()))
     return results
 
 
+def _results_on_disk(
+    windows: Windows,
+    settings: Settings,
+    folder: Path,
+    data_name: str,
+    announce: Callable[[str], None],
+) -> _Results:
+    depends_on = {
+        "data": data_name,
+        "ratings": _fingerprint(windows),
+        "settings": asdict(settings),
+        "grids": [baselines.ALS_GRID, baselines.KNN_GRID],
+        "versions": versions("keras-moe", "keras", "tensorflow", "implicit"),
+    }
+    return _Results(folder, depends_on, announce)
+
+
+def _tuned_baselines(
+    windows: Windows, results: _Results, data_name: str
+) -> dict[str, Callable[..., Scorer]]:
+    """Tune ALS and item-kNN on validation; return functions that fit each baseline."""
+
+    def tuned(make: Callable[..., Scorer], grid: tuple, name: str) -> dict[str, Any]:
+        found = tune(windows, make, grid, name, data_name)
+        return {
+            "settings": found.settings,
+            "validation_ndcg@10": found.ndcg,
+            "tried": found.tried,
+        }
+
+    als = results.get(
+        "ALS, tuned", lambda: tuned(baselines.als, baselines.ALS_GRID, "ALS")
+    )
+    knn = results.get(
+        "item-kNN, tuned",
+        lambda: tuned(baselines.item_knn, baselines.KNN_GRID, "item-kNN"),
+    )
+    als_settings = baselines.ALSSettings(*als["settings"])
+    watched = windows.before_test.matrix(len(windows.catalogue))
+    return {
+        "ALS": partial(baselines.als, watched, als_settings),
+        "item-kNN": partial(baselines.item_knn, watched, knn["settings"]),
+        "popularity": partial(baselines.popularity, watched),
+    }
+
+
 def _fingerprint(windows: Windows) -> str:
-    """Tell ratings apart by what is in them."""
+    """Return a hash of all ratings."""
     digest = hashlib.sha256()
     for part in (windows.before_test, windows.test):
         for field in fields(part):
@@ -130,7 +152,7 @@ def _fingerprint(windows: Windows) -> str:
 
 
 def _single_tasks(windows: Windows, settings: Settings, seed: int) -> Metrics:
-    """One model a task, each with its own body; ranked by the fused scores of two."""
+    """Train one model per task; rank by the fused scores of watch and like."""
     metrics: Metrics = {}
     scorers = []
     for task in TASKS:
@@ -141,14 +163,14 @@ def _single_tasks(windows: Windows, settings: Settings, seed: int) -> Metrics:
                 fused_scorer(outcome.fit.ranker, windows.before_test, windows.catalogue)
             )
 
-    def together(users: np.ndarray) -> np.ndarray:
+    def fused(users: np.ndarray) -> np.ndarray:
         return np.sum([scorer(users) for scorer in scorers], axis=0)
 
-    return metrics | rank(together, windows.test_task)
+    return metrics | rank(fused, windows.test_task)
 
 
 class _Results:
-    """Results on disk, by name and by what they depend on."""
+    """Results on disk, one file per name and dependencies."""
 
     def __init__(
         self, folder: Path, depends_on: dict, announce: Callable[[str], None]
@@ -157,7 +179,7 @@ class _Results:
         self._announce = announce
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
-        """Read a result, or make it and keep it."""
+        """Read a result from disk, or compute and write it."""
         key = json.dumps([name, self._depends_on], sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         path = (
@@ -165,7 +187,7 @@ class _Results:
         )
         if path.exists():
             return json.loads(path.read_text())
-        keras.backend.clear_session()  # the models before this one are done
+        keras.backend.clear_session()  # frees the previous models
         result = make()
         write_json(path, result)
         self._announce(f"{name}: {_shown(result)}")

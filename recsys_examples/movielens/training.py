@@ -1,7 +1,7 @@
-"""The losses and the fit.
+"""Losses and training.
 
-`watch` is learned against all movies that a user has not seen, `like` and `rating` on
-the watched movies alone; `labels.py` says which is which.
+The negatives of `watch` are all movies that a user has not seen; `like` and `rating`
+are trained on the watched movies only. See `labels.py`.
 
 Axis letters: b batch, i movies of the catalogue, c movies watched next.
 """
@@ -17,7 +17,7 @@ from keras import ops
 
 from recsys_examples.movielens.features import Catalogue, Sequences
 
-# `fuse` and `UNKNOWN_USER` are here under their first address, too.
+# `fuse` and `UNKNOWN_USER` are re-exported for backward compatibility.
 from recsys_examples.movielens.fusion import fuse as fuse
 from recsys_examples.movielens.fusion import fused_scorer
 from recsys_examples.movielens.labels import UNKNOWN_USER as UNKNOWN_USER
@@ -33,11 +33,11 @@ from recsys_examples.movielens.ranking import RankingTask, Scorer, rank
 
 
 class WatchLoss(keras.losses.Loss):
-    """Softmax over the catalogue, plus a little cross-entropy of each movie.
+    """Softmax cross-entropy over the catalogue, plus weighted binary cross-entropy.
 
-    The softmax ranks: each watched movie against all unseen ones. It knows no level,
-    so the cross-entropy adds one and the score becomes a log odds. Movies already
-    seen (label -1) take part in neither.
+    The softmax compares each watched movie with all unseen ones. It is invariant to a
+    shift of the scores, which the binary cross-entropy fixes: scores become log odds.
+    Movies already seen (label -1) are excluded from both.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -47,9 +47,9 @@ class WatchLoss(keras.losses.Loss):
     def call(self, y_true: Any, y_pred: Any) -> Any:
         candidate = ops.cast(y_true >= 0, y_pred.dtype)
         watched = ops.maximum(y_true, 0.0)
-        among = y_pred + (candidate - 1.0) * 1e9
+        masked = y_pred + (candidate - 1.0) * 1e9
         softmax = ops.sum(
-            watched * (ops.logsumexp(among, -1, keepdims=True) - y_pred), -1
+            watched * (ops.logsumexp(masked, -1, keepdims=True) - y_pred), -1
         )
         entropies = candidate * (ops.softplus(y_pred) - watched * y_pred)
         level = ops.sum(entropies, -1)
@@ -58,11 +58,11 @@ class WatchLoss(keras.losses.Loss):
 
 @dataclass(frozen=True)
 class Validation:
-    """The window right after the ratings that a ranker is fitted to.
+    """The window that follows the training ratings.
 
     Attributes:
-        sequences: the ratings that are fitted to, and after them the window's.
-        task: the ranking of the window.
+        sequences: the training ratings, followed by those of the window.
+        task: the ranking task of the window.
     """
 
     sequences: Sequences
@@ -71,12 +71,12 @@ class Validation:
 
 @dataclass(frozen=True)
 class Fit:
-    """A trained ranker and how it got there.
+    """A trained ranker and its training curves.
 
     Attributes:
         ranker: the models.
-        curves: by name, one value an epoch.
-        epochs: the epoch whose weights were kept, counted from 1.
+        curves: training curves by name, one value per epoch.
+        epochs: the best epoch, from 1.
     """
 
     ranker: Ranker
@@ -112,17 +112,17 @@ def fit_ranker(
     """Train a ranker.
 
     Args:
-        sequences: the ratings to learn from.
+        sequences: the training ratings.
         catalogue: all movies.
-        settings: sizes and rates.
+        settings: hyperparameters.
         tasks: the tasks to learn.
-        seed: seed of the weights, the dropout and the order of the examples.
-        validation: the window to watch. If given, training stops when its NDCG@10
-            (for a model without `watch`, its loss) has not improved for two epochs,
-            and the best weights are kept.
-        epochs: number of epochs; `settings.max_epochs` by default.
-        calibration: of the watch scores, if it is known from an earlier fit.
-        jit_compile: whether XLA compiles the training, see `Ranker.behind_lookups`.
+        seed: seed of the weights, of dropout and of the examples.
+        validation: the window for early stopping. If given, training stops when its
+            NDCG@10 (without `watch`: its loss) has not improved for two epochs, and
+            the best weights are restored.
+        epochs: number of epochs. Default: `settings.max_epochs`.
+        calibration: calibration of the watch scores, if known from an earlier fit.
+        jit_compile: whether to compile with XLA, see `Ranker.without_lookups`.
         verbose: as in `keras.Model.fit`.
     """
     keras.utils.set_random_seed(seed)
@@ -130,35 +130,31 @@ def fit_ranker(
     ranker = build_ranker(
         catalogue, sequences.user_ids, popularity, settings, tasks, calibration
     )
-    model = ranker.behind_lookups() if jit_compile else ranker.training
+    model = ranker.without_lookups() if jit_compile else ranker.training
 
-    def taken(examples: Examples) -> keras.utils.PyDataset:
+    def model_inputs(examples: Examples) -> keras.utils.PyDataset:
         return LookedUp(examples, ranker.lookups) if jit_compile else examples
 
     examples = Examples(
         sequences, catalogue, settings, tasks, seed, equal_batches=jit_compile
     )
     compile_ranker(model, settings, tasks, steps=len(examples), jit_compile=jit_compile)
-    watched: dict[str, Any] = {}
+    early_stopping: dict[str, Any] = {}
     if validation is not None:
-        watched["validation_data"] = taken(
-            Examples(
-                validation.sequences,
-                catalogue,
-                settings,
-                tasks,
-                known=sequences.lengths,
-            )
-        )
-        watched["callbacks"] = _early_stopping(
-            fused_scorer(ranker, sequences, catalogue) if "watch" in tasks else None,
-            validation.task,
-        )
+        known = sequences.lengths
+        window = Examples(validation.sequences, catalogue, settings, tasks, known=known)
+        scorer = fused_scorer(ranker, sequences, catalogue)
+        early_stopping = {
+            "validation_data": model_inputs(window),
+            "callbacks": _early_stopping(
+                scorer if "watch" in tasks else None, validation.task
+            ),
+        }
     history = model.fit(
-        taken(examples),
+        model_inputs(examples),
         epochs=epochs or settings.max_epochs,
         verbose=verbose,
-        **watched,
+        **early_stopping,
     )
     curves = {name: [float(v) for v in h] for name, h in history.history.items()}
     return Fit(ranker, curves, _best_epoch(curves))
@@ -196,16 +192,17 @@ def compile_ranker(
     steps: int,
     jit_compile: bool = False,
 ) -> None:
-    """Give a model of these tasks its losses, metrics and optimizer.
+    """Compile a ranker with its losses, metrics and optimizer.
 
     Args:
-        model: gives watch (b, i), and like and rating (b, c, 1) with logits of like.
-        settings: rates, and weights of the losses.
-        tasks: the tasks that the model has.
-        steps: batches of an epoch.
-        jit_compile: whether XLA compiles the training.
+        model: model with outputs watch (b, i), like and rating (b, c, 1); watch and
+            like are logits.
+        settings: learning rate and loss weights.
+        tasks: the tasks of the model.
+        steps: batches per epoch.
+        jit_compile: whether to compile with XLA.
     """
-    mean = "mean_with_sample_weight"  # a row of weight 0 then adds exactly nothing
+    mean = "mean_with_sample_weight"  # rows of weight 0 do not change the mean
     losses = {
         "watch": WatchLoss(settings),
         "like": keras.losses.BinaryCrossentropy(from_logits=True, reduction=mean),
@@ -225,6 +222,6 @@ def compile_ranker(
         loss={task: losses[task] for task in tasks},
         loss_weights={task: weights[task] for task in tasks},
         weighted_metrics={task: metrics[task] for task in tasks},
-        # False would be the same, and "auto" is what Keras makes of a lookup.
+        # "auto" does not compile a model with lookup layers.
         jit_compile=True if jit_compile else "auto",
     )

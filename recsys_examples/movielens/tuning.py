@@ -1,7 +1,7 @@
-"""The settings of a baseline, chosen on the validation window of the data at hand.
+"""Tuning of a baseline on the validation window.
 
-Every setting is fitted to the training window and ranks the validation window; the one
-with the highest NDCG@10 is kept. The test window is not read.
+Every setting is fitted on the training window and ranks the validation window; the one
+with the highest NDCG@10 is selected. The test window is not used.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The best setting, and how it was found.
+    """The best settings of a baseline.
 
     Attributes:
-        settings: the best of those tried.
-        ndcg: its NDCG@10 on validation; `None` if it was found in another run.
-        tried: settings that were tried.
-        planned: settings of the grid.
-        seconds: what this took.
-        data: the data whose validation window was ranked.
+        settings: the best of the settings tried.
+        ndcg: their NDCG@10 on validation; None if they were found in another run.
+        tried: number of settings tried.
+        planned: number of settings in the grid.
+        seconds: duration of the tuning.
+        data: name of the data set.
     """
 
     settings: Any
@@ -52,16 +52,16 @@ def tune(
     data_name: str,
     budget_s: float = math.inf,
 ) -> Tuned:
-    """Find the best setting on validation, within a time.
+    """Find the best settings on validation, within a time budget.
 
     Args:
         windows: the data.
-        make: makes a baseline's scorer of a watched matrix (u, i) and a setting.
+        make: function of a watched matrix (u, i) and settings that returns a scorer.
         grid: the settings, tried in this order.
-        name: of the baseline, beside the progress bar.
-        data_name: which data this is.
-        budget_s: seconds. The first setting is always tried, each further one if the
-            slowest so far would still fit.
+        name: name of the baseline, for the progress bar.
+        data_name: name of the data set.
+        budget_s: seconds. The first settings are always tried; further ones only if
+            there is time for the slowest so far.
     """
     watched = windows.train.matrix(len(windows.catalogue))
     started = before = perf_counter()
@@ -88,15 +88,15 @@ def tune(
 def als_for(windows: Windows, data_name: str, seed: int, budget_s: float) -> Tuned:
     """Return the settings of ALS for a data set.
 
-    On the default data these are the best of the whole grid, found once by `--study`.
-    Any other data, and a part of the default data is other data, is tuned on, over the
-    few settings of `baselines.SMALL_ALS_GRID`.
+    For the default data these are the best of the whole grid, found by `--study`. For
+    other data, including a part of the default data, ALS is tuned over
+    `baselines.SMALL_ALS_GRID`.
 
     Args:
         windows: the data.
         data_name: `MovieLens.name`.
-        seed: of the factors.
-        budget_s: seconds for the tuning.
+        seed: seed of the factors.
+        budget_s: time budget in seconds.
     """
     if data_name == DEFAULT_NAME:
         count = len(baselines.ALS_GRID)
@@ -106,25 +106,25 @@ def als_for(windows: Windows, data_name: str, seed: int, budget_s: float) -> Tun
     return tune(windows, make, grid, "ALS", data_name, budget_s)
 
 
-def als_sentence(tuned: Tuned, budget_s: float) -> str:
-    """Say how the settings of ALS were found."""
+def als_summary(tuned: Tuned, budget_s: float) -> str:
+    """Return one line on how the settings of ALS were found."""
     if tuned.ndcg is None:
         return f"ALS: settings tuned on the default data ({tuned.tried} settings)."
     if tuned.tried == tuned.planned:
         return (
             f"ALS: best of {tuned.tried} settings on validation, {tuned.seconds:.0f} s."
         )
-    how_far = (
+    progress = (
         f"{tuned.tried} of {tuned.planned} settings on validation, "
         f"{tuned.seconds:.0f} s (time budget: {budget_s:g} s)"
     )
     if tuned.tried == 1:
-        return f"ALS: {how_far}: not tuned on this data, so no fair comparison."
-    return f"ALS: best of {how_far}."
+        return f"ALS: {progress}: not tuned on this data; the comparison is not fair."
+    return f"ALS: best of {progress}."
 
 
 def als_record(tuned: Tuned) -> dict[str, Any]:
-    """Return the same for the record of a run."""
+    """Return the same information for the metrics file of a run."""
     return {
         "settings": tuned.settings._asdict(),
         "tuned_on": tuned.data,

@@ -1,1 +1,1 @@
-"""The two-stage example: retrieval, a multi-task ranker, fusion, a diverse list."""
+"""Two-stage recommendation: retrieval, a multi-task ranker, score fusion, diversity."""

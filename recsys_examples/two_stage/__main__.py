@@ -1,9 +1,9 @@
-"""Two stages, as a large recommender has them: retrieval, then a multi-task ranker.
+"""Two-stage recommendation: retrieval, then a multi-task ranker.
 
-python -m recsys_examples.two_stage                train, measure and export
-python -m recsys_examples.two_stage --study        the same over seeds; --resume goes on
-python -m recsys_examples.two_stage latency        time exported models
-python -m recsys_examples.two_stage recommend      ask an exported model
+python -m recsys_examples.two_stage                train, evaluate and export
+python -m recsys_examples.two_stage --study        over several seeds; see --resume
+python -m recsys_examples.two_stage latency        measure latency of exported models
+python -m recsys_examples.two_stage recommend      recommend with an exported model
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Before TensorFlow and BLAS are loaded: less start-up chatter, one thread pool.
+# Set before TensorFlow and BLAS are loaded: no log messages at start-up, one thread
+# pool.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -25,7 +26,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 from rich.console import Console
 
 from recsys_examples.command import (
-    end_as_interrupted,
+    interrupt_on_sigterm,
     make_console,
     run_command,
     whole_number,
@@ -35,16 +36,18 @@ from recsys_examples.movielens.command import (
     add_model,
     add_recommend,
     add_run_arguments,
-    origin,
     print_list,
     print_order_warnings,
     read_data,
+    run_metadata,
 )
 from recsys_examples.two_stage.settings import LIST_LENGTH, RANKERS, STACKS, Settings
 
 if TYPE_CHECKING:
     from recsys_examples.movielens import model as movielens
+    from recsys_examples.movielens import pipeline as movielens_pipeline
     from recsys_examples.movielens.pipeline import Windows
+    from recsys_examples.two_stage.pipeline import Outcome
 
 OUT = "runs/two_stage"
 SAVED_MODELS = {
@@ -58,7 +61,7 @@ METRICS = {
     "ndcg@10 of retrieval": "NDCG@10, retrieval alone",
     "recall@10": "Recall@10",
     "recall@candidates": "Recall of the candidates",
-    "diversity@10": "diversity within a list",
+    "diversity@10": "intra-list diversity",
     "diversity@10 without diversity": "the same, without diversity",
     "diversity@10 of retrieval": "the same, retrieval alone",
     "coverage@10": "coverage@10",
@@ -69,67 +72,38 @@ LATENCY = {
     "p50_ms": "one user, p50 (ms)",
     "p99_ms": "one user, p99 (ms)",
     "batch_ms": "64 users, median (ms)",
-    "users_per_second": "users a second, 64 at a time",
+    "users_per_second": "users per second, batches of 64",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(arguments)
-    goes_on = "; --study --resume goes on" if getattr(options, "study", False) else ""
+    is_study = getattr(options, "study", False)
+    hint = "; --study --resume continues" if is_study else ""
     return run_command(
         lambda: options.run(options),
         needs="the pipeline (string features, SavedModel)",
-        interrupted=f"unfinished results were not kept{goes_on}",
+        interrupted=f"unfinished results were discarded{hint}",
     )
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train both stages, compare them, and write the run's folder."""
+    """Train the pipeline and the MovieLens example; write the run's folder."""
     from recsys_examples.runs import run_folder
 
     started = time.perf_counter()
     console = make_console()
     with run_folder(options.out) as (folder, final):
         windows, settings, full, name, warnings = _prepare(options, console)
-        from recsys_examples.movielens import serving as movielens_serving
-        from recsys_examples.movielens.pipeline import run_ranker
         from recsys_examples.runs import write_json
         from recsys_examples.tables import results_table
         from recsys_examples.two_stage import pictures
-        from recsys_examples.two_stage.pipeline import (
-            FirstStage,
-            fit_first_stages,
-            run_second_stage,
-        )
-        from recsys_examples.two_stage.serving import export_saved_model
 
-        stages = fit_first_stages(windows, settings, options.seed, console.print)
-        outcome = run_second_stage(
-            windows, stages, settings, options.seed, console.print
-        )
-        export_saved_model(
-            outcome.stage,
-            outcome.ranker,
-            outcome.fusion,
-            folder / SAVED_MODELS["two stages"],
-        )
-        console.print("The first example's ranker of the full catalogue, to compare.")
-        compared = run_ranker(windows, full, seed=options.seed, verbose=0)
-        movielens_serving.export_saved_model(
-            compared.fit.ranker,
-            windows.before_test,
-            windows.catalogue,
-            folder / SAVED_MODELS["first example"],
-        )
-        everything = replace(settings, candidates=len(windows.catalogue))
-        last = outcome.stage
-        export_saved_model(
-            FirstStage(last.retrieval, last.past, last.catalogue, everything),
-            outcome.ranker,
-            outcome.fusion,
-            folder / SAVED_MODELS["its ranker on all"],
-        )
+        outcome = _train_pipeline(folder, windows, settings, options.seed, console)
+        console.print("Training the MovieLens example's ranker, for comparison.")
+        compared = _train_full_ranker(folder, windows, full, options.seed)
+        _export_ranker_of_all(folder, outcome, len(windows.catalogue))
         pictures.draw(folder, outcome)
         results = {
             "two stages": [outcome.metrics],
@@ -153,6 +127,56 @@ def train(options: argparse.Namespace) -> None:
         f"Try: python -m recsys_examples.two_stage recommend --user "
         f"{windows.before_test.user_ids[-1]} --model {final}\n"
         f"     python -m recsys_examples.two_stage latency --model {final}"
+    )
+
+
+def _train_pipeline(
+    folder: Path, windows: Windows, settings: Settings, seed: int, console: Console
+) -> Outcome:
+    """Train, evaluate and export both stages."""
+    from recsys_examples.two_stage.pipeline import fit_first_stages, run_second_stage
+    from recsys_examples.two_stage.serving import export_saved_model
+
+    stages = fit_first_stages(windows, settings, seed, console.print)
+    outcome = run_second_stage(windows, stages, settings, seed, console.print)
+    export_saved_model(
+        outcome.stage,
+        outcome.ranker,
+        outcome.fusion,
+        folder / SAVED_MODELS["two stages"],
+    )
+    return outcome
+
+
+def _train_full_ranker(
+    folder: Path, windows: Windows, full: movielens.Settings, seed: int
+) -> movielens_pipeline.Outcome:
+    """Train, evaluate and export the MovieLens example's ranker of all movies."""
+    from recsys_examples.movielens.pipeline import run_ranker
+    from recsys_examples.movielens.serving import export_saved_model
+
+    outcome = run_ranker(windows, full, seed=seed, verbose=0)
+    export_saved_model(
+        outcome.fit.ranker,
+        windows.before_test,
+        windows.catalogue,
+        folder / SAVED_MODELS["first example"],
+    )
+    return outcome
+
+
+def _export_ranker_of_all(folder: Path, outcome: Outcome, num_movies: int) -> None:
+    """Export the pipeline with all movies as candidates, for the latency benchmark."""
+    from recsys_examples.two_stage.pipeline import FirstStage
+    from recsys_examples.two_stage.serving import export_saved_model
+
+    stage = outcome.stage
+    settings = replace(outcome.settings, candidates=num_movies)
+    export_saved_model(
+        FirstStage(stage.retrieval, stage.past, stage.catalogue, settings),
+        outcome.ranker,
+        outcome.fusion,
+        folder / SAVED_MODELS["its ranker on all"],
     )
 
 
@@ -186,13 +210,16 @@ def study(options: argparse.Namespace) -> None:
         "warnings": warnings,
     }
     if options.seeds > 1:
-        whole = [m["ndcg@10"] for m in results[FULL]]
+        full_ndcg = [m["ndcg@10"] for m in results[FULL]]
         for model in NAMES.values():
-            alone = [m["ndcg@10 of retrieval"] for m in results[model]]
-            for what, theirs in ((FULL, whole), ("retrieval alone", alone)):
-                mean, error = paired(results[model], theirs)
+            retrieval_ndcg = [m["ndcg@10 of retrieval"] for m in results[model]]
+            for what, other in (
+                (FULL, full_ndcg),
+                ("retrieval alone", retrieval_ndcg),
+            ):
+                mean, error = paired(results[model], other)
                 console.print(
-                    f"{model} against {what}: NDCG@10 {mean:+.4f}, standard error "
+                    f"{model} minus {what}: NDCG@10 {mean:+.4f}, standard error "
                     f"{error:.4f} over seeds"
                 )
                 record[f"{model} against {what}"] = [mean, error]
@@ -201,7 +228,7 @@ def study(options: argparse.Namespace) -> None:
 
 
 def latency(options: argparse.Namespace) -> None:
-    """Time the models of a run on 1 and 2 threads."""
+    """Measure the latency of the models of a run."""
     from recsys_examples.runs import find_saved_model, write_json
     from recsys_examples.tables import results_table
     from recsys_examples.two_stage.latency import measure_latency
@@ -222,12 +249,12 @@ def latency(options: argparse.Namespace) -> None:
         for name, figures in found[threads].items():
             share = found[threads]["two stages"]["batch_ms"] / figures["batch_ms"]
             if name != "two stages":
-                console.print(f"64 users take {share:.2f} of the time of: {name}")
+                console.print(f"64 users: {share:.2f} of the time of {name}")
     write_json(options.model / "latency.json", found)
 
 
 def recommend(options: argparse.Namespace) -> None:
-    """Ask the SavedModel of a run for movies, and print them."""
+    """Print the recommendations of a run's SavedModel for a user."""
     from recsys_examples.runs import find_saved_model
 
     find_saved_model(options.model)
@@ -235,32 +262,34 @@ def recommend(options: argparse.Namespace) -> None:
 
     from recsys_examples.movielens.serving import load_recommender
 
-    ask = load_recommender(options.model)
-    if set(ask.structured_input_signature[1]) != {"user_id"}:
+    signature = load_recommender(options.model)
+    inputs = sorted(signature.structured_input_signature[1])
+    if inputs != ["user_id"]:
         raise InputError(
-            f"{options.model} is a model of another example: its lists take "
-            f"{sorted(ask.structured_input_signature[1])}"
+            f"{options.model} is not a model of this example: its `recommend` "
+            f"signature must take ['user_id']; got {inputs}"
         )
-    answer = ask(user_id=tf.constant([options.user], tf.int64))
+    answer = signature(user_id=tf.constant([options.user], tf.int64))
     print_list(options.user, answer, options.k)
 
 
 def _users_of(model: Path) -> list[int]:
-    """Return the ids of the users that a run ranked for."""
+    """Return the ids of the test users of a run."""
     path = model / "metrics.json"
     try:
         return json.loads(path.read_text())["users"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not the record of a run: {error!r}") from error
+        raise InputError(f"{path}: not the metrics of a run: {error!r}") from error
 
 
 def _prepare(
     options: argparse.Namespace, console: Console
 ) -> tuple[Windows, Settings, movielens.Settings, str, list[str]]:
-    """Split the data and choose both models' settings; refuse what cannot be.
+    """Read and split the data; return it with the settings.
 
     Returns:
-        The data, the settings of both models, the data's name, and the warnings.
+        The windows, the settings of the pipeline and of the MovieLens example, the
+        name of the data set, and the warnings.
     """
     data = read_data(options)
     if options.stack == "tfrs":
@@ -276,20 +305,20 @@ def _prepare(
     if options.quick:
         settings = replace(settings, retrieval_epochs=2, ranker_epochs=3)
         full = replace(full, max_epochs=2)
-        console.print("A quick run: it shows that all works, and its figures nothing.")
+        console.print("A quick run, to test the installation: figures mean nothing.")
     windows = make_windows(data)
     check_candidates(settings.candidates, len(windows.catalogue))
     console.print(
         f"{data.name}: {len(data.ratings):,} ratings of {len(windows.catalogue):,} "
         f"movies by {len(windows.train.user_ids):,} users; "
-        f"{len(windows.test_task.users):,} users are ranked for."
+        f"{len(windows.test_task.users):,} test users."
     )
     warnings = print_order_warnings(console, data)
     return windows, settings, full, data.name, warnings
 
 
 def _import_tfrs() -> None:
-    """Import tensorflow-recommenders before anything else touches `tf.keras`."""
+    """Import tensorflow-recommenders before anything else uses `tf.keras`."""
     try:
         import recsys_examples.two_stage.tfrs_stack  # noqa: F401
     except ImportError as error:
@@ -297,40 +326,40 @@ def _import_tfrs() -> None:
 
 
 def _record(options: argparse.Namespace, name: str, settings: Settings) -> dict:
-    """Return all that says where the figures come from."""
+    """Return the arguments, settings and versions that the results depend on."""
     packages = ["keras-rs"]
     if settings.stack == "tfrs":
         packages += ["tensorflow-recommenders", "tf_keras", "scann"]
-    return origin(options, name, settings, *packages)
+    return run_metadata(options, name, settings, *packages)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m recsys_examples.two_stage",
-        description="Retrieval, a multi-task ranker, fusion and a diverse list.",
+        description="Retrieval, a multi-task ranker, score fusion and diversity.",
     )
     parser.set_defaults(run=_train_or_study)
-    add_run_arguments(parser, OUT, "several seeds, against the full catalogue")
+    add_run_arguments(parser, OUT, "several seeds, compared with full ranking")
     parser.add_argument(
         "--stack",
         choices=STACKS,
         default="keras-rs",
-        help="what retrieves the candidates (default: %(default)s)",
+        help="library of the retrieval stage (default: %(default)s)",
     )
     parser.add_argument(
         "--ranker",
         choices=RANKERS,
         default="mmoe",
-        help="what mixes the ranker's experts (default: %(default)s)",
+        help="multi-task layer of the ranker (default: %(default)s)",
     )
     parser.add_argument(
         "--candidates",
         type=int,
         default=200,
-        help="movies from the first stage to the second (default: %(default)s)",
+        help="number of movies that are retrieved (default: %(default)s)",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with a study that was stopped"
+        "--resume", action="store_true", help="continue an interrupted study"
     )
     commands = parser.add_subparsers(title="commands")
     add_recommend(commands, recommend, OUT, LIST_LENGTH)
@@ -339,32 +368,34 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_latency(commands: Any) -> None:
-    timed = commands.add_parser("latency", help="time the models of a run")
-    timed.set_defaults(run=latency)
-    add_model(timed, OUT)
-    timed.add_argument(
+    parser = commands.add_parser(
+        "latency", help="measure the latency of the models of a run"
+    )
+    parser.set_defaults(run=latency)
+    add_model(parser, OUT)
+    parser.add_argument(
         "--calls",
         type=whole_number(10, 10**6),
         default=300,
-        help="calls with one user (default: %(default)s)",
+        help="number of calls with one user (default: %(default)s)",
     )
-    timed.add_argument(
+    parser.add_argument(
         "--threads",
         type=whole_number(1, 1024),
         nargs="+",
         default=[1, 2],
-        help="TensorFlow's threads (default: 1 and 2)",
+        help="numbers of TensorFlow threads (default: 1 2)",
     )
 
 
 def _train_or_study(options: argparse.Namespace) -> None:
     if options.resume and not options.study:
-        raise InputError("--resume is for --study")
+        raise InputError("--resume requires --study")
     if options.study and options.ranker != "mmoe":
-        raise InputError("--ranker is for a single run: --study compares both")
+        raise InputError("--ranker cannot be used with --study, which compares both")
     (study if options.study else train)(options)
 
 
 if __name__ == "__main__":
-    end_as_interrupted()
+    interrupt_on_sigterm()
     sys.exit(main())

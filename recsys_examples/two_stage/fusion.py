@@ -1,11 +1,11 @@
-"""From predictions to a list: weighted score fusion, then maximal marginal relevance.
+"""Weighted score fusion, then re-ranking by maximal marginal relevance.
 
     fused(m)  = watch(m) + like_weight * log p_like(m) + rating_weight * stars(m)
-    next      = argmax over the rest of  fused(m) - diversity * max likeness(m, listed)
+    next      = argmax over the rest of  fused(m) - diversity * max sim(m, listed)
 
 The second line is Carbonell and Goldstein 1998 (https://doi.org/10.1145/290941.291025)
-with the weight on one side only, so that `diversity` is in units of the score: 0 sorts
-by `fused`. Likeness is the cosine of two movies' genres.
+with a weight on the similarity only: `diversity` is in units of the score, and 0 sorts
+by `fused`. sim, the similarity of two movies, is the cosine of their genre vectors.
 
 Axis letters: b batch, c candidates, k places of the list, i movies, g genres.
 """
@@ -17,16 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-_SHORTLIST = 50  # candidates that the list is chosen from
+_SHORTLIST = 50  # number of best candidates that are re-ranked
 
 
 class Fusion(NamedTuple):
-    """How predictions become a list.
+    """Weights of the score fusion and of the re-ranking.
 
     Attributes:
-        like: weight of the log probability of like; watch has 1.
+        like: weight of log p(like); the weight of the watch score is 1.
         rating: weight of the stars.
-        diversity: what full likeness to a movie of the list costs.
+        diversity: penalty for a similarity of 1 to a movie of the list.
     """
 
     like: float = 1.0
@@ -35,7 +35,7 @@ class Fusion(NamedTuple):
 
 
 def fuse(scores: dict[str, Any], fusion: Fusion) -> Any:
-    """Return (b, c) fused scores of the tasks' scores (b, c)."""
+    """Return the fused scores (b, c) of the scores of the tasks (b, c)."""
     return (
         scores["watch"]
         + fusion.like * tf.math.log_sigmoid(scores["like"])
@@ -44,44 +44,44 @@ def fuse(scores: dict[str, Any], fusion: Fusion) -> Any:
 
 
 def diverse_top(fused: Any, rows: Any, vectors: Any, k: int, diversity: float) -> Any:
-    """Choose a list by maximal marginal relevance.
+    """Select a list by maximal marginal relevance.
 
     Args:
         fused: (b, c) scores.
-        rows: (b, c) the candidates' rows of `vectors`.
-        vectors: (i, g) of length 1 or 0, whose product is the likeness.
+        rows: (b, c) rows of the candidates in `vectors`.
+        vectors: (i, g) genre vectors of norm 1 or 0; their product is the similarity.
         k: length of the list, at most c.
         diversity: see `Fusion`.
 
     Returns:
-        (b, k) positions among the candidates, in the order of choice.
+        (b, k) positions among the candidates, in the order of selection.
     """
     if diversity == 0.0:
         return tf.math.top_k(fused, k).indices
     size = min(fused.shape[1] or _SHORTLIST, max(k, _SHORTLIST))
     value, shortlist = tf.math.top_k(fused, size)
     genres = tf.gather(vectors, tf.gather(rows, shortlist, batch_dims=1))
-    likeness = diversity * tf.matmul(genres, genres, transpose_b=True)
+    similarity = diversity * tf.matmul(genres, genres, transpose_b=True)
     penalty = tf.zeros_like(value)
     chosen = []
     for _ in range(k):
         place = tf.argmax(value - penalty, axis=1, output_type=tf.int32)
         chosen.append(place)
-        penalty = tf.maximum(penalty, tf.gather(likeness, place, batch_dims=1))
+        penalty = tf.maximum(penalty, tf.gather(similarity, place, batch_dims=1))
         value = tf.where(tf.one_hot(place, size, True, False), value.dtype.min, value)
     return tf.gather(shortlist, tf.stack(chosen, axis=1), batch_dims=1)
 
 
 def intra_list_diversity(lists: np.ndarray, vectors: np.ndarray) -> float:
-    """Return 1 - likeness, averaged over the pairs of each list, then over lists.
+    """Return 1 - similarity, averaged over the pairs of each list, then over lists.
 
     Args:
         lists: (b, k) rows of `vectors`.
-        vectors: (i, g) of length 1 or 0.
+        vectors: (i, g) genre vectors of norm 1 or 0.
     """
     listed = vectors[lists]
-    likeness = listed @ listed.transpose(0, 2, 1)
+    similarity = listed @ listed.transpose(0, 2, 1)
     k = lists.shape[1]
     pairs = k * (k - 1)
-    alike = likeness.sum(axis=(1, 2)) - np.trace(likeness, axis1=1, axis2=2)
-    return float(1.0 - (alike / pairs).mean()) if pairs else 0.0
+    total = similarity.sum(axis=(1, 2)) - np.trace(similarity, axis1=1, axis2=2)
+    return float(1.0 - (total / pairs).mean()) if pairs else 0.0

@@ -1,8 +1,8 @@
-"""How long SavedModels take to make lists, in a fresh process of so many threads.
+"""Latency of the SavedModels' `recommend` signature, by number of threads.
 
-TensorFlow takes its number of threads once, so each number has a process of its own.
-There the models are asked in turn, so that whatever else the machine does meets them
-alike. The process knows TensorFlow alone, as a server would.
+TensorFlow's number of threads is fixed per process: each number is measured in a new
+process. The models are called alternately, which exposes them to the same load of the
+machine. The process imports only TensorFlow, like a server.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _WARM_UP = 10
 def measure_latency(
     folders: Mapping[str, Path], users: Sequence[int], threads: int, calls: int
 ) -> dict[str, dict[str, float]]:
-    """Measure the `recommend` signature of models.
+    """Measure the latency of the `recommend` signatures of models.
 
     Args:
-        folders: by name, the folder of a SavedModel.
-        users: ids to ask for.
-        threads: of TensorFlow, within an operation and between operations.
-        calls: how often one user is asked for; a batch is asked for half as often.
+        folders: maps names to folders of SavedModels.
+        users: user ids.
+        threads: number of TensorFlow's intra-op and inter-op threads.
+        calls: number of calls with one user; half as many are made with a batch.
 
     Returns:
-        By model `p50_ms` and `p99_ms` of one user, `batch_ms`, the median of a batch
-        of `BATCH` users, and `users_per_second` in such batches.
+        For each model `p50_ms` and `p99_ms` with one user, `batch_ms`, the median with
+        `BATCH` users, and `users_per_second` in such batches.
 
     Raises:
         InputError: if the process fails.
     """
-    asked = {
+    request = {
         "folders": {name: str(folder.absolute()) for name, folder in folders.items()},
         "users": list(users),
         "threads": threads,
@@ -50,36 +50,38 @@ def measure_latency(
     }
     done = subprocess.run(
         [sys.executable, "-m", "recsys_examples.two_stage.latency"],
-        input=json.dumps(asked),
+        input=json.dumps(request),
         capture_output=True,
         text=True,
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
         check=False,
     )
     if done.returncode:
-        reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise InputError(f"the process that measures latency failed: {reason}")
+        reason = (done.stderr.strip() or "no error message").splitlines()[-1]
+        raise InputError(f"the latency benchmark failed: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _measure(asked: dict[str, Any]) -> dict[str, dict[str, float]]:
+def _measure(request: dict[str, Any]) -> dict[str, dict[str, float]]:
     import tensorflow as tf
 
-    tf.config.threading.set_intra_op_parallelism_threads(asked["threads"])
-    tf.config.threading.set_inter_op_parallelism_threads(asked["threads"])
-    users = np.resize(np.array(asked["users"], np.int64), max(asked["calls"], BATCH))
+    tf.config.threading.set_intra_op_parallelism_threads(request["threads"])
+    tf.config.threading.set_inter_op_parallelism_threads(request["threads"])
+    users = np.resize(
+        np.array(request["users"], np.int64), max(request["calls"], BATCH)
+    )
 
-    def asker(folder: str) -> Callable[[np.ndarray], Any]:
+    def load(folder: str) -> Callable[[np.ndarray], Any]:
         signature = tf.saved_model.load(folder).signatures["recommend"]
-        # The first example is asked for the length of a list.
+        # The signature of the MovieLens example takes the length of the list.
         takes_k = "k" in signature.structured_input_signature[1]
-        more = {"k": tf.constant(10)} if takes_k else {}
-        return lambda ids: signature(user_id=tf.constant(ids), **more)
+        extra = {"k": tf.constant(10)} if takes_k else {}
+        return lambda ids: signature(user_id=tf.constant(ids), **extra)
 
-    models = {name: asker(folder) for name, folder in asked["folders"].items()}
-    ones = [users[i : i + 1] for i in range(asked["calls"])]
+    models = {name: load(folder) for name, folder in request["folders"].items()}
+    ones = [users[i : i + 1] for i in range(request["calls"])]
     single = _seconds(models, ones)
-    batch = _seconds(models, [users[:BATCH]] * (asked["calls"] // 2))
+    batch = _seconds(models, [users[:BATCH]] * (request["calls"] // 2))
     return {
         name: {
             "p50_ms": 1e3 * float(np.percentile(single[name], 50)),
@@ -92,19 +94,19 @@ def _measure(asked: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _seconds(
-    models: Mapping[str, Callable[[np.ndarray], Any]], questions: list[np.ndarray]
+    models: Mapping[str, Callable[[np.ndarray], Any]], batches: list[np.ndarray]
 ) -> dict[str, list[float]]:
-    """Ask all models every question, in turn; return what each answer took."""
-    for ask in models.values():
-        for question in questions[:_WARM_UP]:
-            ask(question)
-    taken: dict[str, list[float]] = {name: [] for name in models}
-    for question in questions:
-        for name, ask in models.items():
+    """Call all models alternately on each batch; return the seconds of each call."""
+    for model in models.values():
+        for users in batches[:_WARM_UP]:
+            model(users)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for users in batches:
+        for name, model in models.items():
             started = time.perf_counter()
-            ask(question)
-            taken[name].append(time.perf_counter() - started)
-    return taken
+            model(users)
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What the ranker sees of a user and a candidate together, as the first stage cannot.
+"""Pair features of a user and a candidate, for the ranker.
 
-A dot product of two learned vectors knows nothing of what was counted: whether this
-movie often comes right after those that the user has just seen, or shares the genres
-that the user rates highly. All of it is counted from the past that the layer is made
-with; nothing is learned here, so the same layer serves training and the exported model.
+The two towers of the retrieval stage see the user and the movie separately. Pair
+features are co-occurrence statistics, such as how often the movie follows those that
+the user has just seen, and matches between the movie's genres and those the user rates
+highly. They are computed from the ratings given to the layer, without training;
+training and serving use the same layer.
 
 Axis letters: b batch, c candidates, l history length, i movies of the catalogue,
 g genres, s related movies of a movie, d columns of the table.
@@ -35,29 +36,28 @@ PAIR_FEATURES = (
     "liked",
     "year",
 )
-_OF_MOVIE = 4  # columns of the table that are features themselves
-_REACH = 10  # later movies that a movie is counted to be followed by
-_FADING = 0.8  # weight of each next one of them
-_LATEST = 20  # movies of the history whose followers are looked up
-_RECENCY = (3.0, 10.0)  # after so many later movies a weight has fallen by e
-_SCALES = (10.0, 5.0, 0.5, 0.5)  # which bring the counts to about 1
-_PRIOR = 5.0  # ratings' worth of the mean that smooths a movie's figures
-_FIRST_MOVIE = 2  # a lookup's 0 is padding and its 1 is every unknown movie
+_NUM_MOVIE_FEATURES = 4  # columns of the table before the genres
+_WINDOW = 10  # number of following movies that are counted
+_DECAY = 0.8  # of their weights, per position
+_NUM_LATEST = 20  # latest movies of the history whose followers are used
+_TIME_CONSTANTS = (3.0, 10.0)  # of the weights of the history, in movies
+_SCALES = (10.0, 5.0, 0.5, 0.5)  # scale the count features to about 1
+_PRIOR = 5.0  # number of pseudo-ratings for smoothing
+_FIRST_MOVIE = 2  # IntegerLookup maps padding to 0 and unknown movies to 1
 
 
 class PairFeatures(keras.layers.Layer):
-    """Features of users, and of users with their candidates.
+    """Features of users, and of pairs of a user and a candidate.
 
     Args:
-        past: the ratings that may be known.
+        past: the ratings that statistics are computed from.
         catalogue: all movies.
-        related: s, how many movies that follow a movie, or are watched by the same
-            users, are kept.
+        related: number s of following and of similar movies that are kept per movie.
 
     Call arguments:
-        user: the features of users, as `Sequences.histories` gives them.
+        user: features of users, see `Sequences.histories`.
         rows: (b, c) catalogue rows of the candidates.
-        scores: (b, c) the first stage's scores, falling.
+        scores: (b, c) scores of the first stage, in descending order.
 
     Returns:
         Features of the users (b, features), and of the pairs (b, c, features) in the
@@ -71,13 +71,13 @@ class PairFeatures(keras.layers.Layer):
         )
         self.num_movies = len(catalogue)
         genres = genre_vectors(catalogue)
-        # One more row for the padding of histories: it weighs nothing.
+        # An additional row of zeros for the padding of histories.
         self.genres = tf.constant(np.pad(genres, ((0, 1), (0, 0))))
         self._table = tf.constant(
-            np.concatenate([_of_movie(past, catalogue), genres], 1)
+            np.concatenate([_movie_features(past, catalogue), genres], 1)
         )
         self._following = _Related(follow_shares(past, self.num_movies), related)
-        self._alike = _Related(likeness(past, self.num_movies), related)
+        self._similar = _Related(similarity(past, self.num_movies), related)
 
     def call(self, user: dict[str, Any], rows: Any, scores: Any) -> tuple[Any, Any]:
         history = self._rows_of(user["history"])
@@ -88,7 +88,7 @@ class PairFeatures(keras.layers.Layer):
         share = 1.0 / tf.maximum(count, 1.0)
         mean = tf.reduce_sum(stars * watched, 1, keepdims=True) * share
         taste = (stars - mean) * watched
-        genres = self._genres_of(history, watched, taste)
+        genres = self._genre_profiles(history, watched, taste)
         of_user = tf.concat(
             [
                 tf.math.log1p(count),
@@ -105,55 +105,59 @@ class PairFeatures(keras.layers.Layer):
         columns = [
             scores - scores[:, :1],
             tf.broadcast_to(place, tf.shape(scores)),
-            *self._counted(history, watched, taste, rows),
+            *self._count_features(history, watched, taste, rows),
         ]
         of_pair = [
             tf.stack(columns, axis=-1),
-            tf.matmul(table[..., _OF_MOVIE:], genres, transpose_b=True),
-            table[..., :_OF_MOVIE],
+            tf.matmul(table[..., _NUM_MOVIE_FEATURES:], genres, transpose_b=True),
+            table[..., :_NUM_MOVIE_FEATURES],
         ]
         return of_user, tf.concat(of_pair, axis=-1)
 
-    def _counted(self, history: Any, watched: Any, taste: Any, rows: Any) -> list[Any]:
-        """Return four (b, c): what the history says of the candidates by counts."""
-        latest = history[:, :_LATEST]
-        ago = np.arange(_LATEST, dtype=np.float32)
+    def _count_features(
+        self, history: Any, watched: Any, taste: Any, rows: Any
+    ) -> list[Any]:
+        """Return four features (b, c) from the co-occurrence statistics."""
+        latest = history[:, :_NUM_LATEST]
+        ago = np.arange(_NUM_LATEST, dtype=np.float32)
         found = [
-            self._following.of(latest, watched[:, :_LATEST] * np.exp(-ago / recency))
-            for recency in _RECENCY
+            self._following.of(
+                latest, watched[:, :_NUM_LATEST] * np.exp(-ago / recency)
+            )
+            for recency in _TIME_CONSTANTS
         ]
-        found += [self._alike.of(history, watched), self._alike.of(history, taste)]
+        found += [self._similar.of(history, watched), self._similar.of(history, taste)]
         return [
             scale * tf.gather(values, rows, batch_dims=1)
             for scale, values in zip(_SCALES, found, strict=True)
         ]
 
     def rows_seen(self, history: Any) -> Any:
-        """(b, l) movie ids -> (n, 2) users of the batch and rows of known movies."""
+        """(b, l) movie ids -> (n, 2) pairs (row of the batch, row of a known movie)."""
         rows = self._rows_of(history)
         known = tf.where(rows < self.num_movies)
         users = tf.cast(known[:, 0], rows.dtype)
         return tf.stack([users, tf.gather_nd(rows, known)], axis=1)
 
-    def knows(self, movie_ids: Any) -> Any:
-        """Return where movie ids are of the catalogue."""
+    def is_known(self, movie_ids: Any) -> Any:
+        """Return whether movie ids are in the catalogue."""
         return self._rows_of(movie_ids) < self.num_movies
 
     def _rows_of(self, movie_ids: Any) -> Any:
-        """Return catalogue rows, one too many for padding and what is unknown."""
+        """Return catalogue rows; `num_movies` for padding and unknown movies."""
         known = self._lookup(movie_ids) - _FIRST_MOVIE
         padding = tf.cast(self.num_movies, known.dtype)
         return tf.cast(tf.where(known < 0, padding, known), tf.int32)
 
-    def _genres_of(self, history: Any, watched: Any, taste: Any) -> Any:
-        """(b, 2, g): the genres of the history, and of what was rated highly."""
+    def _genre_profiles(self, history: Any, watched: Any, taste: Any) -> Any:
+        """(b, 2, g): genre profiles of the history, plain and weighted by rating."""
         weights = tf.stack([watched, taste], axis=1)  # (b, 2, l)
         profiles = tf.matmul(weights, tf.gather(self.genres, history))
         return tf.math.l2_normalize(profiles, axis=-1)
 
 
 def genre_vectors(catalogue: Catalogue) -> np.ndarray:
-    """Return (i, g) float32 rows of length 1, or 0 where a movie has no genre."""
+    """Return (i, g) float32 rows of norm 1, or 0 for movies without genres."""
     names = np.unique(catalogue.genres)
     names = names[names != ""]
     hot = (catalogue.genres[:, :, None] == names).any(axis=1).astype(np.float32)
@@ -161,18 +165,18 @@ def genre_vectors(catalogue: Catalogue) -> np.ndarray:
 
 
 def follow_counts(past: Sequences, num_movies: int) -> sparse.csr_matrix:
-    """Count how often movie b (column) comes after movie a (row): (i, i).
+    """Return (i, i) weighted counts of movie b (column) following movie a (row).
 
-    With a weight of 1 if it comes next, of `_FADING` if one movie is between, and so
-    on. Ratings of one second have no order, so each follows the other by half.
+    The weight is 1 if b comes next, `_DECAY` if there is one movie between, and so on.
+    Ratings with equal timestamps count half in each direction.
     """
     users, times = past.users, past.timestamps
     before, after, weights = [], [], []
-    for gap in range(1, min(_REACH, len(users) - 1) + 1):
+    for gap in range(1, min(_WINDOW, len(users) - 1) + 1):
         same_user = users[:-gap] == users[gap:]
         a, b = past.movies[:-gap][same_user], past.movies[gap:][same_user]
         tied = (times[:-gap] == times[gap:])[same_user]
-        weight = np.where(tied, 0.5, 1.0) * _FADING ** (gap - 1)
+        weight = np.where(tied, 0.5, 1.0) * _DECAY ** (gap - 1)
         before += [a, b[tied]]
         after += [b, a[tied]]
         weights += [weight, weight[tied]]
@@ -183,13 +187,13 @@ def follow_counts(past: Sequences, num_movies: int) -> sparse.csr_matrix:
 
 
 def follow_shares(past: Sequences, num_movies: int) -> sparse.csr_matrix:
-    """(i, i): the share that b has of all that follows a, smoothed towards 0."""
+    """(i, i): counts of b following a, divided by the sum over b; smoothed to 0."""
     counts = follow_counts(past, num_movies)
     return sparse.diags(1 / (np.asarray(counts.sum(axis=1)).ravel() + _PRIOR)) @ counts
 
 
-def likeness(past: Sequences, num_movies: int) -> sparse.csr_matrix:
-    """(i, i): the cosine of the users of two movies, smoothed; 0 of a movie itself."""
+def similarity(past: Sequences, num_movies: int) -> sparse.csr_matrix:
+    """(i, i): smoothed cosine similarity of the movies' users; 0 on the diagonal."""
     users = past.matrix(num_movies)
     length = np.sqrt(np.asarray(users.sum(axis=0)).ravel() + _PRIOR)
     scale = sparse.diags(1 / length)
@@ -200,11 +204,11 @@ def likeness(past: Sequences, num_movies: int) -> sparse.csr_matrix:
 
 
 class _Related:
-    """The movies most related to each, and how much: (i + 1, s) each.
+    """The s most related movies of each movie and their weights, (i + 1, s) each.
 
     Args:
-        relation: (i, i), row by row how much each movie is related.
-        kept: s.
+        relation: (i, i) weights.
+        kept: number s of movies that are kept per row.
     """
 
     def __init__(self, relation: sparse.csr_matrix, kept: int) -> None:
@@ -220,7 +224,7 @@ class _Related:
         self._rows, self._weights = tf.constant(rows), tf.constant(weights)
 
     def of(self, history: Any, weights: Any) -> Any:
-        """(b, l) rows and weights -> (b, i): the weighted sum of what is related."""
+        """(b, l) rows and weights -> (b, i): weighted sum over the history."""
         rows = tf.gather(self._rows, history)  # (b, l, s)
         values = tf.gather(self._weights, history) * weights[..., None]
         per_user = [tf.shape(history)[0], history.shape[1] * self._rows.shape[1]]
@@ -233,8 +237,8 @@ class _Related:
         )
 
 
-def _of_movie(past: Sequences, catalogue: Catalogue) -> np.ndarray:
-    """(i, 4): popularity, smoothed means of stars and likes, year; standardised."""
+def _movie_features(past: Sequences, catalogue: Catalogue) -> np.ndarray:
+    """(i, 4): popularity, smoothed mean of stars and of likes, year; standardised."""
 
     def summed(values: np.ndarray) -> np.ndarray:
         return np.bincount(past.movies, values, minlength=len(catalogue))

@@ -1,4 +1,4 @@
-"""The pictures of a run: what the candidates hold, and what diversity costs."""
+"""Plots of a run: recall of the candidates, and the trade-off of diversity."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # a run may have no screen
+matplotlib.use("Agg")  # works without a display
 
 import matplotlib.pyplot as plt
 
@@ -14,7 +14,7 @@ from recsys_examples.two_stage.pipeline import Outcome
 
 
 def draw(folder: Path, outcome: Outcome) -> None:
-    """Write the pictures of a run as PNG files into a folder."""
+    """Write the plots of a run as PNG files into a folder."""
     _funnel(outcome).savefig(folder / "funnel.png", dpi=120)
     _diversity(outcome).savefig(folder / "diversity.png", dpi=120)
     plt.close("all")
@@ -27,18 +27,18 @@ def _funnel(outcome: Outcome) -> plt.Figure:
     ax.plot(counts, list(outcome.funnel.values()), "o-")
     ax.axvline(outcome.settings.candidates, linestyle=":", color="grey")
     ax.annotate(
-        "handed to the ranker",
+        "candidates of the ranker",
         (outcome.settings.candidates, 0.02),
         xytext=(4, 0),
         textcoords="offset points",
     )
     ax.set(xscale="log", ylim=(0, 1), xlabel="candidates", ylabel="recall")
-    ax.set_title("relevant movies of the test window among the candidates")
+    ax.set_title("recall of the candidates, test window")
     return figure
 
 
 def _diversity(outcome: Outcome) -> plt.Figure:
-    """NDCG@10 against diversity within a list, by the weight of likeness."""
+    """NDCG@10 against intra-list diversity, by the weight `diversity`."""
     figure, ax = plt.subplots(figsize=(5.5, 3.5), layout="constrained")
     tried = outcome.chosen["validation_diversity"]
     x = [quality["diversity@10"] for quality in tried.values()]
@@ -52,6 +52,6 @@ def _diversity(outcome: Outcome) -> plt.Figure:
             xytext=(4, 4),
             textcoords="offset points",
         )
-    ax.set(xlabel="diversity within a list", ylabel="validation NDCG@10")
-    ax.set_title("what diversity costs, by its weight")
+    ax.set(xlabel="intra-list diversity", ylabel="validation NDCG@10")
+    ax.set_title("NDCG against diversity, by weight")
     return figure

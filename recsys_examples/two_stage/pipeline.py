@@ -1,16 +1,17 @@
-"""From ratings to a measured pipeline: the ranker learns from what came after the past
-that its first stage was fitted to.
+"""Training and evaluation of the pipeline.
 
-    first stage fitted to           ranker learns from         used for
-    the early training ratings  ->  the late training ratings  both rankers
-    all training ratings        ->  the validation window      choices, final ranker
+The ranker is trained on ratings later than those its first stage was trained on.
+
+    first stage trained on          ranker trained on          used for
+    early training ratings      ->  late training ratings      both rankers
+    all training ratings        ->  the validation window      tuning, final ranker
     all before the test window  ->                             test, export
 
-Choices (epochs, weights of the fusion, diversity) are made on the validation window by
-a ranker that has not seen it. The final ranker learns from both windows. The test
-window is read once, by what is kept.
+Epochs, fusion weights and diversity are tuned on the validation window, with a ranker
+trained on the late training ratings only. The final ranker is trained on both. The test
+window is used once, for the final pipeline.
 
-Axis letters: b users, n moments, c candidates, i movies of the catalogue.
+Axis letters: b users, n examples, c candidates, i movies of the catalogue.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ from recsys_examples.two_stage.pairs import PairFeatures, genre_vectors
 from recsys_examples.two_stage.ranker import Examples, Moments, fit_ranker
 from recsys_examples.two_stage.retrieval import fit_retrieval, make_index
 from recsys_examples.two_stage.settings import LIST_LENGTH, TASKS, Settings
-from recsys_examples.two_stage.towers import HIDDEN, Retrieval
+from recsys_examples.two_stage.towers import MASKED_SCORE, Retrieval
 
-_AT_ONCE = 256
+_BATCH_SIZE = 256
 FUNNEL = (10, 20, 50, 100, 200, 500, 1000)
 
 
 class Candidates(NamedTuple):
-    """What the first stage hands over.
+    """The output of the first stage.
 
     Attributes:
-        rows: (n, c) catalogue rows, -1 where no movie is left.
+        rows: (n, c) catalogue rows, -1 where there are fewer than c candidates.
         users: (n, u) features of the users.
         pairs: (n, c, p) features of the pairs.
     """
@@ -58,11 +59,11 @@ class Candidates(NamedTuple):
 
 
 class FirstStage:
-    """Retrieval as of a moment of time: its index, and what it counts of the past.
+    """The retrieval index and the pair features, from the ratings up to some time.
 
     Args:
         retrieval: the trained towers.
-        past: the ratings they were fitted to.
+        past: the ratings they were trained on.
         catalogue: all movies.
         settings: number of candidates, and of related movies.
     """
@@ -82,16 +83,18 @@ class FirstStage:
     def candidates(
         self, sequences: Sequences, users: np.ndarray, ends: np.ndarray
     ) -> Candidates:
-        """Return the candidates of users at moments.
+        """Return candidates, given the first `ends` ratings of each user.
 
         Args:
-            sequences: ratings of the users; only the first `ends` are looked at.
+            sequences: ratings of the users.
             users: (n,) user rows.
-            ends: (n,) how many of each user's ratings have happened.
+            ends: (n,) number of the user's ratings that are used.
         """
         found = [
-            self._candidates(sequences, users[at:][:_AT_ONCE], ends[at:][:_AT_ONCE])
-            for at in range(0, len(users), _AT_ONCE)
+            self._candidates(
+                sequences, users[at:][:_BATCH_SIZE], ends[at:][:_BATCH_SIZE]
+            )
+            for at in range(0, len(users), _BATCH_SIZE)
         ]
         return Candidates(*map(np.concatenate, zip(*found, strict=True)))
 
@@ -108,23 +111,23 @@ class FirstStage:
             (keras.ops.convert_to_tensor(queries), keras.ops.convert_to_tensor(seen))
         )
         of_user, of_pair = self.pairs(tensors, rows, scores)
-        nobody = np.asarray(scores) < HIDDEN / 2
-        rows = np.where(nobody, -1, np.asarray(rows))
+        masked = np.asarray(scores) < MASKED_SCORE / 2
+        rows = np.where(masked, -1, np.asarray(rows))
         return Candidates(rows, np.asarray(of_user), np.asarray(of_pair))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A trained pipeline and what it is worth on the test window.
+    """A trained pipeline and its evaluation on the test window.
 
     Attributes:
-        settings: what it is made of.
-        stage: the first stage, fitted to all before the test window.
-        ranker: the second.
-        fusion: how their scores become a list.
-        metrics: by name.
-        chosen: what was chosen on validation, and the figures it was chosen by.
-        funnel: by number of candidates, the share of relevant movies among them.
+        settings: settings of the pipeline.
+        stage: the first stage, trained on all ratings before the test window.
+        ranker: the second stage.
+        fusion: weights of the score fusion.
+        metrics: test metrics by name.
+        chosen: settings tuned on validation, with the metrics of all values tried.
+        funnel: recall of the candidates by number of candidates.
     """
 
     settings: Settings
@@ -137,7 +140,10 @@ class Outcome:
 
 
 def cut_late(sequences: Sequences, share: float) -> Sequences:
-    """Return the sequences without each user's last ratings, at least one of two."""
+    """Return the sequences without a share of each user's latest ratings.
+
+    At least one rating is removed for users with two or more.
+    """
     lengths = sequences.lengths
     late = np.maximum((lengths * share).astype(int), 1) * (lengths > 1)
     kept = np.arange(len(sequences.movies)) < (sequences.starts[1:] - late).repeat(
@@ -154,7 +160,7 @@ def cut_late(sequences: Sequences, share: float) -> Sequences:
 
 @dataclass(frozen=True)
 class Stages:
-    """The first stage as of three moments, see the top of this file."""
+    """The first stage trained on three windows, see the module docstring."""
 
     early: FirstStage
     trained: FirstStage
@@ -167,24 +173,24 @@ def fit_first_stages(
     seed: int = 0,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Stages:
-    """Train the first stage three times; its epochs are chosen on validation.
+    """Train the first stage three times; the number of epochs is tuned on validation.
 
     Raises:
-        InputError: if `settings.candidates` is not a number of movies that the
-            catalogue has and a list needs.
+        InputError: if `settings.candidates` is below the length of a list or above the
+            number of movies.
     """
     catalogue = windows.catalogue
     check_candidates(settings.candidates, len(catalogue))
 
-    def fitted(past: Sequences, **how: Any) -> FirstStage:
-        retrieval = fit_retrieval(past, catalogue, settings, seed=seed, **how)
+    def fitted(past: Sequences, **kwargs: Any) -> FirstStage:
+        retrieval = fit_retrieval(past, catalogue, settings, seed=seed, **kwargs)
         return FirstStage(retrieval, past, catalogue, settings)
 
-    announce("First stage: on the training window, watched on validation.")
+    announce("First stage: training window, epochs tuned on validation.")
     validation = Validation(windows.before_test, windows.validation_task)
     trained = fitted(windows.train, validation=validation)
     epochs = trained.retrieval.epochs
-    announce(f"{epochs} epochs. On the early part, then on all before the test window.")
+    announce(f"{epochs} epochs. Early ratings, then all before the test window.")
     early = fitted(cut_late(windows.train, settings.late), epochs=epochs)
     return Stages(early, trained, fitted(windows.before_test, epochs=epochs))
 
@@ -196,19 +202,21 @@ def run_second_stage(
     seed: int = 0,
     announce: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
-    """Train the ranker, choose on validation, and measure on the test window."""
-    announce("Ranker: on the late training ratings, watched on validation.")
-    lessons = examples_of(stages.early, windows.train, settings)
-    watch = _OnValidation(stages.trained, windows.validation_task)
-    _, curves = fit_ranker(lessons, settings, seed=seed, callbacks=[watch])
-    fusion, chosen = watch.choose(settings)
-    announce(f"{watch.epochs} epochs, {fusion}. On the validation window, too.")
-    lessons = lessons.joined(examples_of(stages.trained, windows.before_test, settings))
-    ranker, _ = fit_ranker(lessons, settings, seed=seed, epochs=watch.epochs)
+    """Train the ranker, tune on validation, and evaluate on the test window."""
+    announce("Ranker: late training ratings, tuned on validation.")
+    examples = examples_of(stages.early, windows.train, settings)
+    tuner = _ValidationTuner(stages.trained, windows.validation_task)
+    _, curves = fit_ranker(examples, settings, seed=seed, callbacks=[tuner])
+    fusion, chosen = tuner.choose(settings)
+    announce(f"{tuner.epochs} epochs, {fusion}. Final ranker: also on validation.")
+    examples = examples.joined(
+        examples_of(stages.trained, windows.before_test, settings)
+    )
+    ranker, _ = fit_ranker(examples, settings, seed=seed, epochs=tuner.epochs)
     metrics, funnel = measure(stages.last, ranker, fusion, windows.test_task)
     chosen |= {
         "retrieval_epochs": stages.trained.retrieval.epochs,
-        "ranker_epochs": watch.epochs,
+        "ranker_epochs": tuner.epochs,
         "fusion": fusion._asdict(),
         "curves": curves,
     }
@@ -216,32 +224,33 @@ def run_second_stage(
 
 
 def check_candidates(candidates: int, num_movies: int) -> None:
-    """Refuse a number of candidates that cannot be found or makes no list."""
+    """Raise InputError if the number of candidates is out of range."""
     if not LIST_LENGTH <= candidates <= num_movies:
         raise InputError(
-            f"candidates must be from {LIST_LENGTH}, the length of a list, to "
-            f"{num_movies:,}, the movies of the catalogue, not {candidates:,}"
+            f"candidates must be from {LIST_LENGTH} (the length of a list) to "
+            f"{num_movies:,} (the number of movies); got {candidates:,}"
         )
 
 
 def examples_of(stage: FirstStage, until: Sequences, settings: Settings) -> Examples:
-    """Return what a ranker learns from the ratings after those of the first stage.
+    """Return training examples from the ratings that follow those of a first stage.
 
     Args:
         stage: the first stage.
-        until: the ratings it was fitted to, and after them the window to learn from.
-        settings: the number of movies that a moment asks for.
+        until: the ratings it was trained on, followed by those of the window to train
+            the ranker on.
+        settings: number of next movies per example.
     """
     moments = Moments.between(stage.past, until, settings.block)
     return Examples.of(moments, *stage.candidates(until, moments.users, moments.ends))
 
 
 class Ranked:
-    """The candidates of a task's users, scored and listed.
+    """The candidates of a ranking task's users, with scores and lists.
 
     Args:
-        stage: the first stage.
-        task: who is ranked for. What they have seen is what the stage was fitted to.
+        stage: the first stage, trained on the movies that the users have seen.
+        task: the ranking task.
     """
 
     def __init__(self, stage: FirstStage, task: RankingTask) -> None:
@@ -251,12 +260,12 @@ class Ranked:
 
     def predict(self, ranker: keras.Model) -> dict[str, np.ndarray]:
         """Return the scores (b, c) of each task."""
-        scores = ranker.predict(self._features, batch_size=_AT_ONCE, verbose=0)
+        scores = ranker.predict(self._features, batch_size=_BATCH_SIZE, verbose=0)
         return {task: scores[task].reshape(self.rows.shape) for task in TASKS}
 
     def lists(self, scores: dict[str, np.ndarray], fusion: Fusion) -> np.ndarray:
-        """Return (b, k) catalogue rows, -1 where no movie is left."""
-        fused = np.where(self.rows < 0, HIDDEN, np.asarray(fuse(scores, fusion)))
+        """Return (b, k) catalogue rows, -1 where a list is shorter."""
+        fused = np.where(self.rows < 0, MASKED_SCORE, np.asarray(fuse(scores, fusion)))
         top = diverse_top(
             keras.ops.convert_to_tensor(fused),
             keras.ops.convert_to_tensor(np.maximum(self.rows, 0)),
@@ -267,31 +276,31 @@ class Ranked:
         return np.take_along_axis(self.rows, np.asarray(top), axis=1)
 
     def ndcg(self, lists: np.ndarray) -> float:
-        """Return the NDCG@k of lists (b, k): the same as in `quality`, fast."""
+        """Return the NDCG@k of lists (b, k), equal to that of `quality` but faster."""
         relevant = self.task.relevant[self.task.users]
         users = np.arange(len(lists))[:, None]
         hits = relevant[users, np.maximum(lists, 0)].toarray()
         discounts = 1 / np.log2(np.arange(2, 2 + lists.shape[1]))
-        most = np.cumsum(discounts)
-        ideal = most[np.minimum(relevant.getnnz(axis=1), lists.shape[1]) - 1]
+        ideal_gains = np.cumsum(discounts)
+        ideal = ideal_gains[np.minimum(relevant.getnnz(axis=1), lists.shape[1]) - 1]
         return float((hits * (lists >= 0) @ discounts / ideal).mean())
 
     def quality(self, lists: np.ndarray) -> dict[str, float]:
-        """Return NDCG, recall and coverage at 10, and how little a list repeats."""
+        """Return NDCG, recall, coverage and intra-list diversity at 10."""
         return {
             **rank(as_scorer(self.task, lists), self.task, LIST_LENGTH),
             "diversity@10": self.diversity(lists),
         }
 
     def diversity(self, lists: np.ndarray) -> float:
-        """Return how little the lists repeat genres; see `intra_list_diversity`."""
+        """Return the intra-list diversity by genres."""
         return intra_list_diversity(lists, self._genres)
 
 
 def as_scorer(task: RankingTask, lists: np.ndarray) -> Scorer:
-    """Return scores of the catalogue whose best movies are those of the lists (b, k).
+    """Return a scorer of the catalogue whose ranking equals the lists (b, k).
 
-    The lists are those of `task.users`, -1 where they end early.
+    The lists are those of `task.users`, with -1 where a list is shorter.
     """
     size = task.relevant.shape[1]
     place = np.zeros(task.relevant.shape[0], int)
@@ -299,15 +308,15 @@ def as_scorer(task: RankingTask, lists: np.ndarray) -> Scorer:
 
     def score(users: np.ndarray) -> np.ndarray:
         scores = np.zeros((len(users), size + 1), np.float32)
-        worth = np.arange(lists.shape[1], 0, -1, dtype=np.float32)
-        np.put_along_axis(scores, lists[place[users]], worth[None], axis=1)
+        values = np.arange(lists.shape[1], 0, -1, dtype=np.float32)
+        np.put_along_axis(scores, lists[place[users]], values[None], axis=1)
         return scores[:, :size]
 
     return score
 
 
-class _OnValidation(keras.callbacks.Callback):
-    """Ranks the validation window after every epoch, and keeps the best."""
+class _ValidationTuner(keras.callbacks.Callback):
+    """Ranks the validation window after every epoch; keeps the best scores."""
 
     def __init__(self, stage: FirstStage, task: RankingTask) -> None:
         super().__init__()
@@ -328,7 +337,7 @@ class _OnValidation(keras.callbacks.Callback):
         return self._ranked.ndcg(self._ranked.lists(scores, fusion))
 
     def choose(self, settings: Settings) -> tuple[Fusion, dict[str, Any]]:
-        """Return the best fusion weights, then the most diversity they can afford."""
+        """Return the best fusion weights, with the largest diversity in tolerance."""
         weights = {
             Fusion(like, rating): 0.0
             for like in settings.like_weights
@@ -360,12 +369,12 @@ class _OnValidation(keras.callbacks.Callback):
 def measure(
     stage: FirstStage, ranker: keras.Model, fusion: Fusion, task: RankingTask
 ) -> tuple[dict[str, float], dict[int, float]]:
-    """Return all figures of a window, and recall by the number of candidates."""
+    """Return the metrics of a ranking task, and recall by number of candidates."""
     past = stage.past
     everyone = np.arange(len(past.user_ids))
     catalogue_scores = stage.retrieval.scores(past.histories(stage.catalogue, everyone))
 
-    def alone(users: np.ndarray) -> np.ndarray:
+    def retrieval_scores(users: np.ndarray) -> np.ndarray:
         return catalogue_scores[users]
 
     ranked = Ranked(stage, task)
@@ -374,12 +383,16 @@ def measure(
     sorted_ = ranked.quality(ranked.lists(scores, fusion._replace(diversity=0.0)))
     first = ranked.quality(ranked.rows[:, :LIST_LENGTH])
     size = len(stage.catalogue)
-    funnel = {k: rank(alone, task, k)[f"recall@{k}"] for k in FUNNEL if k <= size}
+    funnel = {
+        k: rank(retrieval_scores, task, k)[f"recall@{k}"] for k in FUNNEL if k <= size
+    }
     candidates = ranked.rows.shape[1]
     metrics = {
         **final,
         **{f"{name} without diversity": value for name, value in sorted_.items()},
         **{f"{name} of retrieval": value for name, value in first.items()},
-        "recall@candidates": rank(alone, task, candidates)[f"recall@{candidates}"],
+        "recall@candidates": rank(retrieval_scores, task, candidates)[
+            f"recall@{candidates}"
+        ],
     }
     return metrics, funnel

@@ -1,18 +1,18 @@
 """The second stage: a multi-task ranker of the candidates.
 
-    h_t     MMoE(user)_t or PLE(user)_t                   one mixture a task
-    phi     [pair, relu(W pair + b)]                      what the pair shows
+    h_t     MMoE(user)_t or PLE(user)_t                   one mixture per task
+    phi     [pair, relu(W pair + b)]                      pair features
     score_t = <A_t h_t, phi> + Tower_t(h_t)               and + the first stage's score
                                                           for t = watch
 
-As in the first example the mixture says, user by user, what counts for a task; here it
-weighs features of the pair instead of a movie's learned vector. It runs once a user,
-not once a candidate, which is what makes 200 candidates cheap.
+As in the MovieLens example, the output of the mixture is a user vector per task; here
+it is multiplied with pair features instead of a movie embedding. The mixture is
+computed once per user, not per candidate, which makes 200 candidates cheap.
 
-The ranker learns from moments after the past that the first stage was fitted to: there
-alone the first stage's scores are worth what they will be worth in use.
+The ranker is trained on ratings later than those the first stage was trained on: only
+there do the first stage's scores have the same distribution as in serving.
 
-Axis letters: n moments, c candidates, p pair features, u user features, i movies.
+Axis letters: n examples, c candidates, p pair features, u user features, i movies.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from recsys_examples.two_stage.settings import TASKS, Settings
 
 _NO_CANDIDATE = -1.0
 _LEVEL_WEIGHT = 0.05
-_FARTHEST = 3.0  # standard deviations
+_CLIP = 3.0  # standard deviations
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Users at moments of a window, and what they watched next.
+    """Users at points of time in a window, and the movies they watched next.
 
     Attributes:
         users: (n,) user rows.
-        ends: (n,) how many of the user's ratings have happened.
-        movies: (n, block) catalogue rows watched next, -1 where the window ends.
+        ends: (n,) number of the user's ratings before that time.
+        movies: (n, block) catalogue rows watched next, -1 after the end of the window.
         stars: (n, block) their ratings.
     """
 
@@ -56,12 +56,12 @@ class Moments:
 
     @classmethod
     def between(cls, past: Sequences, until: Sequences, block: int) -> Moments:
-        """Cut what came after the past into blocks, each with its moment before.
+        """Split the ratings after `past` into blocks; each gives one example.
 
         Args:
-            past: the ratings until the window.
-            until: the same, and the window's.
-            block: movies watched next of one moment.
+            past: the ratings before the window.
+            until: the ratings before and in the window.
+            block: number of movies per block.
         """
         begins, lengths = past.lengths, until.lengths
         counts = -(-(lengths - begins) // block)
@@ -81,13 +81,13 @@ class Moments:
 
 @dataclass(frozen=True)
 class Examples:
-    """What the ranker is fitted to.
+    """Training examples of the ranker.
 
     Attributes:
-        users: (n, u) features.
-        pairs: (n, c, p) features.
+        users: (n, u) user features.
+        pairs: (n, c, p) pair features.
         stars: (n, c) the rating of a candidate that was watched next, 0 of one that
-            was not, and -1 where there is no candidate.
+            was not, and -1 for padding.
     """
 
     users: np.ndarray
@@ -98,7 +98,7 @@ class Examples:
     def of(
         cls, moments: Moments, rows: np.ndarray, users: np.ndarray, pairs: np.ndarray
     ) -> Examples:
-        """Give the candidates `rows` (n, c), -1 for none, their labels."""
+        """Return examples of the candidates `rows` (n, c), -1 for padding."""
         stars = np.where(rows < 0, _NO_CANDIDATE, 0.0).astype(np.float32)
         for n, (movies, given) in enumerate(
             zip(moments.movies, moments.stars, strict=True)
@@ -118,7 +118,7 @@ class Examples:
 
     @property
     def labels(self) -> dict[str, np.ndarray]:
-        """By task: watch (n, c) with -1 for no candidate, the others (n, c, 1)."""
+        """Labels by task: watch (n, c) with -1 for padding, the others (n, c, 1)."""
         return {
             "watch": np.sign(self.stars),
             "like": (self.stars >= LIKED).astype(np.float32)[..., None],
@@ -127,7 +127,7 @@ class Examples:
 
     @property
     def weights(self) -> dict[str, np.ndarray]:
-        """By task: like and rating count where the candidate was watched."""
+        """Sample weights by task: like and rating only for watched candidates."""
         watched = (self.stars > 0).astype(np.float32)
         ones = np.ones(len(watched), np.float32)
         return {"watch": ones, "like": watched, "rating": watched}
@@ -137,15 +137,15 @@ def build_ranker(settings: Settings, users: np.ndarray) -> MultiTaskModel:
     """Build the ranker: (n, u) and (n, c, p) -> watch (n, c), the others (n, c, 1).
 
     Args:
-        settings: sizes.
-        users: (n, u) those it will learn from, for their mean and spread.
+        settings: hyperparameters.
+        users: (n, u) features of the training examples, for normalization.
     """
     normalised = layers.Normalization(name="normalise")
     normalised.adapt(users)
     user = keras.Input((users.shape[1],), name="user")
     pair = keras.Input((None, len(PAIR_FEATURES)), name="pair")
-    # Whoever is unlike all that it has learned from, as a newcomer, is not far away.
-    known = ops.clip(normalised(user), -_FARTHEST, _FARTHEST)
+    # Clipped: users unlike those of training, such as new users, are not outliers.
+    known = ops.clip(normalised(user), -_CLIP, _CLIP)
     shared = _mixture(settings)(layers.Dropout(settings.dropout)(known))
     hidden = layers.Dense(settings.units, activation="relu", name="pair_hidden")(pair)
     phi = ops.concatenate([pair, hidden], axis=-1)
@@ -172,8 +172,16 @@ def build_ranker(settings: Settings, users: np.ndarray) -> MultiTaskModel:
 
 def _mixture(settings: Settings) -> keras.layers.Layer:
     if settings.ranker == "ple":
-        return PLE(1, 1, 1, settings.units, TASKS)
-    return MMoE(settings.num_experts, settings.units, TASKS)
+        return PLE(
+            num_levels=1,
+            num_shared_experts=1,
+            num_task_experts=1,
+            expert_units=settings.units,
+            tasks=TASKS,
+        )
+    return MMoE(
+        num_experts=settings.num_experts, expert_units=settings.units, tasks=TASKS
+    )
 
 
 def fit_ranker(
@@ -185,14 +193,14 @@ def fit_ranker(
     callbacks: list[Any] | None = None,
     verbose: int = 0,
 ) -> tuple[MultiTaskModel, dict[str, list[float]]]:
-    """Train a ranker; return it and its curves.
+    """Train a ranker; return it and its training curves.
 
     Args:
-        examples: what it learns from.
-        settings: sizes and rates.
-        seed: seed of the weights, the dropout and the order.
-        epochs: the number of epochs; `settings.ranker_epochs` by default.
-        callbacks: as in `keras.Model.fit`, given the model to watch.
+        examples: the training examples.
+        settings: hyperparameters.
+        seed: seed of the weights, of dropout and of shuffling.
+        epochs: number of epochs. Default: `settings.ranker_epochs`.
+        callbacks: as in `keras.Model.fit`.
         verbose: as in `keras.Model.fit`.
     """
     keras.utils.set_random_seed(seed)

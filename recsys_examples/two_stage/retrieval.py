@@ -1,7 +1,7 @@
-"""The first stage: two towers trained apart, and an index over one side's vectors.
+"""The first stage: training of the two towers, and the index of movie vectors.
 
 The towers (towers.py) are trained with a softmax over the whole catalogue (`--stack
-keras-rs`), or with one over the batch in a `tfrs.Model` (`--stack tfrs`, see
+keras-rs`), or with in-batch softmax in a `tfrs.Model` (`--stack tfrs`, see
 tfrs_stack.py).
 
 Axis letters: b batch, i movies of the catalogue, c candidates, d dimensions.
@@ -22,9 +22,9 @@ from recsys_examples.two_stage.towers import (
     Index,
     Retrieval,
     candidate_vectors,
+    mask_scores,
     query_tower,
     tower_settings,
-    without,
 )
 
 
@@ -38,15 +38,15 @@ def fit_retrieval(
     epochs: int | None = None,
     verbose: int = 0,
 ) -> Retrieval:
-    """Train the towers by the chosen stack.
+    """Train the towers with the stack of the settings.
 
     Args:
-        sequences: the ratings to learn from.
+        sequences: the training ratings.
         catalogue: all movies.
-        settings: the stack, and how long it trains at most.
-        seed: seed of the weights and of the order.
-        validation: the window on which the number of epochs is chosen.
-        epochs: the number of epochs, if it is known.
+        settings: the stack and the maximal number of epochs.
+        seed: seed of the weights and of shuffling.
+        validation: the window for early stopping.
+        epochs: number of epochs, if it is not tuned.
         verbose: as in `keras.Model.fit`.
     """
     fit: Callable[..., Retrieval] = _fit_with_keras
@@ -83,33 +83,33 @@ def _fit_with_keras(
 
 
 class UnseenRetrieval(keras_rs.layers.BruteForceRetrieval):
-    """keras-rs' exact retrieval, of movies that a user has not seen.
+    """keras-rs' brute-force retrieval of movies that a user has not seen.
 
     Call arguments:
-        inputs: the queries (b, d), and (n, 2) places among the scores (b, i) of
-            movies that are no candidates.
+        inputs: queries (b, d), and (n, 2) positions in the scores (b, i) of the movies
+            to exclude.
     """
 
     def compute_score(self, query_embedding: Any, candidate_embedding: Any) -> Any:
         queries, seen = query_embedding
-        return without(super().compute_score(queries, candidate_embedding), seen)
+        return mask_scores(super().compute_score(queries, candidate_embedding), seen)
 
 
 def make_index(
     candidates: np.ndarray, popularity: np.ndarray, settings: Settings
 ) -> Index:
-    """Return the stack's index of the movies that were rated often enough.
+    """Return the stack's index of the movies with at least `fewest_ratings` ratings.
 
-    If there are fewer of them than candidates, the most rated make up for it.
+    If there are fewer such movies than candidates, the most rated movies are indexed.
 
     Args:
         candidates: (i, d) vectors of all movies.
-        popularity: (i,) how often each was rated.
-        settings: the stack, the number of candidates, and what is enough.
+        popularity: (i,) number of ratings of each movie.
+        settings: the stack, the number of candidates, and `fewest_ratings`.
     """
-    enough = int((popularity >= settings.fewest_ratings).sum())
-    most = np.argsort(-popularity, kind="stable")[: max(enough, settings.candidates)]
-    indexed = np.sort(most)
+    eligible = int((popularity >= settings.fewest_ratings).sum())
+    size = max(eligible, settings.candidates)
+    indexed = np.sort(np.argsort(-popularity, kind="stable")[:size])
     vectors = candidates[indexed]
     if settings.stack == "tfrs":
         from recsys_examples.two_stage.tfrs_stack import UnseenIndex

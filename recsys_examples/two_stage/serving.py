@@ -1,13 +1,13 @@
-"""One SavedModel from a user to the final list.
+"""One SavedModel of the whole pipeline.
 
-Signatures, both with the movies that were seen left out:
-    recommend        ids of users that were known at export -> their lists
-    serving_default  raw features of anyone, see `Sequences.histories` -> lists
+Signatures, both of which exclude the movies that the user has seen:
+    recommend        ids of users known at export -> their lists
+    serving_default  raw features of any user, see `Sequences.histories` -> lists
 
-`keras_moe.export.load` asks either, and names the feature that is wrong.
+`keras_moe.export.load` calls either; its errors name the invalid feature.
 
-The movies' vectors, and all that is counted of them, are constants of the graph: a call
-computes the user's side, one product with the catalogue, and the candidates.
+The movie vectors and statistics are constants of the graph: a call computes the user
+tower, the product with the catalogue, and the scores of the candidates.
 
 Axis letters: b batch, l history length, c candidates, k places of the list.
 """
@@ -25,7 +25,7 @@ from recsys_examples.movielens.serving import KnownUsers
 from recsys_examples.two_stage.fusion import Fusion, diverse_top, fuse
 from recsys_examples.two_stage.pipeline import FirstStage
 from recsys_examples.two_stage.settings import LIST_LENGTH, TASKS
-from recsys_examples.two_stage.towers import HIDDEN
+from recsys_examples.two_stage.towers import MASKED_SCORE
 
 _HIGHEST_RATING = 5.0
 
@@ -35,8 +35,8 @@ class Recommender(keras.layers.Layer):
 
     Args:
         stage: the first stage.
-        ranker: the second.
-        fusion: how their scores become a list.
+        ranker: the second stage.
+        fusion: weights of the score fusion.
     """
 
     def __init__(self, stage: FirstStage, ranker: keras.Model, fusion: Fusion) -> None:
@@ -48,16 +48,16 @@ class Recommender(keras.layers.Layer):
         self._titles = tf.constant(stage.catalogue.titles)
 
     def recommend(self, user_id: Any) -> dict[str, Any]:
-        """Return the lists of users (b,); a newcomer's for whoever is unknown."""
+        """Return the lists of users (b,). Unknown users get the list of a new user."""
         features, seen, known = self._users(user_id)
         return {**self(features, seen), "known_user": known}
 
     def recommend_for(self, features: dict[str, Any]) -> dict[str, Any]:
-        """Return the lists for raw features, without the movies of the history."""
+        """Return the lists for raw features. Movies of the history are excluded."""
         with tf.control_dependencies([_check(features["history_ratings"])]):
             features = {name: tf.identity(v) for name, v in features.items()}
-        # A movie that is unknown is padding, for both stages alike.
-        known = self._pairs.knows(features["history"])
+        # Unknown movies count as padding in both stages.
+        known = self._pairs.is_known(features["history"])
         features["history"] = tf.where(
             known, features["history"], tf.cast(NO_MOVIE, tf.int64)
         )
@@ -70,8 +70,8 @@ class Recommender(keras.layers.Layer):
         pairs = self._pairs(features, rows, first)
         scores = self._ranker(list(pairs), training=False)
         scores = {task: tf.reshape(scores[task], tf.shape(rows)) for task in TASKS}
-        unseen = first > HIDDEN / 2
-        fused = tf.where(unseen, fuse(scores, self._fusion), HIDDEN)
+        unseen = first > MASKED_SCORE / 2
+        fused = tf.where(unseen, fuse(scores, self._fusion), MASKED_SCORE)
         top = diverse_top(
             fused,
             rows,
@@ -84,7 +84,7 @@ class Recommender(keras.layers.Layer):
             return tf.gather(values, top, batch_dims=1)
 
         rows, unseen = listed(rows), listed(unseen)
-        # Whoever has seen nearly all gets a shorter list, then blanks.
+        # If fewer than LIST_LENGTH movies are unseen, the list is padded with blanks.
         return {
             "movie_id": tf.where(
                 unseen, tf.gather(self._movie_ids, rows), tf.cast(NO_MOVIE, tf.int64)
@@ -102,7 +102,7 @@ def _stars(ratings: Any) -> Any:
 
 
 def _check(stars: Any) -> Any:
-    """Return what fails where stars are none: NaN is not from 0 to 5 either."""
+    """Return an assertion that fails if stars are NaN or not from 0 to 5."""
     return tf.debugging.Assert(
         tf.reduce_all((stars >= 0) & (stars <= _HIGHEST_RATING)),
         [f"feature `history_ratings` must be stars from 0 to {_HIGHEST_RATING:g}"],
@@ -112,7 +112,7 @@ def _check(stars: Any) -> Any:
 def export_saved_model(
     stage: FirstStage, ranker: keras.Model, fusion: Fusion, folder: Path
 ) -> None:
-    """Write a SavedModel that needs TensorFlow alone."""
+    """Write a SavedModel that requires only TensorFlow."""
     recommender = Recommender(stage, ranker, fusion)
     recommender.recommend(tf.constant([0], tf.int64))  # Keras exports built layers
     archive = keras.export.ExportArchive()

@@ -1,4 +1,4 @@
-"""What the two stages are made of. Read before TensorFlow is loaded."""
+"""The settings of the pipeline; importing them does not load TensorFlow."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ LIST_LENGTH = 10
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes and rates of the pipeline.
+    """Hyperparameters of the pipeline.
 
     Attributes:
-        stack: what trains the two towers and finds the candidates, one of `STACKS`.
-        ranker: what mixes the experts of the ranker, one of `RANKERS`.
-        candidates: movies that the first stage hands to the second.
-        retrieval_epochs: passes of the two towers over the data at most.
-        late: share of each user's training ratings, the latest, that the first
-            ranker learns from.
-        block: movies watched next that one example of the ranker asks for.
-        fewest_ratings: that a movie needs to be in the index.
-        related: movies that are kept for each as following it, and as like it.
-        num_experts: experts that all tasks share.
+        stack: library that trains the two towers and retrieves, one of `STACKS`.
+        ranker: multi-task layer of the ranker, one of `RANKERS`.
+        candidates: number of movies that the first stage retrieves.
+        retrieval_epochs: maximal number of epochs of the two towers.
+        late: fraction of each user's training ratings, the latest, that the first
+            ranker is trained on.
+        block: number of next movies per training example of the ranker.
+        fewest_ratings: minimal number of ratings of a movie in the index.
+        related: number of following and of similar movies kept per movie.
+        num_experts: number of experts of the MMoE.
         units: width of an expert.
-        dropout: share of the user's features that is dropped.
-        batch_size: of the ranker, in moments, each with all its candidates.
-        learning_rate: of the ranker's Adam, falling by a cosine.
-        ranker_epochs: passes of the ranker at most.
-        task_weights: weights of the like and the rating loss; watch has 1.
-        like_weights: weights of log like to choose from in the fusion; watch has 1.
-        rating_weights: weights of the stars to choose from.
-        diversities: weights of similarity in the list to choose from.
-        tolerance: share of the validation NDCG@10 that diversity may cost.
+        dropout: dropout rate of the user features.
+        batch_size: examples per batch of the ranker, each with all its candidates.
+        learning_rate: initial learning rate of the ranker's Adam, with cosine decay.
+        ranker_epochs: maximal number of epochs of the ranker.
+        task_weights: loss weights of like and rating; that of watch is 1.
+        like_weights: values of the fusion weight of log p(like) to try.
+        rating_weights: values of the fusion weight of the stars to try.
+        diversities: values of the diversity weight to try.
+        tolerance: maximal relative loss of validation NDCG@10 through diversity.
     """
 
     stack: str = "keras-rs"

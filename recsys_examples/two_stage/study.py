@@ -1,4 +1,4 @@
-"""The study: the pipeline and the first example's full ranking over several seeds."""
+"""The study: the pipeline and the MovieLens example's full ranking, several seeds."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Metrics = dict[str, float]
 
 
 class Study:
-    """The first example's ranker, and both rankers of the two stages, seed by seed.
+    """The MovieLens example's ranker and the pipeline with both rankers, per seed.
 
     Args:
         windows: the data.
-        settings: of the pipeline.
-        full: of the first example's model.
-        file: where results are kept. What it holds is not run again.
+        settings: settings of the pipeline.
+        full: settings of the MovieLens example's model.
+        file: file of results. Runs in it are not repeated.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Study:
         self._found = {_key(record, where): record for where, record in file.found}
 
     def run(self, seeds: int, announce: Callable[[str], None]) -> None:
-        """Run what is not in the file."""
+        """Run the seeds and models that are not in the file."""
         for seed in range(seeds):
             if (FULL, seed) not in self._found:
-                keras.backend.clear_session()  # the models before are done
+                keras.backend.clear_session()  # frees the previous models
                 outcome = run_ranker(self._windows, self._full, seed=seed, verbose=0)
                 self._keep(announce, FULL, seed, metrics=outcome.metrics)
             missing = [r for r in RANKERS if (NAMES[r], seed) not in self._found]
@@ -76,16 +76,16 @@ class Study:
         announce(f"seed {seed}, {model}: NDCG@10 {found['metrics']['ndcg@10']:.4f}")
 
     def metrics(self, seeds: int) -> dict[str, list[Metrics]]:
-        """Return by model the metrics of each seed."""
+        """Return the metrics of each seed, by model."""
         return {
             name: [self._found[name, seed]["metrics"] for seed in range(seeds)]
             for name in (FULL, *NAMES.values())
         }
 
 
-def paired(ours: Sequence[Metrics], theirs: Sequence[float]) -> tuple[float, float]:
+def paired(metrics: Sequence[Metrics], other: Sequence[float]) -> tuple[float, float]:
     """Return the mean difference in NDCG@10 over seeds, and its standard error."""
-    difference = np.array([m["ndcg@10"] for m in ours]) - np.array(theirs)
+    difference = np.array([m["ndcg@10"] for m in metrics]) - np.array(other)
     error = difference.std(ddof=1) / math.sqrt(len(difference))
     return float(difference.mean()), float(error)
 

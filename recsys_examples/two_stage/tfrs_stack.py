@@ -1,8 +1,8 @@
-"""The first stage by tensorflow-recommenders: a `tfrs.Model` and its index.
+"""The first stage with tensorflow-recommenders: a `tfrs.Model` and its index.
 
-The towers are the same Keras 3 towers, as layers of Keras 2 (`keras_moe.tfrs`). Their
-loss is tfrs' own: a softmax over the batch's movies, corrected for how often a movie is
-drawn, without movies that are another row's by accident.
+The towers are the same Keras 3 towers, wrapped as layers of Keras 2 (`keras_moe.tfrs`).
+The loss is that of tfrs: in-batch softmax with sampling-bias correction, and without
+accidental hits.
 
 Import this module before anything uses `tf.keras`, see `keras_moe.tfrs`.
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from keras_moe.tfrs import LegacyLayer, tf_keras
 
-# tensorflow-recommenders looks at tf.keras when it is imported, so it comes second.
+# tensorflow-recommenders uses tf.keras at import and must be imported after tf_keras.
 # isort: split
 import keras
 import numpy as np
@@ -31,17 +31,17 @@ from recsys_examples.two_stage.settings import Settings
 from recsys_examples.two_stage.towers import (
     Retrieval,
     candidate_vectors,
+    mask_scores,
     query_tower,
     tower_settings,
-    without,
 )
 
 _KS = (10, 100)
-_CHOSEN_BY = "val_factorized_top_k/top_100_categorical_accuracy"
+_MONITORED = "val_factorized_top_k/top_100_categorical_accuracy"
 
 
 class MovieTower(keras.layers.Layer):
-    """(b,) catalogue rows -> (b, d), the bias last."""
+    """(b,) catalogue rows -> (b, d), with the bias as the last dimension."""
 
     def __init__(self, towers: Towers) -> None:
         super().__init__()
@@ -53,13 +53,13 @@ class MovieTower(keras.layers.Layer):
 
 
 class TwoTowers(tfrs.Model):
-    """Users at a moment, and the movies that they watched next.
+    """Retrieval of the movies that users watch next.
 
-    A batch is (features (b,), movies watched next (b, n), whether there is one (b, n)).
+    A batch is (features (b,), next movies (b, n), mask of the next movies (b, n)).
 
     Args:
-        towers: the two sides, in Keras 3.
-        shares: (i,) how often each movie is drawn as another row's.
+        towers: the two towers, in Keras 3.
+        shares: (i,) sampling probability of each movie as an in-batch negative.
     """
 
     def __init__(self, towers: Towers, shares: np.ndarray) -> None:
@@ -67,7 +67,7 @@ class TwoTowers(tfrs.Model):
         self.query = LegacyLayer(query_tower(towers), name="query")
         self.movie = LegacyLayer(MovieTower(towers), name="movie")
         self._shares = tf.constant(shares, tf.float32)
-        # A dataset computes the vectors when they are asked for, so they are new.
+        # A dataset: the vectors are computed with the current weights when it is read.
         rows = tf.data.Dataset.range(len(shares), output_type=tf.int32)
         vectors = rows.batch(len(shares)).map(self.movie)
         self.task = tfrs.tasks.Retrieval(
@@ -80,7 +80,7 @@ class TwoTowers(tfrs.Model):
         queries = self.query(features, training=training)
         rows = tf.boolean_mask(next_movies, watched)
         users = tf.cast(tf.where(watched)[:, 0], tf.int32)
-        # What the same user watched too is no counterexample.
+        # Other movies that the same user watched are not negatives.
         others = users[:, None] != users[None]
         loss = self.task(
             tf.gather(queries, users),
@@ -94,7 +94,7 @@ class TwoTowers(tfrs.Model):
 
 
 class _Batches(tf_keras.utils.Sequence):
-    """The first example's `Examples`, as `TwoTowers` takes them."""
+    """The MovieLens example's `Examples`, in the format of `TwoTowers`."""
 
     def __init__(self, examples: Examples) -> None:
         self._examples = examples
@@ -123,10 +123,10 @@ def fit_with_tfrs(
     """Train the towers in a `tfrs.Model`; see `retrieval.fit_retrieval`."""
     keras.utils.set_random_seed(seed)
     sizes = tower_settings(settings)
-    drawn = np.bincount(sequences.movies, minlength=len(catalogue))
-    ranker = build_ranker(catalogue, sequences.user_ids, drawn, sizes, ("watch",))
+    counts = np.bincount(sequences.movies, minlength=len(catalogue))
+    ranker = build_ranker(catalogue, sequences.user_ids, counts, sizes, ("watch",))
     towers = ranker.towers["watch"]
-    model = TwoTowers(towers, (drawn + 1) / (drawn + 1).sum())
+    model = TwoTowers(towers, (counts + 1) / (counts + 1).sum())
 
     def batches(past: Sequences, known: np.ndarray | None = None) -> _Batches:
         return _Batches(Examples(past, catalogue, sizes, seed=seed, known=known))
@@ -136,39 +136,40 @@ def fit_with_tfrs(
         sizes.learning_rate, sizes.max_epochs * len(examples), alpha=0.05
     )
     model.compile(optimizer=tf_keras.optimizers.Adam(schedule))
-    watched: dict[str, Any] = {}
+    early_stopping: dict[str, Any] = {}
     if validation is not None:
-        watched["validation_data"] = batches(validation.sequences, sequences.lengths)
-        watched["callbacks"] = [
+        early_stopping["validation_data"] = batches(
+            validation.sequences, sequences.lengths
+        )
+        early_stopping["callbacks"] = [
             tf_keras.callbacks.EarlyStopping(
-                _CHOSEN_BY, mode="max", patience=2, restore_best_weights=True
+                _MONITORED, mode="max", patience=2, restore_best_weights=True
             ),
         ]
     history = model.fit(
-        examples, epochs=epochs or sizes.max_epochs, verbose=verbose, **watched
+        examples, epochs=epochs or sizes.max_epochs, verbose=verbose, **early_stopping
     ).history
     curves = {name: [float(v) for v in values] for name, values in history.items()}
-    best = int(np.argmax(curves[_CHOSEN_BY])) + 1 if validation else len(curves["loss"])
+    best = int(np.argmax(curves[_MONITORED])) + 1 if validation else len(curves["loss"])
     return Retrieval(query_tower(towers), candidate_vectors(towers), best, curves)
 
 
 class UnseenIndex(keras.layers.Layer):
-    """tfrs' index, of movies that a user has not seen.
+    """tfrs' index, for movies that a user has not seen.
 
-    It is asked for as many more movies as a user of the batch has seen, so that enough
-    are left. ScaNN, where it is installed, finds most of the best ones; else brute
-    force finds all.
+    It retrieves k plus the largest number of movies seen by a user of the batch, and
+    masks those seen. ScaNN (approximate) is used if installed, else brute force.
 
     Args:
-        candidates: (i, d) the movies' vectors.
+        candidates: (i, d) vectors of the movies.
         k: number of candidates c.
 
     Call arguments:
-        inputs: the queries (b, d), and (n, 2) places among (b, i) of movies that are
-            no candidates.
+        inputs: queries (b, d), and (n, 2) positions in the scores (b, i) of the movies
+            to exclude.
 
     Returns:
-        scores and catalogue rows (b, c), as `UnseenRetrieval`.
+        Scores and catalogue rows (b, c), as `UnseenRetrieval`.
     """
 
     def __init__(self, candidates: np.ndarray, k: int) -> None:
@@ -186,7 +187,7 @@ class UnseenIndex(keras.layers.Layer):
         most = tf.reduce_max(tf.concat([counts, [0]], 0))
         wanted = tf.minimum(self._k + most, self._num_movies)
         scores, rows = self.index(queries, k=wanted)
-        hidden = without(tf.zeros((batch, self._num_movies)), seen)
+        hidden = mask_scores(tf.zeros((batch, self._num_movies)), seen)
         scores += tf.gather(hidden, rows, batch_dims=1)
         best, places = tf.math.top_k(scores, self._k)
         return best, tf.gather(rows, places, batch_dims=1)

@@ -1,9 +1,9 @@
-"""Two towers and an index over one side's vectors: what both stacks make.
+"""The two towers and the index of movie vectors, shared by both stacks.
 
     score(user, movie) = <[u, 1], [v, bias]>
 
-The towers are those of the first example's `watch`: a user's history and id on one
-side, a movie's id, genres and year on the other.
+The towers are those of the task `watch` of the MovieLens example: the user tower takes
+the history and the id, the movie tower the id, genres and year.
 
 Axis letters: b batch, i movies of the catalogue, c candidates, d dimensions.
 """
@@ -21,7 +21,7 @@ from keras import ops
 from recsys_examples.movielens import model as movielens
 from recsys_examples.two_stage.settings import Settings
 
-HIDDEN = np.float32(-1e9)  # below every score that a model gives
+MASKED_SCORE = np.float32(-1e9)  # below all scores of a model
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Retrieval:
     """Two trained towers.
 
     Attributes:
-        query: the features of users -> (b, d) vectors.
+        query: model from features of users to vectors (b, d).
         candidates: (i, d) vectors of all movies.
-        epochs: the epoch whose weights were kept, counted from 1.
-        curves: by name, one value an epoch.
+        epochs: the best epoch, from 1.
+        curves: training curves by name, one value per epoch.
     """
 
     query: keras.Model
@@ -47,14 +47,14 @@ class Retrieval:
 
 
 def tower_settings(settings: Settings) -> movielens.Settings:
-    """Return the first example's settings for towers of one task."""
+    """Return settings of the MovieLens example for the towers of one task."""
     return movielens.Settings(
         body="shared_bottom", max_epochs=settings.retrieval_epochs
     )
 
 
 def query_tower(towers: movielens.Towers) -> keras.Model:
-    """Return the user side with a 1 for the movie's bias: (b, d)."""
+    """Return the user tower, with a 1 appended for the bias: (b, d)."""
     vectors = towers.users.output
     return keras.Model(
         towers.users.input, ops.concatenate([vectors, ops.ones_like(vectors[:, :1])], 1)
@@ -62,28 +62,28 @@ def query_tower(towers: movielens.Towers) -> keras.Model:
 
 
 def candidate_vectors(towers: movielens.Towers) -> np.ndarray:
-    """Return the movie side with the bias as the last dimension: (i, d)."""
+    """Return the movie vectors, with the bias as the last dimension: (i, d)."""
     vectors, biases = towers.movies.all_movies()
     both = ops.concatenate([vectors, ops.expand_dims(biases, -1)], 1)
     return ops.convert_to_numpy(both)
 
 
 class Index(keras.layers.Layer):
-    """Finds candidates that a user has not seen.
+    """Retrieves candidates that a user has not seen.
 
     Args:
-        find: queries (b, d) and seen (n, 2) -> scores and places (b, c), where places
-            are those of movies in the index.
+        find: layer from queries (b, d) and seen (n, 2) to scores and positions (b, c)
+            in the index.
         indexed: catalogue rows of the movies in the index.
-        size: movies of the catalogue.
+        size: number of movies of the catalogue.
 
     Call arguments:
-        inputs: the queries (b, d), and (n, 2) the user of the batch and the catalogue
-            row of every movie that was seen.
+        inputs: queries (b, d), and (n, 2) pairs (row of the batch, catalogue row) of
+            the movies seen.
 
     Returns:
-        Falling scores and catalogue rows, (b, c) each. Where no movie is left, the
-        score is near `HIDDEN`.
+        Scores in descending order and catalogue rows, (b, c) each. If a user has fewer
+        than c candidates, the remaining scores are near `MASKED_SCORE`.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Index(keras.layers.Layer):
         return scores, tf.gather(self._rows, found)
 
 
-def without(scores: Any, seen: Any) -> Any:
-    """Give `HIDDEN` to the places (n, 2) of scores (b, i)."""
-    hidden = tf.fill(tf.shape(seen)[:1], HIDDEN)
-    return tf.tensor_scatter_nd_update(scores, seen, hidden)
+def mask_scores(scores: Any, seen: Any) -> Any:
+    """Set the scores (b, i) at the positions `seen` (n, 2) to `MASKED_SCORE`."""
+    masked = tf.fill(tf.shape(seen)[:1], MASKED_SCORE)
+    return tf.tensor_scatter_nd_update(scores, seen, masked)

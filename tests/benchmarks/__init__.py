@@ -1,1 +1,1 @@
-"""Measured comparisons; run by hand, not by the test suite."""
+"""Benchmarks, which are not part of the test suite."""

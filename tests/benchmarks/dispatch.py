@@ -1,14 +1,14 @@
-"""How fast is each dispatch? As a share of the dense MLP that does the same FLOPs.
+"""Speed of each dispatch, relative to a dense MLP with the same FLOPs.
 
     python -m tests.benchmarks.dispatch --fast | --regular | --large
 
-A MoE layer of e experts (d -> h -> d, top k) stands against Dense(k * h) -> Dense(d),
-under the same compiler, measured in turn in the same process. "step" is forward and
-backward by the inputs and all weights, of a loss that depends on the outputs. A share
-of 1.00 means that routing costs nothing. Memory is the rise of the process's peak
-during one step.
+A MoE layer of e experts (d -> h -> d, top k) is compared with Dense(k * h) -> Dense(d),
+with the same compiler, in alternating calls in the same process. "step" is the forward
+and backward pass of a loss, with gradients of the inputs and all weights. "share" is
+the time of the MLP divided by that of the layer: 1.00 means no overhead of routing.
+Memory is the increase of the peak resident memory during one step.
 
-Every backend installed is measured in a process of its own.
+Every installed backend is measured in its own process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROFILES = {
 
 
 def main() -> None:
-    """Start one process a backend, and print their rows as one table."""
+    """Run one process per backend, and print all rows as one table."""
     arguments = _parser().parse_args()
     if arguments.worker:
         _measure(arguments)
@@ -64,18 +64,18 @@ def _parser() -> argparse.ArgumentParser:
         )
     parser.set_defaults(profile="regular")
     parser.add_argument("--backends", nargs="+", default=["tensorflow", "jax", "torch"])
-    parser.add_argument("--experts", nargs="+", type=int, help="values of e")
-    parser.add_argument("--dispatch", nargs="+", help="names; all by default")
+    parser.add_argument("--experts", nargs="+", type=int, help="numbers of experts")
+    parser.add_argument("--dispatch", nargs="+", help="dispatches (default: all)")
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--routing", nargs="+", default=["uniform"])
-    parser.add_argument("--rounds", type=int, help="measurements of each, in turn")
-    parser.add_argument("--out", help="write the rows to this JSON file")
+    parser.add_argument("--rounds", type=int, help="alternating measurements of each")
+    parser.add_argument("--out", help="JSON file to write the rows to")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
 
 
-# In the process of one backend.
+# Measurement, in the process of one backend.
 
 
 def _measure(arguments: argparse.Namespace) -> None:
@@ -100,7 +100,7 @@ def _measure(arguments: argparse.Namespace) -> None:
                 _report(layers, x, compiler, rounds, {"e": e, "routing": routing})
 
 
-def _report(layers, x, compiler, rounds, about) -> None:
+def _report(layers, x, compiler, rounds, case) -> None:
     import keras
 
     calls = {}
@@ -130,7 +130,7 @@ def _report(layers, x, compiler, rounds, about) -> None:
             "backend": keras.backend.backend(),
             "device": _device(),
             "compiler": compiler,
-            **about,
+            **case,
             "layer": name,
             "forward_ms": 1e3 * median["forward"],
             "forward_share": base["forward"] / median["forward"],
@@ -141,7 +141,7 @@ def _report(layers, x, compiler, rounds, about) -> None:
         print(json.dumps(row), flush=True)
         share, ms = row["step_share"], row["step_ms"]
         print(
-            f"{row['backend']} {compiler} e={about['e']} {about['routing']} {name}: "
+            f"{row['backend']} {compiler} e={case['e']} {case['routing']} {name}: "
             f"{ms:.0f} ms, {share:.2f}",
             file=sys.stderr,
         )
@@ -161,8 +161,8 @@ def _moe(e, h, d, k, dispatch, routing, n):
 
     import keras_moe
 
-    class Steered(keras_moe.routers.TopKRouter):
-        """A router of full cost, whose choice follows a distribution we know."""
+    class FixedRouter(keras_moe.routers.TopKRouter):
+        """A top-k router, at full cost, whose choices follow a given distribution."""
 
         def _logits(self, tokens):
             return super()._logits(tokens) * 1e-3 + self.offsets
@@ -171,17 +171,17 @@ def _moe(e, h, d, k, dispatch, routing, n):
     probs = {
         "uniform": np.ones(e),
         "zipf": 1.0 / np.arange(1, e + 1),
-        "one": np.exp(-100.0 * np.arange(e)),  # Everyone to experts 0 to k - 1.
+        "one": np.exp(-100.0 * np.arange(e)),  # All tokens to experts 0 to k - 1.
     }[routing]
     # The k largest of log p + Gumbel noise are k draws without replacement from p.
     offsets = np.log(probs + 1e-300) + rng.gumbel(size=(n, e))
-    router = Steered(e, k, name="router")
+    router = FixedRouter(num_experts=e, top_k=k, name="router")
     router.offsets = keras.ops.convert_to_tensor(offsets.astype("float32"))
     capacity = {"capacity_factor": 1.25} if dispatch == "capacity" else {}
     return keras_moe.layers.MoE(
-        e,
-        (h, d),
-        k,
+        num_experts=e,
+        expert_units=(h, d),
+        top_k=k,
         router=router,
         dispatch=dispatch,
         load_balancing_loss_weight=0.0,
@@ -201,12 +201,12 @@ def _compilers() -> list[str]:
 
 def _dispatches(compiler: str, e: int) -> list[str]:
     dropless = ["blocked"] if compiler == "XLA" else ["split"]
-    every = ["dense"] if e <= 8 else []  # Beyond, nobody would wait for it.
-    return [*dropless, "capacity", *every]
+    dense = ["dense"] if e <= 8 else []  # Too slow for more experts.
+    return [*dropless, "capacity", *dense]
 
 
 def _compiled(layer, compiler):
-    """The layer's forward pass and training step, compiled."""
+    """Return the compiled forward pass and training step of a layer."""
     import keras
 
     backend = keras.backend.backend()
@@ -256,7 +256,7 @@ def _compiled(layer, compiler):
 
 
 def _wait(outputs) -> None:
-    """Until the device has finished: ask for one number of the last output."""
+    """Wait until the device has finished, by reading the last output."""
     import keras
 
     last = keras.tree.flatten(outputs)[-1]
@@ -267,7 +267,7 @@ def _wait(outputs) -> None:
 
 
 def _peak_rise(call) -> float | None:
-    """MiB by which one call raises the process's resident memory at its peak."""
+    """Return by how many MiB one call raises the peak resident memory."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not status.exists():
         return None
@@ -277,9 +277,9 @@ def _peak_rise(call) -> float | None:
         return int(line.split()[1]) / 1024
 
     try:
-        # Give back what earlier calls have left, or nothing would rise.
+        # Return freed memory to the system; otherwise it would be reused unnoticed.
         ctypes.CDLL(None).malloc_trim(0)
-        reset.write_text("5")  # Makes the peak the memory in use now.
+        reset.write_text("5")  # Resets the peak to the current value.
     except (OSError, AttributeError):
         return None
     before = field("VmRSS")

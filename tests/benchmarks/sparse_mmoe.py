@@ -1,10 +1,11 @@
-"""What `MMoE(top_k=)` saves: its training step against that of dense gates.
+"""Training step of `MMoE(top_k=)`, relative to that with dense gates.
 
     python -m tests.benchmarks.sparse_mmoe
 
 Two tasks, e experts of 256 -> 512 -> 256, 8192 rows, TensorFlow, with and without XLA.
-The layers of one e are measured in turn in the same process; "step" is forward and
-backward by the inputs and all weights. A share of 0.25 is a quarter of the time.
+The layers of one e are measured in alternating calls in the same process; "step" is the
+forward and backward pass, with gradients of the inputs and all weights. A share of 0.25
+is a quarter of the time.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
 def _medians(e: int, jit: bool, x: Any, rounds: int) -> list[float]:
     steps = []
     for top_k in KINDS.values():
-        layer = MMoE(e, EXPERT_UNITS, TASKS, top_k=top_k)
+        layer = MMoE(num_experts=e, expert_units=EXPERT_UNITS, tasks=TASKS, top_k=top_k)
         layer(x)
         steps.append(tf.function(_step(layer), jit_compile=jit))
         steps[-1](x)  # Compile.

@@ -1,4 +1,4 @@
-"""The command line: what a run writes, what it says, and what it refuses."""
+"""The command line: files of a run, output, and errors."""
 
 import json
 import os
@@ -35,7 +35,7 @@ WRITTEN = {
 
 
 def write_csv(folder, movielens, users=25):
-    """A folder as that of ml-latest-small, with the first users."""
+    """Write a folder in the format of ml-latest-small, with the first users."""
     folder.mkdir()
     ratings = movielens.ratings[movielens.ratings["user_id"] < 2 * users]
     ratings.rename(columns={"user_id": "userId", "movie_id": "movieId"}).to_csv(
@@ -57,7 +57,7 @@ def data_dir(movielens, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def out(data_dir, tmp_path_factory):
-    """The output folder of a real run, in a process of its own."""
+    """The output folder of a run in a subprocess."""
     out = tmp_path_factory.mktemp("out") / "new" / "runs"
     done = processes.run(
         [*COMMAND, "--data-dir", data_dir, "--out", out, "--quick", "--seed", "3"],
@@ -77,7 +77,7 @@ def run(out):
 
 @pytest.fixture
 def command(capfd):
-    """Run the command in this process; give its status and its two outputs."""
+    """Run the command in this process; return status, stdout and stderr."""
 
     def call(*arguments):
         status = main([str(a) for a in arguments])
@@ -88,29 +88,31 @@ def command(capfd):
 
 
 class TestRun:
-    def test_exactly_what_is_promised(self, run):
+    def test_files(self, run):
         assert set(os.listdir(run)) == WRITTEN
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d", run.name)
         assert (run / "saved_model" / "saved_model.pb").is_file()
 
-    def test_what_is_said(self, out, run):
-        said = (out.parent / "stdout.txt").read_text()
+    def test_output(self, out, run):
+        output = (out.parent / "stdout.txt").read_text()
         # 24 + 25 + ... + 41 ratings of 18 users, then 24 to 30 of 7 more.
-        assert "ml-csv, first 25 users: 774 ratings" in said
-        assert "by 25 users" in said
-        assert re.search(r"^ALS: best of .* settings on validation", said, re.MULTILINE)
-        assert "Warning" not in said
-        assert f"Written to {run}" in said
+        assert "ml-csv, first 25 users: 774 ratings" in output
+        assert "by 25 users" in output
+        assert re.search(
+            r"^ALS: best of .* settings on validation", output, re.MULTILINE
+        )
+        assert "Warning" not in output
+        assert f"Written to {run}" in output
         for heading in METRICS.values():
-            assert heading in said
-        assert re.search("┃ +MMoE ┃ +ALS ┃ +popularity ┃", said)
-        assert re.search(r"│ NDCG@10 +│( +[01]\.\d{4} +│){3}", said)
+            assert heading in output
+        assert re.search("┃ +MMoE ┃ +ALS ┃ +popularity ┃", output)
+        assert re.search(r"│ NDCG@10 +│( +[01]\.\d{4} +│){3}", output)
         assert "Traceback" not in (out.parent / "stderr.txt").read_text()
         assert "Warning" not in (out.parent / "stderr.txt").read_text()
 
     def test_metrics(self, run, data_dir, out):
         text = (run / "metrics.json").read_text()
-        # Strictly JSON, which has no NaN.
+        # Strict JSON, without NaN.
         record = json.loads(text, parse_constant=pytest.fail)
         assert record["data"] == "ml-csv, first 25 users"
         assert record["seed"] == 3
@@ -144,14 +146,14 @@ class TestRun:
         height, width = picture.shape[:2]
         assert 300 <= height <= 1200
         assert 500 <= width <= 2000
-        # Drawn on: more than a few colours, most of it paper.
+        # Not blank: several shades of grey, on a mostly white background.
         grey = picture[..., :3].mean(axis=-1)
         assert len(np.unique(grey.round(2))) > 20
         assert 0.01 < np.mean(grey < 0.9) < 0.9
 
 
 class TestALSAndOrder:
-    """What a run says and keeps of both, its ranker left out to save time."""
+    """Output and metrics of both, with a fake ranker to save time."""
 
     @pytest.fixture
     def run(self, monkeypatch, tmp_path, command):
@@ -166,17 +168,17 @@ class TestALSAndOrder:
         monkeypatch.setattr(pictures, "draw", lambda *_: None)
 
         def call(*arguments):
-            status, said, err = command(*arguments, "--out", tmp_path / "out")
+            status, output, err = command(*arguments, "--out", tmp_path / "out")
             assert (status, err) == (0, "")
             (folder,) = (tmp_path / "out").iterdir()
-            return said, json.loads((folder / "metrics.json").read_text())
+            return output, json.loads((folder / "metrics.json").read_text())
 
         return call
 
     def test_default_data(self, run):
-        said, record = run()
-        assert "\nALS: settings tuned on the default data (150 settings).\n" in said
-        assert "Warning" not in said
+        output, record = run()
+        assert "\nALS: settings tuned on the default data (150 settings).\n" in output
+        assert "Warning" not in output
         assert record["warnings"] == []
         assert record["als"] == {
             "settings": {"factors": 96, "regularization": 10.0, "alpha": 1},
@@ -189,11 +191,11 @@ class TestALSAndOrder:
         # The README's figure of seed 0.
         assert record["results"]["ALS"]["ndcg@10"] == pytest.approx(0.0829, abs=2e-4)
 
-    def test_a_part_of_the_default_data_is_other_data(self, run, monkeypatch):
+    def test_a_part_of_the_default_data_counts_as_other_data(self, run, monkeypatch):
         monkeypatch.setattr(baselines, "SMALL_ALS_GRID", baselines.SMALL_ALS_GRID[:2])
-        said, record = run("--quick")
+        output, record = run("--quick")
         assert re.search(
-            r"^ALS: best of 2 settings on validation, \d+ s\.$", said, re.MULTILINE
+            r"^ALS: best of 2 settings on validation, \d+ s\.$", output, re.MULTILINE
         )
         assert record["als"]["tuned_on"].endswith("first 150 users")
 
@@ -201,23 +203,23 @@ class TestALSAndOrder:
         ratings = movielens.ratings
         by_movie = ratings.assign(timestamp=ratings["movie_id"])
         data = replace(movielens, ratings=by_movie)
-        said, record = run("--data-dir", write_csv(tmp_path / "ml", data))
+        output, record = run("--data-dir", write_csv(tmp_path / "ml", data))
         (warning,) = record["warnings"]
-        assert f"\nWarning: {warning}\n" in said
-        assert "say nothing about real use" in warning
+        assert f"\nWarning: {warning}\n" in output
+        assert "meaningless for real use" in warning
 
 
 def test_a_sparse_moe_compiled_by_xla(movielens, tmp_path, command):
-    """All in this process, where Keras' warning of a fallback would be an error."""
+    """In this process, where a Keras warning about a fallback would be an error."""
     folder = write_csv(tmp_path / "ml", movielens, users=12)
-    status, said, err = command(
+    status, output, err = command(
         *("--body", "moe", "--jit-compile", "--quick"),
         *("--data-dir", folder, "--out", tmp_path / "out"),
     )
     assert (status, err) == (0, "")
-    assert re.search("┃ +sparse MoE ┃ +ALS ┃ +popularity ┃", said)
+    assert re.search("┃ +sparse MoE ┃ +ALS ┃ +popularity ┃", output)
     (run,) = (tmp_path / "out").iterdir()
-    # Gates for each task are what an MMoE has.
+    # Only an MMoE has a gate per task.
     assert set(os.listdir(run)) == WRITTEN - {"gate_weights.png", "expert_usage.png"}
     record = json.loads((run / "metrics.json").read_text())
     assert record["settings"]["body"] == record["arguments"]["body"] == "moe"
@@ -226,21 +228,21 @@ def test_a_sparse_moe_compiled_by_xla(movielens, tmp_path, command):
         first, last = record["curves"][name]
         assert 0 < last < first
     assert set(record["results"]) == {"sparse MoE", "ALS", "popularity"}
-    status, said, _ = command("recommend", "--user", "7", "--model", run, "--k", "5")
+    status, output, _ = command("recommend", "--user", "7", "--model", run, "--k", "5")
     assert status == 0
-    assert re.search(r"^│ +5 │", said, flags=re.MULTILINE)
+    assert re.search(r"^│ +5 │", output, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("option", [["--body", "moe"], ["--jit-compile"]], ids=" ".join)
-def test_what_is_not_for_a_study(command, option):
+def test_options_of_single_runs_only(command, option):
     status, _, err = command("--study", *option)
     assert status == 2
-    assert err.startswith(f"error: {option[0]} is for a single run")
+    assert err.startswith(f"error: {option[0]} cannot be used with --study")
     assert len(err.splitlines()) == 1
 
 
 class TestRecommend:
-    def test_a_table_without_what_was_seen(self, run, data_dir, tmp_path):
+    def test_seen_movies_are_excluded(self, run, data_dir, tmp_path):
         done = processes.run(
             [*COMMAND, "recommend", "--user", "7", "--model", run, "--k", "5"],
             cwd=tmp_path,
@@ -255,7 +257,7 @@ class TestRecommend:
         assert [row[0] for row in rows] == ["1", "2", "3", "4", "5"]
         ratings = (data_dir / "ratings.csv").read_text().splitlines()
         rated = [line.split(",")[1] for line in ratings if line.startswith("7,")]
-        # The last tenth is the test window, which the run may not know of.
+        # The last tenth is the test window, which the exported model does not contain.
         assert len(rated) == 27
         known = rated[: 27 - 27 // 10]
         for _, movie, title, watch, like, stars in rows:
@@ -265,17 +267,17 @@ class TestRecommend:
             assert 0 < float(like) < 1
             assert 0 < float(stars) < 6
 
-    def test_all_movies_of_a_stranger(self, run, command):
-        status, said, _ = command(
+    def test_all_movies_for_an_unknown_user(self, run, command):
+        status, output, _ = command(
             "recommend", "--user", "9999", "--model", run, "--k", "60"
         )
         assert status == 0
-        assert re.search(r"^│ +60 │", said, flags=re.MULTILINE)
+        assert re.search(r"^│ +60 │", output, flags=re.MULTILINE)
 
-    def test_a_list_that_ends_early(self, run, command):
-        status, said, _ = command("recommend", "--user", 7, "--model", run, "--k", 60)
+    def test_a_list_shorter_than_k(self, run, command):
+        status, output, _ = command("recommend", "--user", 7, "--model", run, "--k", 60)
         assert status == 0
-        assert len(re.findall(r"^│ +\d+ │", said, flags=re.MULTILINE)) == 60 - 25
+        assert len(re.findall(r"^│ +\d+ │", output, flags=re.MULTILINE)) == 60 - 25
 
     def test_more_than_the_catalogue(self, run, command):
         status, _, err = command("recommend", "--user", 7, "--model", run, "--k", 61)
@@ -311,10 +313,10 @@ class TestRecommend:
 
 
 class TestBadInput:
-    """Status 2, one line that names what and where, and nothing written."""
+    """Status 2, a one-line error that names the input, and no files."""
 
     @pytest.fixture(params=[[], ["--study"]], ids=["train", "study"])
-    def refused(self, request, tmp_path, command):
+    def error_of(self, request, tmp_path, command):
         def call(data_dir, out=tmp_path / "out"):
             status, _, err = command(
                 "--data-dir", data_dir, "--out", out, *request.param
@@ -326,8 +328,8 @@ class TestBadInput:
 
         return call
 
-    def test_no_data_folder(self, refused, tmp_path):
-        message = refused(tmp_path / "absent")
+    def test_no_data_folder(self, error_of, tmp_path):
+        message = error_of(tmp_path / "absent")
         assert f"{tmp_path / 'absent'}: the data folder does not exist" in message
 
     @pytest.mark.parametrize(
@@ -340,49 +342,49 @@ class TestBadInput:
             ("1,1,4.0,", "timestamp"),
         ],
     )
-    def test_rows(self, refused, movielens, tmp_path, line, rule):
+    def test_rows(self, error_of, movielens, tmp_path, line, rule):
         folder = write_csv(tmp_path / "ml", movielens)
         ratings = (folder / "ratings.csv").read_text().splitlines()
         ratings[4] = line
         (folder / "ratings.csv").write_text("\n".join(ratings))
-        message = refused(folder)
+        message = error_of(folder)
         assert f"{folder / 'ratings.csv'}, line 5: " in message
         assert rule in message
 
-    def test_a_row_twice(self, refused, movielens, tmp_path):
+    def test_a_duplicate_row(self, error_of, movielens, tmp_path):
         folder = write_csv(tmp_path / "ml", movielens)
         ratings = (folder / "ratings.csv").read_text().splitlines()
         ratings.insert(9, ratings[2])
         (folder / "ratings.csv").write_text("\n".join(ratings))
-        message = refused(folder)
+        message = error_of(folder)
         assert f"{folder / 'ratings.csv'}, lines 3 and 10: " in message
 
-    def test_empty_file(self, refused, movielens, tmp_path):
+    def test_empty_file(self, error_of, movielens, tmp_path):
         folder = write_csv(tmp_path / "ml", movielens)
         (folder / "movies.csv").write_text("")
-        assert f"{folder / 'movies.csv'}: the file holds no movies" in refused(folder)
+        assert f"{folder / 'movies.csv'}: the file has no movies" in error_of(folder)
 
-    def test_nothing_to_rank(self, refused, movielens, tmp_path):
+    def test_nothing_to_rank(self, error_of, movielens, tmp_path):
         folder = write_csv(tmp_path / "ml", movielens)
         text = (folder / "ratings.csv").read_text()
         for stars in ("4.0", "4.5", "5.0"):
             text = text.replace(f",{stars},", ",3.5,")
         (folder / "ratings.csv").write_text(text)
-        assert "nothing to rank" in refused(folder)
+        assert "nothing to rank" in error_of(folder)
 
-    def test_a_file_in_the_place_of_the_output(self, refused, data_dir, tmp_path):
+    def test_output_folder_is_a_file(self, error_of, data_dir, tmp_path):
         place = tmp_path / "file"
         place.write_text("kept")
-        assert str(place) in refused(data_dir, place)
+        assert str(place) in error_of(data_dir, place)
         assert place.read_text() == "kept"
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-    def test_read_only_output(self, refused, data_dir, tmp_path):
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root can write to any folder")
+    def test_read_only_output(self, error_of, data_dir, tmp_path):
         (tmp_path / "locked").mkdir(mode=0o500)
-        message = refused(data_dir, tmp_path / "locked" / "out")
+        message = error_of(data_dir, tmp_path / "locked" / "out")
         assert "Permission denied" in message
 
-    def test_in_a_process_of_its_own(self, tmp_path):
+    def test_in_a_subprocess(self, tmp_path):
         done = processes.run(
             [*COMMAND, "--data-dir", "absent", "--out", "out"], cwd=tmp_path
         )
@@ -392,8 +394,8 @@ class TestBadInput:
 
 
 class TestInterruption:
-    def test_nothing_appears(self, movielens, tmp_path, monkeypatch, command):
-        """All goes well until the pictures are drawn."""
+    def test_nothing_is_written(self, movielens, tmp_path, monkeypatch, command):
+        """The interrupt comes late, when the plots are drawn."""
         folder = write_csv(tmp_path / "ml", movielens, users=5)
         out = tmp_path / "out"
         written = []
@@ -405,13 +407,13 @@ class TestInterruption:
         monkeypatch.setattr(pictures, "draw", draw)
         status, _, err = command("--data-dir", folder, "--out", out, "--quick")
         assert status == 130
-        assert err == "interrupted: unfinished results were not kept\n"
+        assert err == "interrupted: unfinished results were discarded\n"
         assert set(written) == {"model.keras", "saved_model"}
         assert not out.exists()
 
 
 class TestPaths:
-    """Paths that the operating system itself refuses, root or not."""
+    """Paths that the operating system rejects, even for root."""
 
     def test_output_folder_with_too_long_a_name(self, command, tmp_path):
         path = tmp_path / ("y" * 300) / "z"
@@ -428,7 +430,7 @@ class TestPaths:
         assert len(err.splitlines()) == 1
 
 
-def test_other_backends_are_refused_in_one_line(command, monkeypatch):
+def test_other_backends_give_a_one_line_error(command, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     status, _, err = command("--quick")
     assert status == 2
@@ -439,7 +441,7 @@ def test_other_backends_are_refused_in_one_line(command, monkeypatch):
     assert len(err.splitlines()) == 1
 
 
-def test_a_terminated_run_leaves_nothing(data_dir, tmp_path):
+def test_a_terminated_run_leaves_no_files(data_dir, tmp_path):
     out = tmp_path / "runs"
     run = subprocess.Popen(
         [sys.executable, *COMMAND, "--data-dir", data_dir, "--out", out],
@@ -452,22 +454,22 @@ def test_a_terminated_run_leaves_nothing(data_dir, tmp_path):
         time.sleep(0.05)
     assert list(out.glob(".unfinished-*"))
     run.terminate()
-    # Python ends itself by SIGINT where the interrupt came inside an exec of its own.
+    # Python exits by SIGINT if the interrupt comes during `exec`, such as in runpy.
     assert run.wait(timeout=120) in (130, -signal.SIGINT)
     assert not out.exists()
 
 
 class TestStudy:
-    def test_results_are_kept(self, movielens, tmp_path, monkeypatch, command):
+    def test_results_are_reused(self, movielens, tmp_path, monkeypatch, command):
         folder = write_csv(tmp_path / "ml", movielens, users=12)
         out = tmp_path / "out"
-        # Of the 150 settings two, to save time.
+        # Two of the 150 settings, to save time.
         monkeypatch.setattr(baselines, "ALS_GRID", baselines.ALS_GRID[:2])
         arguments = [
             *("--study", "--seeds", "1", "--quick"),
             *("--data-dir", folder, "--out", out),
         ]
-        status, said, err = command(*arguments)
+        status, output, err = command(*arguments)
         assert (status, err) == (0, "")
         models = (
             "MMoE",
@@ -477,16 +479,18 @@ class TestStudy:
             "item-kNN",
             "popularity",
         )
-        (heading,) = (line for line in said.splitlines() if line.startswith("┃"))
+        (heading,) = (line for line in output.splitlines() if line.startswith("┃"))
         assert [cell.strip() for cell in heading.split("┃")[2:-1]] == list(models)
-        table = [line for line in said.splitlines() if re.match(r"│.*\d\.\d{4}", line)]
+        table = [
+            line for line in output.splitlines() if re.match(r"│.*\d\.\d{4}", line)
+        ]
         labels = [line.split("│")[1].strip() for line in table]
         assert labels == list(METRICS.values())
         kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
         assert len(kept) == 6  # two tuned, four trained
         assert not [p for p in out.rglob("*") if p.is_file() and p not in kept]
 
-        # The second time all is there, even where nothing could be trained.
+        # The second run reads all results and trains nothing.
         def none(*_, **__):
             raise AssertionError("trained again")
 
@@ -498,7 +502,7 @@ class TestStudy:
         found = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
         assert found == kept
 
-        # Other data, though of the same name, are other results.
+        # Results of other data with the same name are not reused.
         other = write_csv(tmp_path / "other", movielens, users=11)
         with pytest.raises(AssertionError, match="trained again"):
             command(*arguments, "--data-dir", other)

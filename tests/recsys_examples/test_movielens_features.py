@@ -1,4 +1,4 @@
-"""Features: by hand, and that nothing of the future is in them."""
+"""Features: hand-worked values, and no leakage from later ratings."""
 
 from dataclasses import fields, replace
 
@@ -16,7 +16,7 @@ from recsys_examples.movielens.model import build_ranker
 from recsys_examples.movielens.pipeline import make_windows
 from recsys_examples.movielens.training import Validation, fit_ranker
 
-# Rows 0 to 3 of the catalogue; the frame need not be sorted.
+# Rows 0 to 3 of the catalogue; the data frame is not sorted.
 CATALOGUE = Catalogue.from_movies(
     pd.DataFrame(
         {
@@ -60,7 +60,7 @@ class TestCatalogue:
         assert CATALOGUE.years.tolist() == [1991, 1992, 0, 1994]
         assert len(CATALOGUE) == 4
 
-    def test_genres_are_padded_to_the_most_that_a_movie_has(self):
+    def test_genres_are_padded_to_the_largest_number(self):
         assert CATALOGUE.genres.tolist() == [
             ["Comedy", "Drama", "War"],
             ["Drama", "", ""],
@@ -96,8 +96,8 @@ class TestHistories:
             "last_seen": [2000, 1971],
         }
 
-    def test_a_moment_of_the_past(self):
-        # After two of user 5's ratings it is the last second of 1999.
+    def test_an_earlier_time(self):
+        # The second rating of user 5 is in the last second of 1999.
         assert histories([0, 0], [2, 1]) == {
             "user_id": [5, 5],
             "history": [padded(40, 20), padded(20)],
@@ -106,7 +106,7 @@ class TestHistories:
         }
 
     @pytest.mark.parametrize(("user", "ends"), [(1, None), (1, [0]), (0, [0])])
-    def test_nothing_has_happened(self, user, ends):
+    def test_empty_history(self, user, ends):
         found = histories([user], ends)
         assert found.pop("user_id") == [SEQUENCES.user_ids[user]]
         assert found == {
@@ -116,7 +116,7 @@ class TestHistories:
         }
 
     def test_last_user_without_ratings(self):
-        # Its ratings would start behind the end of the arrays.
+        # The start of its ratings is the end of the arrays.
         last = replace(SEQUENCES, user_ids=np.array([5, 9, 11]))
         last = replace(last, starts=np.array([0, 3, 4, 4]))
         found = last.histories(CATALOGUE, np.array([2]))
@@ -168,8 +168,8 @@ class TestHistories:
         )
 
 
-class TestMoments:
-    """A history holds all that has happened, and nothing of what comes."""
+class TestEarlierTimes:
+    """A history contains all earlier ratings, and no later ones."""
 
     @hypothesis_settings(max_examples=60, deadline=None)
     @given(data=st.data())
@@ -216,9 +216,9 @@ def _history_in_a_loop(
     }
 
 
-# What may happen to ratings after the training window without moving its end: the
-# window takes n - 2 floor(n / 10) of n ratings, so with two more it stays the same
-# where n ends in 8 or 9, and with two fewer where n ends in 0 or 1.
+# Changes of the ratings after the training window that do not move its end: the window
+# has n - 2 floor(n / 10) of n ratings. It is the same with two more ratings if n ends
+# in 8 or 9, and with two fewer if n ends in 0 or 1.
 
 
 def _changed(ratings: pd.DataFrame) -> pd.DataFrame:
@@ -274,15 +274,15 @@ ALTERATIONS = {
 
 @pytest.fixture(scope="module", params=ALTERATIONS)
 def altered(request, movielens):
-    """The windows of the same data, but for the ratings after the training."""
+    """The windows of the same data, with changed ratings after the training window."""
     ratings = ALTERATIONS[request.param](movielens.ratings)
     return make_windows(replace(movielens, ratings=ratings))
 
 
 class TestNoLeak:
-    """Ratings of the validation and the test window reach nothing that is trained."""
+    """Training does not depend on the ratings of the validation and test windows."""
 
-    def test_the_later_windows_really_differ(self, windows, altered):
+    def test_the_later_windows_differ(self, windows, altered):
         assert altered.before_test.movies.tobytes() != (
             windows.before_test.movies.tobytes()
         )
@@ -313,7 +313,7 @@ class TestNoLeak:
             others.on_epoch_end()
 
     def test_training_itself(self, windows, movielens, settings):
-        """One epoch, watched on the altered window, gives the same bits."""
+        """One epoch with another validation window gives bitwise equal weights."""
         altered = make_windows(replace(movielens, ratings=_changed(movielens.ratings)))
         mine, others = (
             fit_ranker(

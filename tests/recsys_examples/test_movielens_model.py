@@ -1,4 +1,4 @@
-"""The ranker: its bodies, its tasks, and that its models agree with each other."""
+"""The ranker: bodies, tasks, and consistency of its models."""
 
 import itertools
 from dataclasses import replace
@@ -23,7 +23,7 @@ SUBSETS = [subset for n in (1, 2, 3) for subset in itertools.combinations(TASKS,
 
 
 def build(windows, settings, **kwargs):
-    """A ranker whose weights are random, so that no two scores are alike."""
+    """A ranker with random weights, for which all scores differ."""
     popularity = np.bincount(windows.train.movies, minlength=len(windows.catalogue))
     ranker = build_ranker(
         windows.catalogue, windows.train.user_ids, popularity, settings, **kwargs
@@ -43,7 +43,7 @@ def users_at(windows, users, ends=None) -> dict[str, np.ndarray]:
 
 
 def with_movies(users: dict[str, np.ndarray], catalogue: Catalogue, rows) -> dict:
-    """The raw features of one pair of user and movie a row."""
+    """The raw features of one (user, movie) pair per row."""
     return {
         **users,
         "movie_id": catalogue.movie_ids[rows],
@@ -69,7 +69,7 @@ def mmoe(windows, settings):
 
 @pytest.fixture(scope="module")
 def some_users(windows) -> dict[str, np.ndarray]:
-    """Users at the end of their histories, at a moment of it, and unknown ones."""
+    """Users at the end of their histories, users at an earlier time, unknown users."""
     users = users_at(windows, np.array([0, 7, 40, 3, 3]), np.array([24, 9, 2, 1, 0]))
     users["user_id"][1] = 0
     users["user_id"][3] = 123_456
@@ -95,12 +95,12 @@ class TestModelsAgree:
             np.testing.assert_allclose(
                 pairs[task].reshape(shape), expected, atol=1e-5, err_msg=task
             )
-            # Not an agreement of constants.
+            # The predictions are not constant.
             assert np.ptp(expected, axis=0).min() > 1e-4
             assert np.ptp(expected, axis=1).min() > 1e-4
 
     def test_training(self, windows, some_users, mmoe):
-        """The training model has the catalogue's scores, of next movies where asked."""
+        """The training model has the scores of the catalogue model."""
         next_movies = np.array([[5, 0], [59, 5], [1, 1], [0, 0], [2, 3]], "int32")
         scores = mmoe.catalogue.predict(some_users, verbose=0)
         found = mmoe.training.predict(
@@ -111,11 +111,11 @@ class TestModelsAgree:
             expected = np.take_along_axis(scores[task], next_movies, 1)[..., None]
             np.testing.assert_allclose(found[task], expected, atol=1e-5)
 
-    def test_behind_lookups(self, some_users, mmoe):
-        """No layer that Keras compiles not, no other weight, no other score."""
+    def test_without_lookups(self, some_users, mmoe):
+        """All layers support XLA; weights and scores are the same."""
         next_movies = np.array([[5, 0], [59, 5], [1, 1], [0, 0], [2, 3]], "int32")
         given = {**some_users, "next_movies": next_movies}
-        model = mmoe.behind_lookups()
+        model = mmoe.without_lookups()
         assert all(layer.supports_jit for layer in model.layers)
         assert not all(layer.supports_jit for layer in mmoe.training.layers)
         kept = {id(weight) for weight in mmoe.training.trainable_variables}
@@ -126,7 +126,7 @@ class TestModelsAgree:
         for task in TASKS:
             np.testing.assert_allclose(found[task], expected[task], atol=1e-6)
 
-    def test_what_the_body_sees(self, some_users, mmoe):
+    def test_inputs_of_the_body(self, some_users, mmoe):
         features = mmoe.user.predict(some_users, verbose=0)
         gates = keras.ops.convert_to_numpy(mmoe.body.gate_weights(features))
         assert len(features) == len(some_users["user_id"])
@@ -147,7 +147,7 @@ class TestPrediction:
         np.testing.assert_allclose(found["watch"], expected, rtol=1e-6)
 
     def test_calibration_before_any_fit(self, windows, settings):
-        # 5 of 60 are watched in training, 1 of 5 in use: the odds grow from about
+        # 5 of 60 are watched in training, 1 of 5 in evaluation: the odds change from
         # 5/60 to 1/4, by a factor of 3.
         ranker = build(windows, replace(settings, block=5), tasks=("watch",))
         assert ranker.calibration == pytest.approx((1.0, np.log(3)))
@@ -171,7 +171,7 @@ class TestBodies:
         assert (ranker.body.num_experts, ranker.body.top_k) == (experts, top_k)
         (kernel,) = ranker.body.experts.kernels
         assert kernel.shape[-1] == settings.units
-        # A relu, as in the Dense layer whose place it takes.
+        # Relu outputs, as those of the Dense layer that it replaces.
         users = users_at(windows, np.arange(5))
         shared = ranker.body(ranker.user.predict(users, verbose=0))
         shared = keras.ops.convert_to_numpy(shared)
@@ -190,7 +190,7 @@ class TestBodies:
         assert {name: v.shape for name, v in found.items()} == dict.fromkeys(
             tasks, (2,)
         )
-        # Nothing is built for a task that is not asked for.
+        # No weights are created for other tasks.
         paths = " ".join(w.path for w in ranker.pairs.weights)
         for task in TASKS:
             assert (f"movie_bias_{task}" in paths) == (task in tasks)
@@ -235,7 +235,7 @@ class TestUnknown:
         ],
         ids=str,
     )
-    def test_predictions_are_sound(self, mmoe, known, unknown):
+    def test_predictions_are_valid(self, mmoe, known, unknown):
         altered = {
             name: np.full_like(values, unknown[name], dtype=values.dtype)
             if name != "genres"
@@ -249,16 +249,16 @@ class TestUnknown:
             if task != "rating":
                 assert ((values > 0) & (values < 1)).all()
 
-    def test_a_history_makes_scores_personal_without_an_id(self, windows, mmoe):
+    def test_scores_depend_on_the_history_without_an_id(self, windows, mmoe):
         users = users_at(windows, np.array([1, 2]))
         users["user_id"][:] = 0
         found = mmoe.catalogue.predict(users, verbose=0)
         for task in TASKS:
             difference = found[task][0] - found[task][1]
-            # The order of the movies differs, not only the level.
+            # The scores differ by more than a constant.
             assert np.ptp(difference) > 0.01
 
-    def test_all_unknown_ids_are_alike(self, mmoe, known):
+    def test_all_unknown_ids_give_equal_predictions(self, mmoe, known):
         found = [
             predict_pairs(mmoe.pairs, {**known, "user_id": np.full(4, user)})
             for user in (0, 10**12, known["user_id"][0])

@@ -1,4 +1,4 @@
-"""The order within users: which data is warned of, and the two figures by hand."""
+"""The order within users: warnings, and hand-worked values of the statistics."""
 
 import math
 
@@ -11,8 +11,8 @@ from recsys_examples.movielens import order
 from recsys_examples.movielens.data import first_users, load_movielens
 from recsys_examples.movielens.order import measure_order, order_warnings
 
-SAME_TIME = "have the same timestamp and keep the order of the file"
-SAME_ORDER = "movies come in much the same order for all users"
+SAME_TIME = "have the same timestamp and are in the order of the file"
+SAME_ORDER = "movies are in a similar order for all users"
 
 
 def by_movie(ratings):
@@ -29,7 +29,7 @@ def by_popularity(ratings):
 
 
 def by_row(ratings):
-    """The rows of the file are by movie id within each user."""
+    """The file is sorted by movie id within each user."""
     return ratings.assign(timestamp=np.arange(len(ratings)))
 
 
@@ -90,7 +90,7 @@ def test_the_default_data(ratings, change, reasons):
         assert {reason for reason in (SAME_TIME, SAME_ORDER) if reason in warning} == (
             reasons
         )
-        assert warning.endswith("their ranking figures say nothing about real use.")
+        assert warning.endswith("their ranking metrics are meaningless for real use.")
         assert "\n" not in warning
 
 
@@ -107,7 +107,7 @@ def test_the_default_data(ratings, change, reasons):
         (by_stars, 0.26, 0.37),
     ],
 )
-def test_the_table_of_the_file(change, tied, agreement):
+def test_the_table_in_the_docstring(change, tied, agreement):
     found = measure_order(change(load_movielens().ratings))
     assert found.tied == pytest.approx(tied, abs=0.0051)
     assert found.agreement == pytest.approx(agreement, abs=0.0051)
@@ -119,7 +119,7 @@ def frame(*rows):
 
 class TestByHand:
     def test_tied(self):
-        # User 1: of 3 pairs one is tied; user 2: the only pair is; user 3 has none.
+        # User 1: one of 3 pairs is tied; user 2: one of one; user 3 has no pair.
         ratings = frame(
             (1, 5, 9), (1, 6, 9), (1, 7, 8), (2, 5, 3), (2, 6, 3), (3, 5, 1)
         )
@@ -152,7 +152,7 @@ class TestByHand:
         assert found == pytest.approx(np.mean(expected), abs=1e-9)
 
     @pytest.mark.parametrize("users", [9, 10])
-    def test_few_users_are_no_sign(self, users):
+    def test_few_users_give_no_agreement(self, users):
         ratings = frame(*((u, m, m) for u in range(users) for m in range(6)))
         found = measure_order(ratings)
         if users < 10:
@@ -168,10 +168,10 @@ class TestByHand:
         assert math.isnan(found.agreement)
 
 
-def test_a_sample_of_users_tells_the_same(monkeypatch):
-    monkeypatch.setattr(order, "_MOST_USERS", 200)
+def test_a_sample_of_users_gives_the_same_warnings(monkeypatch):
+    monkeypatch.setattr(order, "_MAX_USERS", 200)
     ratings = load_movielens().ratings
-    assert order._of_some_users(ratings)["user_id"].nunique() == 200
+    assert order._sample_users(ratings)["user_id"].nunique() == 200
     assert order_warnings(ratings) == []
     assert len(order_warnings(by_movie(ratings))) == 1
     assert len(order_warnings(one_time_in_random_rows(ratings))) == 1

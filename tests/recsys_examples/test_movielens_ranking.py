@@ -1,4 +1,4 @@
-"""Ranking metrics by hand and against loops, and the rankings to beat."""
+"""Ranking metrics, compared with hand-worked values and loops; the baselines."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ class TestRankByHand:
         seen=matrix([[1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]),
         relevant=matrix([[0, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]]),
     )
-    # Without what was seen, user 0 gets movies 4 3 2 1 and user 2 gets 1 0 2.
+    # Without seen movies, user 0 gets movies 4 3 2 1 and user 2 gets 1 0 2.
     SCORES = np.array([[9.0, 1, 2, 3, 4], [0, 0, 0, 0, 9], [2, 3, -1, 8, 9]], "float32")
 
     def found(self, k):
@@ -47,9 +47,9 @@ class TestRankByHand:
         assert self.TASK.users.tolist() == [0, 2]
 
     def test_two(self):
-        # User 0: 4 is a hit in place 1, of gain 1/log2(2) = 1; ideal are both places,
+        # User 0: movie 4 is a hit at rank 1, with gain 1/log2(2) = 1; the ideal is
         #         1 + 1/log2(3).
-        # User 2: 0 is a hit in place 2, gain 1/log2(3); ideal is 1.
+        # User 2: movie 0 is a hit at rank 2, with gain 1/log2(3); the ideal is 1.
         discount = 1 / np.log2(3)
         assert self.found(2) == pytest.approx(
             {
@@ -60,7 +60,7 @@ class TestRankByHand:
         )
 
     def test_three(self):
-        # User 0 as before: its second movie is in place 4. User 2: [1 0 2].
+        # User 0 as before: its second relevant movie is at rank 4. User 2: [1 0 2].
         discount = 1 / np.log2(3)
         assert self.found(3) == pytest.approx(
             {
@@ -84,14 +84,14 @@ class TestRankByHand:
         )
         window = ratings((1, 5, 4.0, 1), (1, 8, 3.5, 2), (4, 3, 1.0, 1))
         task = RankingTask.from_window(before, window, catalogue)
-        # All that was rated is seen; only 4 stars and more are relevant.
+        # All rated movies are seen; those with 4 stars or more are relevant.
         assert task.seen.toarray().tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
         assert task.relevant.toarray().tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
         assert task.users.tolist() == [0]
 
 
 def rank_in_a_loop(scores, task, k):
-    """Every metric from its definition, a user and a place at a time."""
+    """All metrics by their definition, in loops over users and ranks."""
     seen, relevant = task.seen.toarray(), task.relevant.toarray()
     ndcg, recall, listed = [], [], set()
     for user in range(len(scores)):
@@ -120,18 +120,18 @@ class TestRankAgainstALoop:
         rng = np.random.default_rng(k)
         states = rng.choice(3, (30, 40), p=[0.7, 0.2, 0.1])
         states[:3] = 0  # users without a relevant movie
-        states[3, :25] = 2  # one with many more than k of them
+        states[3, :25] = 2  # a user with many more than k relevant movies
         task = RankingTask(matrix(states == 1), matrix(states == 2))
         scores = rng.normal(size=states.shape).astype("float32")
-        scores[4] = 1e30 * (scores[4] - 9)  # far down, but above what was seen
+        scores[4] = 1e30 * (scores[4] - 9)  # very low, but above those of seen movies
         found = rank(lambda users: scores[users], task, k, batch_size)
         assert found == pytest.approx(rank_in_a_loop(scores, task, k), rel=1e-6)
 
     def test_fewer_candidates_than_places(self):
-        """Nobody is recommended what was seen, not even to fill the list."""
+        """Lists are not filled with seen movies."""
         rng = np.random.default_rng(0)
         states = np.ones((5, 40))
-        states[:, 3] = 2  # all seen but for movie 3, which is relevant, and movie 7
+        states[:, 3] = 2  # all seen except movie 3, which is relevant, and movie 7
         states[:, 7] = 0
         task = RankingTask(matrix(states == 1), matrix(states == 2))
         scores = rng.normal(size=states.shape).astype("float32")
@@ -155,7 +155,7 @@ def test_top_movies_best_first():
 class TestGroupAuc:
     def test_by_hand(self):
         # User 1: labels 1 0 0, scores 2 1 3: one of two pairs in order, AUC 1/2.
-        # User 2: labels 1 0, AUC 1. User 3 has only ones and is left out.
+        # User 2: labels 1 0, AUC 1. User 3 has only positives and is excluded.
         found = group_auc(
             np.array([1, 2, 1, 3, 2, 1]),
             np.array([1, 1, 0, 1, 0, 0]),
@@ -167,7 +167,7 @@ class TestGroupAuc:
         found = group_auc(np.array([1, 1]), np.array([0, 1]), np.array([0.5, 0.5]))
         assert found == 0.5
 
-    def test_nobody_has_both_labels(self):
+    def test_no_user_has_both_labels(self):
         found = group_auc(np.array([1, 2]), np.array([0, 1]), np.array([0.1, 0.9]))
         assert np.isnan(found)
 
@@ -185,15 +185,15 @@ class TestRows:
         return sample_rows(windows.test, rated, len(windows.catalogue))
 
     def test_the_window_and_unseen_movies(self, windows, rated, rows):
-        on = rows.watched
-        np.testing.assert_array_equal(rows.users[on], windows.test.users)
-        np.testing.assert_array_equal(rows.movies[on], windows.test.movies)
-        np.testing.assert_array_equal(rows.ratings[on], windows.test.ratings)
-        assert (rows.ratings[~on] == 0).all()
-        unseen = np.asarray(rated[rows.users[~on], rows.movies[~on]]).ravel()
+        watched = rows.watched
+        np.testing.assert_array_equal(rows.users[watched], windows.test.users)
+        np.testing.assert_array_equal(rows.movies[watched], windows.test.movies)
+        np.testing.assert_array_equal(rows.ratings[watched], windows.test.ratings)
+        assert (rows.ratings[~watched] == 0).all()
+        unseen = np.asarray(rated[rows.users[~watched], rows.movies[~watched]]).ravel()
         assert (unseen == 0).all()
-        assert 0 < (~on).sum() <= 4 * on.sum()
-        assert set(rows.users[~on]) <= set(windows.test.users)
+        assert 0 < (~watched).sum() <= 4 * watched.sum()
+        assert set(rows.users[~watched]) <= set(windows.test.users)
 
     def test_seeded(self, windows, rated, rows):
         again, other = (
@@ -237,10 +237,10 @@ class TestRows:
                 "rating": np.array([3.0, 4.0, 5.0, 100.0, -100.0]),
             },
         )
-        # watch: 3 of 3 pairs with the last, and 2 of 3 with the fourth: 5 of 6.
-        # In user 0: 1 of 2; in user 1: 1 of 1; weights 3 and 2.
-        # like, on the three watched: both liked are above; user 0 alone has both kinds.
-        # rating: squared errors 1, 4 and 0.
+        # watch: 3 of 3 pairs with the last row are in order, 2 of 3 with the fourth:
+        # 5 of 6. User 0: 1 of 2; user 1: 1 of 1; weights 3 and 2.
+        # like, on the three watched: both liked rows are higher; only user 0 has both
+        # classes. rating: squared errors 1, 4 and 0.
         log = np.log
         assert found == pytest.approx(
             {
@@ -262,8 +262,8 @@ class TestRows:
             together = np.concatenate([getattr(part, name) for part in parts])
             np.testing.assert_array_equal(together, getattr(rows, name))
 
-    def test_calibration_finds_the_line(self):
-        """Log odds that are 0.5 s - 1 for a score s, predicted as 2 s + 3."""
+    def test_calibration_recovers_the_line(self):
+        """The true log odds are 0.5 s - 1 for a score s, and predicted as 2 s + 3."""
         rng = np.random.default_rng(0)
         score = rng.normal(size=50_000)
         true = 1 / (1 + np.exp(1 - 0.5 * score))
@@ -279,8 +279,8 @@ class TestRows:
         assert found.slope == pytest.approx(0.5, abs=0.04)
         assert found.offset == pytest.approx(-1, abs=0.04)
 
-    def test_what_is_undefined_is_left_out(self):
-        """Liked movies alone have no AUC; nor has a user with one row of a task."""
+    def test_undefined_metrics_are_omitted(self):
+        """The AUC is undefined for a single class, overall and within a user."""
         rows = Rows(
             users=np.array([0, 1, 0, 1]),
             movies=np.arange(4),
@@ -325,7 +325,7 @@ class TestBaselines:
         assert (few <= many + 1e-9).all()
         assert few.sum() < many.sum()
 
-    def test_als_twice_with_one_seed(self, watched):
+    def test_als_is_deterministic_given_the_seed(self, watched):
         settings = baselines.ALSSettings(factors=8, regularization=1.0, alpha=2)
         users = np.arange(41)
         one, same, other = (
@@ -333,13 +333,13 @@ class TestBaselines:
         )
         np.testing.assert_array_equal(one, same)
         assert np.abs(one - other).max() > 1e-4
-        # It has learnt what was watched.
+        # Watched movies have higher scores.
         seen = watched.toarray() > 0
         assert one[seen].mean() > one[~seen].mean() + 0.1
 
 
 class TestDefaultData:
-    """The protocol on the data that everybody can have."""
+    """The protocol on the default data."""
 
     def test_popularity_on_the_test_window(self):
         windows = make_windows(load_movielens())

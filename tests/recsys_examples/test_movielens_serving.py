@@ -1,4 +1,4 @@
-"""What is written of a ranker, loaded where only TensorFlow or Keras is known."""
+"""The exported files of a ranker, loaded with only TensorFlow or only Keras."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from recsys_examples.movielens.training import fit_ranker
 from tests.support import processes
 
 BATCHES = (1, 7, 100)
-STRANGER = 123_456
+UNKNOWN_USER = 123_456
 
-# Reads the raw features of an npz file, and writes what the signatures answer. Keras
-# is refused by its loader: TensorFlow asks where it lies, and does not load it.
+# Reads raw features from an npz file and writes the outputs of the signatures. It
+# forbids to import Keras: TensorFlow looks for its location but does not import it.
 SERVER = """
 import importlib.machinery, json, sys
 
-class Refused:
+class Forbidden:
     def find_spec(self, name, path=None, target=None):
         if name == "keras":
             spec = importlib.machinery.ModuleSpec(name, self, is_package=True)
@@ -32,12 +32,12 @@ class Refused:
             return spec
 
     def create_module(self, spec):
-        raise ImportError(f"{spec.name} is refused in this test")
+        raise ImportError(f"{spec.name} must not be imported in this test")
 
     def exec_module(self, module):
         pass
 
-sys.meta_path.insert(0, Refused())
+sys.meta_path.insert(0, Forbidden())
 import numpy as np
 import tensorflow as tf
 
@@ -85,11 +85,11 @@ np.savez(written, **model.predict(features, verbose=0))
 
 @pytest.fixture(scope="module")
 def features(trained, windows) -> dict[str, np.ndarray]:
-    """The raw features of 100 pairs, some of users and movies that are unknown."""
+    """The raw features of 100 pairs, some with unknown users and movies."""
     found = raw_pairs(trained.rows, windows.before_test, windows.catalogue)
     found = {name: values[-100:].copy() for name, values in found.items()}
     assert len(found["year"]) == 100
-    found["user_id"][3] = STRANGER
+    found["user_id"][3] = UNKNOWN_USER
     found["movie_id"][4] = 10**9
     found["genres"][5] = ""
     found["history"][6], found["history_ratings"][6] = 0, 0
@@ -102,14 +102,14 @@ def expected(trained, features) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def questions(windows) -> dict[str, tuple[list[int], int]]:
-    """By name: user ids, and how many movies."""
+def queries(windows) -> dict[str, tuple[list[int], int]]:
+    """User ids and k, by name."""
     everybody = windows.before_test.user_ids.tolist()
     size = len(windows.catalogue)
     return {
         "one": ([everybody[4]], 1),
-        "ten": ([*everybody, STRANGER, 0], 10),
-        "all": ([everybody[0], STRANGER, everybody[-1]], size),
+        "ten": ([*everybody, UNKNOWN_USER, 0], 10),
+        "all": ([everybody[0], UNKNOWN_USER, everybody[-1]], size),
         "nobody": ([], 3),
         "none": ([everybody[4]], 0),
         "minus": ([everybody[4]], -1),
@@ -131,8 +131,8 @@ def exported(trained, windows, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(exported, features, questions, tmp_path_factory) -> dict[str, np.ndarray]:
-    """What a process answers that knows neither Keras nor this project."""
+def served(exported, features, queries, tmp_path_factory) -> dict[str, np.ndarray]:
+    """The outputs in a process without Keras and without this project."""
     folder = tmp_path_factory.mktemp("server")
     np.savez(folder / "given.npz", **features)
     printed = processes.run_without(
@@ -141,7 +141,7 @@ def served(exported, features, questions, tmp_path_factory) -> dict[str, np.ndar
         folder,
         str(exported / "saved_model"),
         "given.npz",
-        json.dumps(questions),
+        json.dumps(queries),
         "written.npz",
     )
     assert json.loads(printed.splitlines()[-1]) == []
@@ -150,7 +150,7 @@ def served(exported, features, questions, tmp_path_factory) -> dict[str, np.ndar
 
 class TestServingDefault:
     @pytest.mark.parametrize("size", BATCHES)
-    def test_predictions_are_the_trained_models(self, served, expected, size):
+    def test_predictions_equal_those_of_the_trained_model(self, served, expected, size):
         names = {key.split()[1] for key in served if key.startswith(f"{size} ")}
         assert names == set(TASKS)
         for task in TASKS:
@@ -159,7 +159,7 @@ class TestServingDefault:
             )
             assert np.ptp(expected[task]) > 0.01
 
-    def test_the_keras_file_needs_keras_moe_alone(
+    def test_the_keras_file_requires_only_keras_moe(
         self, exported, features, expected, tmp_path
     ):
         np.savez(tmp_path / "given.npz", **features)
@@ -201,9 +201,9 @@ def ranked_in_numpy(trained, windows, user_ids):
 class TestRecommend:
     @pytest.mark.parametrize("name", ["one", "ten", "all"])
     def test_the_list_is_the_catalogue_ranked(
-        self, served, questions, trained, windows, name
+        self, served, queries, trained, windows, name
     ):
-        users, k = questions[name]
+        users, k = queries[name]
         catalogue = windows.catalogue
         assert served[f"{name} movie_id"].shape == (len(users), k)
         for i, (fused, predicted, seen) in enumerate(
@@ -215,7 +215,7 @@ class TestRecommend:
                 part: served[f"{name} {part}"][i]
                 for part in ("movie_id", "title", "score", *TASKS)
             }
-            # Two movies of scores that differ in the last bit may change places.
+            # Movies whose scores differ in the last bit may be swapped.
             rows = catalogue.rows_of(found["movie_id"][: len(best)])
             assert len(set(rows)) == len(best)
             assert not seen[rows].any()
@@ -231,13 +231,13 @@ class TestRecommend:
                 np.testing.assert_allclose(
                     found[task][: len(best)], predicted[task][rows], rtol=0, atol=1e-5
                 )
-            # Blanks fill the list of whoever has seen too much for it.
+            # Lists of users with fewer than k unseen movies are padded with blanks.
             assert (found["movie_id"][len(best) :] == 0).all()
             assert (found["title"][len(best) :] == "").all()
             for task in TASKS:
                 assert (found[task][len(best) :] == 0).all()
 
-    def test_blanks_are_as_many_as_movies_seen(self, served, windows):
+    def test_number_of_blanks(self, served, windows):
         blanks = (served["all movie_id"] == 0).sum(axis=1)
         lengths = windows.before_test.lengths
         assert blanks.tolist() == [lengths[0], 0, lengths[-1]]
@@ -245,7 +245,7 @@ class TestRecommend:
     def test_personal_and_general_lists(self, served):
         lists = served["ten movie_id"]
         assert len({tuple(movies) for movies in lists[:-2].tolist()}) > 10
-        # Whoever is unknown gets what the stranger gets.
+        # All unknown users get the same list.
         assert (lists[-1] == lists[-2]).all()
         assert (lists[-1] > 0).all()
         assert served["ten known_user"].tolist() == [True] * (len(lists) - 2) + [
@@ -253,7 +253,7 @@ class TestRecommend:
             False,
         ]
 
-    def test_nobody_asks(self, served):
+    def test_empty_batch(self, served):
         assert served["nobody movie_id"].shape == (0, 3)
 
     @pytest.mark.parametrize(
@@ -270,10 +270,10 @@ class TestRecommend:
 
 class TestLoadRecommender:
     @pytest.mark.parametrize("inner", ["", "saved_model"])
-    def test_a_run_or_its_saved_model(self, exported, served, questions, inner):
-        ask = load_recommender(exported / inner)
-        users, k = questions["one"]
-        found = ask(
+    def test_a_run_or_its_saved_model(self, exported, served, queries, inner):
+        signature = load_recommender(exported / inner)
+        users, k = queries["one"]
+        found = signature(
             user_id=keras.ops.convert_to_tensor(users, "int64"),
             k=keras.ops.convert_to_tensor(k, "int32"),
         )
@@ -281,7 +281,7 @@ class TestLoadRecommender:
 
     def test_no_model(self, tmp_path):
         for folder in (tmp_path, tmp_path / "absent"):
-            with pytest.raises(InputError, match="is no model folder") as caught:
+            with pytest.raises(InputError, match="not a run or a SavedModel") as caught:
                 load_recommender(folder)
             assert str(folder) in str(caught.value)
 
@@ -300,8 +300,8 @@ class TestLoadRecommender:
             load_recommender(tmp_path / "other")
 
 
-def test_a_sparse_moe_is_served_too(windows, settings, features, tmp_path):
-    """In batches of several sizes, by a process that knows no MoE."""
+def test_a_sparse_moe(windows, settings, features, tmp_path):
+    """Served in batches of several sizes, in a process without keras_moe."""
     moe = replace(settings, body="moe", num_experts=4, learning_rate=0.1, max_epochs=6)
     fit = fit_ranker(windows.before_test, windows.catalogue, moe, verbose=0)
     assert np.isfinite(fit.curves["loss"]).all()
@@ -336,7 +336,7 @@ def test_a_sparse_moe_is_served_too(windows, settings, features, tmp_path):
         np.testing.assert_allclose(values, expected[task], rtol=0, atol=1e-5)
 
 
-def test_the_export_leaves_the_ranker_as_it_was(exported, trained, features, expected):
+def test_the_export_does_not_change_the_ranker(exported, trained, features, expected):
     again = predict_pairs(trained.fit.ranker.pairs, features)
     for task in TASKS:
         np.testing.assert_array_equal(again[task], expected[task])

@@ -1,4 +1,4 @@
-"""The split by time: its sizes, its order, and that users do not touch each other."""
+"""The split by time: sizes, order, and independence of users."""
 
 import numpy as np
 import pandas as pd
@@ -12,13 +12,13 @@ PARTS = ("train", "validation", "test")
 
 
 def ratings_of(counts: dict[int, int], seed: int = 0) -> pd.DataFrame:
-    """Ratings in random order; timestamps from a small range, so that many tie."""
+    """Ratings in random order, with many equal timestamps."""
     rng = np.random.default_rng(seed)
     users = rng.permutation(np.repeat(list(counts), list(counts.values())))
     return pd.DataFrame(
         {
             "user_id": users,
-            "movie_id": np.arange(len(users)),  # tells the rows apart
+            "movie_id": np.arange(len(users)),  # identifies the row
             "rating": rng.integers(1, 11, len(users)).astype("float32") / 2,
             "timestamp": rng.integers(0, 30, len(users)),
         }
@@ -45,7 +45,7 @@ def parts(ratings) -> Split:
 
 class TestByHand:
     def test_one_user(self):
-        # Sorted by time, and ties by their order: d b e | a | c.
+        # Sorted by time, with ties in their order: d b e | a | c.
         times = {"a": 30, "b": 10, "c": 40, "d": 5, "e": 10}
         frame = pd.DataFrame(
             {"user_id": 9, "movie_id": list(times), "timestamp": times.values()}
@@ -133,7 +133,7 @@ class TestProperties:
         for part in PARTS:
             pd.testing.assert_frame_equal(getattr(again, part), getattr(parts, part))
 
-    def test_shuffled_rows_give_the_same_split_where_no_times_tie(self, ratings):
+    def test_shuffled_rows_without_ties_give_the_same_split(self, ratings):
         distinct = ratings.assign(timestamp=ratings["movie_id"])
         parts = split_by_time(distinct)
         again = split_by_time(distinct.sample(frac=1, random_state=1))
@@ -147,7 +147,7 @@ class TestProperties:
         for user in set(ratings["user_id"]) - {5}:
             assert of_user(again, user) == of_user(parts, user)
 
-    def test_the_ratings_given_are_left_as_they_were(self, ratings):
+    def test_the_given_ratings_are_not_changed(self, ratings):
         before = ratings.copy()
         split_by_time(ratings)
         pd.testing.assert_frame_equal(ratings, before)
@@ -157,6 +157,6 @@ class TestProperties:
 def test_nothing_to_hold_out(counts):
     most = max(counts.values(), default=0)
     with pytest.raises(
-        InputError, match=rf"at least 3 ratings; .* any user has is {most}$"
+        InputError, match=rf"at least 3 ratings; .* number per user is {most}$"
     ):
         split_by_time(ratings_of(counts))

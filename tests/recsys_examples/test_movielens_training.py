@@ -1,4 +1,4 @@
-"""Examples, the watch loss, what undefined rows add (nothing), and a tiny fit."""
+"""Examples, the watch loss, undefined labels, and training on tiny data."""
 
 from collections import Counter
 from dataclasses import replace
@@ -25,7 +25,7 @@ from recsys_examples.movielens.training import (
 
 
 def one_movie_a_rating(lengths: list[int]) -> tuple[Sequences, Catalogue]:
-    """Users of such lengths, where each rating has its own movie, of the same row."""
+    """Users with the given numbers of ratings; rating i is of the movie in row i."""
     count = sum(lengths)
     catalogue = Catalogue.from_movies(
         pd.DataFrame(
@@ -48,7 +48,7 @@ LENGTHS = [1, 2, 5, 6, 7, *range(10, 40)]
 
 
 def predicted_ratings(examples: Examples) -> Counter[int]:
-    """Count how often each rating is predicted, from the history right before it."""
+    """Count how often each rating is a label; its history must end right before it."""
     found = Counter()
     for item in range(len(examples)):
         features, _, weights = examples[item]
@@ -102,9 +102,9 @@ class TestExamplesByHand:
             for part in (features, labels, weights)
         ]
 
-    def test_one_example_a_block(self, item):
-        # User 7 after 2 ratings, predicting 2 and 3, then after 4, predicting 4 alone;
-        # user 8 after 1.
+    def test_one_example_per_block(self, item):
+        # User 7 after 2 ratings, with next movies 2 and 3, and after 4 ratings, with
+        # next movie 4; user 8 after 1 rating.
         features = item[0]
         assert features["user_id"].tolist() == [7, 7, 8]
         assert features["history"][:, :5].tolist() == [
@@ -134,7 +134,7 @@ class TestExamplesByHand:
         # 4 stars or more are liked.
         assert labels["like"][at][:, 0].tolist() == [1, 0, 1, 1]
 
-    def test_labels_of_the_tasks_alone(self):
+    def test_only_labels_of_the_given_tasks(self):
         _, labels, weights = by_hand(tasks=("like",))[0]
         assert set(labels) == set(weights) == {"like"}
 
@@ -143,23 +143,23 @@ class TestTrainingExamples:
     def test_each_rating_once_from_the_first_block_on(self, settings):
         sequences, catalogue = one_movie_a_rating(LENGTHS)
         examples = Examples(sequences, catalogue, settings)
-        ever = set()
+        all_epochs = set()
         for _ in range(30):  # epochs
             found = predicted_ratings(examples)
             assert set(found.values()) == {1}
             for start, length in zip(sequences.starts, LENGTHS, strict=False):
                 own = [at - start for at in sorted(found) if 0 <= at - start < length]
-                # The first block begins at any of the first `block` moments that have
-                # a history; what is before it waits for another epoch.
+                # The first block begins at one of the first `block` ratings that have
+                # a history.
                 first = own[0] if own else length
                 assert 1 <= first <= settings.block
                 assert own == list(range(first, length))
-            ever.update(found)
+            all_epochs.update(found)
             examples.on_epoch_end()
-        # Over the epochs all are predicted, but for every user's first.
-        assert ever == set(range(sum(LENGTHS))) - set(sequences.starts[:-1])
+        # Over all epochs, all ratings are labels, except for each user's first.
+        assert all_epochs == set(range(sum(LENGTHS))) - set(sequences.starts[:-1])
 
-    def test_another_cut_every_epoch_and_the_same_for_a_seed(self, windows, settings):
+    def test_blocks_depend_on_epoch_and_seed(self, windows, settings):
         one, same, other = (
             Examples(windows.train, windows.catalogue, settings, seed=seed)
             for seed in (1, 1, 2)
@@ -170,18 +170,18 @@ class TestTrainingExamples:
         one.on_epoch_end()
         assert one[0][0]["history"].tobytes() != first.tobytes()
 
-    def test_some_ids_are_hidden(self, windows, settings):
+    def test_dropout_of_user_ids(self, windows, settings):
         examples = Examples(windows.train, windows.catalogue, settings)
         found = [examples[i][0] for i in range(len(examples))]
         ids = np.concatenate([features["user_id"] for features in found])
-        # 0.2 of some 240: a standard deviation of 0.026.
+        # A fraction of 0.2 of about 240 examples: standard deviation 0.026.
         assert 0.1 < np.mean(ids == UNKNOWN_USER) < 0.3
         known = ids[ids != UNKNOWN_USER]
         assert np.isin(known, windows.train.user_ids).all()
 
     @pytest.mark.parametrize("seed", range(5))
     def test_two_ratings_always_give_an_example(self, seed):
-        """One rating gives none; two give one, wherever the cut of an epoch falls."""
+        """One rating gives no example; two give one, for any offset."""
         sequences, catalogue = one_movie_a_rating([2, 1, 2, 2, 1, 2])
         examples = Examples(sequences, catalogue, Settings(batch_size=2), seed=seed)
         for _ in range(3):
@@ -189,7 +189,7 @@ class TestTrainingExamples:
             assert sizes == [2, 2]
             examples.on_epoch_end()
 
-    def test_nothing_to_learn_from_is_said(self):
+    def test_no_examples_raises(self):
         with pytest.raises(InputError, match="no user has two ratings"):
             Examples(*one_movie_a_rating([1, 1]), Settings())
 
@@ -220,7 +220,7 @@ class TestValidationExamples:
         assert set(found) == expected
         assert set(found.values()) == {1}
 
-    def test_always_the_same(self, examples):
+    def test_the_same_in_every_epoch(self, examples):
         before = [examples[i] for i in range(len(examples))]
         examples.on_epoch_end()
         assert len(examples) == len(before)
@@ -229,14 +229,14 @@ class TestValidationExamples:
                 for name in values:
                     np.testing.assert_array_equal(again[name], values[name])
 
-    def test_no_id_is_hidden(self, windows, examples):
+    def test_no_dropout_of_user_ids(self, windows, examples):
         for i in range(len(examples)):
             ids = examples[i][0]["user_id"]
             assert np.isin(ids, windows.train.user_ids).all()
 
 
 def watch_loss_oracle(labels, scores, block, level_weight):
-    """One loss a row, in float64, movie by movie."""
+    """One loss per row, in float64, in loops over the movies."""
     losses = []
     for row_labels, row in zip(labels, scores.astype("float64"), strict=True):
         candidates = [s for y, s in zip(row_labels, row, strict=True) if y != -1]
@@ -253,7 +253,7 @@ class TestWatchLoss:
         loss = WatchLoss(Settings(block=2, level_weight=0.5))
         labels = np.array([[1.0, 0.0, -1.0, 1.0]])
         scores = np.log(np.array([[1.0, 2.0, 100.0, 5.0]], "float32"))
-        # Candidates have e^s = 1, 2, 5, together 8.
+        # Candidates have e^s = 1, 2, 5, with the sum 8.
         # softmax: log(8/1) + log(8/5) = log 12.8
         # level: log 2 - log 1 for the first, log 3 for the second, and
         #        log 6 - log 5 for the last, so log(2 * 3 * 6/5) = log 7.2
@@ -276,7 +276,7 @@ class TestWatchLoss:
             rtol=1e-5,
         )
 
-    def test_seen_movies_have_no_part_in_it(self):
+    def test_seen_movies_are_excluded(self):
         labels = np.array([[-1.0, 1.0, 0.0, -1.0], [0.0, -1.0, 1.0, 0.0]], "float32")
         scores = tf.Variable([[50.0, 1, 2, -50], [0, 1e4, 2, 3]])
         loss = WatchLoss(Settings())
@@ -291,7 +291,7 @@ class TestWatchLoss:
 
 
 class TestUndefinedRows:
-    """Where like and rating are not defined, nothing is added to them."""
+    """Rows without labels do not change losses and metrics of like and rating."""
 
     @pytest.fixture(scope="module")
     @classmethod
@@ -301,7 +301,7 @@ class TestUndefinedRows:
             windows.catalogue, windows.train.user_ids, popularity, settings
         )
         compile_ranker(ranker.training, settings, TASKS, steps=1)
-        # Scores that are not all alike.
+        # Random weights, for which the scores differ.
         rng = np.random.default_rng(1)
         for variable in ranker.training.trainable_variables:
             variable.assign_add(rng.normal(0, 0.1, variable.shape))
@@ -333,7 +333,7 @@ class TestUndefinedRows:
             verbose=0,
         )
 
-    def test_values_there_do_not_count(self, model, batch):
+    def test_undefined_labels_are_ignored(self, model, batch):
         features, labels, weights = batch
         expected = self.logs(model, batch)
         undefined = weights["like"] == 0
@@ -348,13 +348,13 @@ class TestUndefinedRows:
         )
         assert found == pytest.approx(expected, abs=1e-6)
 
-        # Where they are defined, they do.
+        # Defined labels are not.
         labels = {**labels, "rating": labels["rating"] + 1, "like": 1 - labels["like"]}
         found = self.logs(model, (features, labels, weights))
         for name in ("like_loss", "like_auc", "rating_loss", "rating_rmse"):
             assert abs(found[name] - expected[name]) > 1e-3
 
-    def test_more_such_rows_add_nothing(self, model, batch):
+    def test_more_undefined_rows_change_nothing(self, model, batch):
         features, labels, weights = batch
         expected = self.logs(model, batch)
 
@@ -384,7 +384,7 @@ class TestUndefinedRows:
         assert logs["rating_rmse"] == pytest.approx(error**0.5, rel=1e-5)
         watch = np.mean(watch_loss_oracle(labels["watch"], scores["watch"], 5, 0.05))
         assert logs["watch_loss"] == pytest.approx(watch, rel=1e-5)
-        # The weights of the tasks.
+        # The weighted sum over the tasks.
         total = watch + 0.1 * entropy + 0.1 * error
         assert logs["loss"] == pytest.approx(total, rel=1e-5)
 
@@ -407,13 +407,13 @@ class TestFit:
         for name in ("loss", "watch_loss", "like_loss", "rating_loss"):
             assert fit.curves[name][-1] < 0.95 * fit.curves[name][0], name
 
-    def test_it_stops_and_keeps_the_best_weights(
+    def test_early_stopping_restores_the_best_weights(
         self, fit, windows, settings, validation
     ):
         scores = fit.curves["val_ndcg@10"]
         best = fit.epochs - 1
         assert scores[best] == max(scores)
-        # Two epochs without a better one, and then no more.
+        # Training stops after two epochs without improvement.
         assert len(scores) == min(fit.epochs + 2, 8)
         assert scores[best] != scores[-1]
         scorer = fused_scorer(fit.ranker, windows.train, windows.catalogue)
@@ -429,7 +429,7 @@ class TestFit:
         assert logs["loss"] == pytest.approx(fit.curves["val_loss"][best], rel=1e-5)
         assert logs["loss"] != pytest.approx(fit.curves["val_loss"][-1], rel=1e-3)
 
-    def test_without_watch_the_loss_decides(self, windows, settings, validation):
+    def test_early_stopping_by_loss_without_watch(self, windows, settings, validation):
         found = fit_ranker(
             windows.train,
             windows.catalogue,
@@ -456,7 +456,7 @@ class TestFit:
         assert not any(name.startswith("val_") for name in found.curves)
 
     def test_all_batches_of_every_epoch_are_trained(self, windows, settings):
-        """Epochs differ in their number of examples; Keras counts batches once."""
+        """The number of examples varies between epochs, the number of batches not."""
         train, catalogue = windows.train, windows.catalogue
         popularity = np.ones(len(catalogue))
         tasks = ("like",)
@@ -473,7 +473,7 @@ class TestFit:
 
 
 def test_one_step_with_and_without_xla(windows, settings):
-    """Without dropout, the same losses and the same weights after it."""
+    """Without dropout, losses and updated weights are the same."""
     plain = replace(
         settings, body="moe", num_experts=4, history_dropout=0.0, dropout=0.0
     )
@@ -487,7 +487,7 @@ def test_one_step_with_and_without_xla(windows, settings):
         examples = Examples(windows.train, windows.catalogue, plain)
         model = ranker.training
         if jit_compile:
-            model = ranker.behind_lookups()
+            model = ranker.without_lookups()
             examples = LookedUp(examples, ranker.lookups)
         compile_ranker(model, plain, TASKS, steps=1, jit_compile=jit_compile)
         assert model.jit_compile is jit_compile
@@ -497,7 +497,7 @@ def test_one_step_with_and_without_xla(windows, settings):
         )
         weights.append([ops.convert_to_numpy(w) for w in ranker.body.weights])
     assert logs[1] == pytest.approx(logs[0], rel=1e-4)
-    # The total holds the loss of the load too.
+    # The total includes the load balancing loss.
     weighted = logs[1]["watch_loss"] + sum(
         weight * logs[1][f"{task}_loss"]
         for task, weight in zip(TASKS[1:], plain.task_weights, strict=True)
@@ -508,7 +508,7 @@ def test_one_step_with_and_without_xla(windows, settings):
 
 
 def test_batches_of_equal_size(windows, settings):
-    """One size in every epoch, and hardly an example left out."""
+    """The batch size is constant over epochs, and all users have examples."""
     small = replace(settings, batch_size=7)
     examples = Examples(windows.train, windows.catalogue, small, equal_batches=True)
     sizes, users = set(), set()
@@ -523,7 +523,7 @@ def test_batches_of_equal_size(windows, settings):
 
 
 class _Epochs(keras.callbacks.Callback):
-    """Counts the examples of each epoch, and the batches that it was trained on."""
+    """Counts the examples and the trained batches of each epoch."""
 
     def __init__(self, examples):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tuning: the best on validation is kept, and the time budget holds."""
+"""Tuning: the best settings on validation are selected, within the time budget."""
 
 from dataclasses import replace
 
@@ -7,9 +7,9 @@ import pytest
 from recsys_examples.movielens import baselines, tuning
 from recsys_examples.movielens.data import DEFAULT_NAME
 from recsys_examples.movielens.ranking import rank
-from recsys_examples.movielens.tuning import als_for, als_record, als_sentence, tune
+from recsys_examples.movielens.tuning import als_for, als_record, als_summary, tune
 
-# Far apart, so that they rank differently; the default's settings come first.
+# Settings with different rankings; those of the default data come first.
 GRID = (
     baselines.TUNED_ALS,
     baselines.ALSSettings(factors=2, regularization=30.0, alpha=20),
@@ -20,13 +20,13 @@ GRID = (
 
 @pytest.fixture
 def before_test(windows):
-    """What a choice may know: nothing of the test window."""
+    """The data without the test window, which tuning must not use."""
     return replace(windows, before_test=None, test=None, test_task=None)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that a fake baseline moves on."""
+    """A clock that is advanced by a fake baseline."""
 
     class Clock:
         now = 100.0
@@ -56,7 +56,7 @@ class TestBest:
         assert found.ndcg == pytest.approx(max(scores.values()))
         assert (found.tried, found.planned, found.data) == (4, 4, "other")
 
-    def test_default_data_keeps_its_settings(self):
+    def test_default_data_uses_the_settings_of_the_study(self):
         found = als_for(None, DEFAULT_NAME, seed=0, budget_s=60)
         assert found.settings == baselines.TUNED_ALS
         assert found.tried == len(baselines.ALS_GRID) == 150
@@ -75,7 +75,7 @@ class TestBest:
 class TestBudget:
     @pytest.fixture
     def tried(self, before_test, clock):
-        """Tune a baseline of which each setting takes so many seconds."""
+        """Tune a fake baseline whose settings are durations in seconds."""
 
         def call(seconds, budget_s):
             made = []
@@ -93,12 +93,12 @@ class TestBudget:
 
         return call
 
-    def test_stops_where_the_next_would_not_fit(self, tried):
-        # After 3 settings 30 s are spent, and a fourth of 10 s would end at 40 s.
+    def test_stops_before_exceeding_the_budget(self, tried):
+        # 3 settings take 30 s, and a fourth would end at 40 s.
         assert tried((10, 10, 10, 10, 10), 39) == [10, 10, 10]
         assert tried((10, 10, 10, 10, 10), 40) == [10, 10, 10, 10]
 
-    def test_the_slowest_counts(self, tried):
+    def test_the_slowest_setting_is_the_estimate(self, tried):
         assert tried((1, 20, 1, 1, 1), 40) == [1, 20]
         assert tried((1, 20, 1, 1, 1), 41) == [1, 20, 1]
 
@@ -110,7 +110,7 @@ class TestBudget:
         assert tried((500, 500), float("inf")) == [500, 500]
 
 
-class TestWords:
+class TestSummary:
     TUNED = tuning.Tuned(GRID[0], 0.125, 15, 15, 33.6, "other")
 
     @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ class TestWords:
             (
                 {"tried": 1},
                 "ALS: 1 of 15 settings on validation, 34 s (time budget: 40 s): "
-                "not tuned on this data, so no fair comparison.",
+                "not tuned on this data; the comparison is not fair.",
             ),
             (
                 {"ndcg": None, "tried": 150},
@@ -134,7 +134,7 @@ class TestWords:
         ],
     )
     def test_sentence(self, changed, sentence):
-        assert als_sentence(replace(self.TUNED, **changed), 40.0) == sentence
+        assert als_summary(replace(self.TUNED, **changed), 40.0) == sentence
 
     def test_record(self):
         assert als_record(self.TUNED) == {

@@ -1,4 +1,4 @@
-"""The command line: what a run writes, what it says, and what it refuses."""
+"""The command line: files of a run, output, and errors."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def data_dir(movielens, tmp_path_factory):
 
 @pytest.fixture
 def command(capfd):
-    """Run the command in this process; give its status and its two outputs."""
+    """Run the command in this process; return status, stdout and stderr."""
 
     def call(*arguments):
         status = main([str(a) for a in arguments])
@@ -41,7 +41,7 @@ def command(capfd):
 
 @pytest.fixture(scope="module")
 def done(data_dir, tmp_path_factory):
-    """A real run, in a process of its own."""
+    """A run in a subprocess."""
     out = tmp_path_factory.mktemp("out") / "runs"
     command = ["-m", "recsys_examples.two_stage", *SMALL, "--seed", "3"]
     done = processes.run([*command, "--data-dir", data_dir, "--out", out], data_dir)
@@ -56,12 +56,12 @@ def run(done):
 
 
 class TestRun:
-    def test_exactly_what_is_promised(self, run):
+    def test_files(self, run):
         assert set(os.listdir(run)) == WRITTEN
         for folder in MODELS:
             assert (run / folder / "saved_model.pb").is_file()
 
-    def test_what_is_said(self, done):
+    def test_output(self, done):
         run, printed = done
         assert "ml-csv, first 25 users" in printed.stdout
         assert f"Written to {run}" in printed.stdout
@@ -100,18 +100,18 @@ class TestRun:
 
 
 class TestRecommend:
-    def rows(self, said):
+    def rows(self, output):
         return [
             [cell.strip() for cell in line.strip("│").split("│")]
-            for line in said.splitlines()
+            for line in output.splitlines()
             if line.startswith("│")
         ]
 
-    def test_a_table_without_what_was_seen(self, run, data_dir, command):
-        status, said, err = command("recommend", "--user", 7, "--model", run)
+    def test_seen_movies_are_excluded(self, run, data_dir, command):
+        status, output, err = command("recommend", "--user", 7, "--model", run)
         assert (status, err) == (0, "")
-        assert "For user 7" in said
-        rows = self.rows(said)
+        assert "For user 7" in output
+        rows = self.rows(output)
         assert [row[0] for row in rows] == [str(i) for i in range(1, 11)]
         ratings = (data_dir / "ratings.csv").read_text().splitlines()
         rated = [line.split(",")[1] for line in ratings if line.startswith("7,")]
@@ -122,25 +122,25 @@ class TestRecommend:
             assert 0 < float(watch) < 1
             assert 0 < float(like) < 1
 
-    def test_a_stranger_and_fewer_movies(self, run, command):
-        status, said, _ = command(
+    def test_an_unknown_user_and_fewer_movies(self, run, command):
+        status, output, _ = command(
             "recommend", "--user", 9999, "--model", run, "--k", "3"
         )
         assert status == 0
-        assert "user 9999, who is unknown" in said
-        assert len(self.rows(said)) == 3
+        assert "unknown user 9999" in output
+        assert len(self.rows(output)) == 3
 
 
 class TestLatency:
     def test_all_models_on_one_thread(self, run, command):
-        status, said, err = command(
+        status, output, err = command(
             *("latency", "--model", run, "--calls", "10", "--threads", "1")
         )
         assert (status, err) == (0, "")
         for heading in LATENCY.values():
-            assert heading in said
+            assert heading in output
         for other in ("first example", "its ranker on all"):
-            assert re.search(rf"take \d+\.\d\d of the time of: {other}", said)
+            assert re.search(rf"64 users: \d+\.\d\d of the time of {other}", output)
         found = json.loads((run / "latency.json").read_text())["1"]
         assert set(found) == set(SAVED_MODELS)
         for figures in found.values():
@@ -150,31 +150,33 @@ class TestLatency:
             )
         (run / "latency.json").unlink()
 
-    def test_a_folder_that_is_no_run(self, run, command):
+    def test_a_folder_that_is_not_a_run(self, run, command):
         status, _, err = command("latency", "--model", run / "saved_model")
         assert status == 2
-        assert "metrics.json: not the record of a run" in err
+        assert "metrics.json: not the metrics of a run" in err
         assert len(err.splitlines()) == 1
 
 
 class TestStudy:
-    def test_it_goes_on_where_it_was(self, data_dir, tmp_path, monkeypatch, command):
+    def test_resume(self, data_dir, tmp_path, monkeypatch, command):
         arguments = [
             *("--study", "--seeds", "1", *SMALL),
             *("--data-dir", data_dir, "--out", tmp_path),
         ]
-        status, said, err = command(*arguments)
+        status, output, err = command(*arguments)
         assert (status, err) == (0, "")
-        assert re.search("┃ +".join([FULL, *NAMES.values()]).replace("┃", " +┃"), said)
+        assert re.search(
+            "┃ +".join([FULL, *NAMES.values()]).replace("┃", " +┃"), output
+        )
         file = tmp_path / "study" / "results.jsonl"
         kept = file.read_bytes()
         assert len(kept.splitlines()) == 1 + 3
 
         status, _, err = command(*arguments)
         assert status == 2
-        assert "add --resume to go on" in err
+        assert "add --resume to continue it" in err
 
-        # What is there is not run again; what was cut off in writing is.
+        # Results in the file are not repeated, except for an incomplete last line.
         def none(*_, **__):
             raise AssertionError("trained again")
 
@@ -183,13 +185,13 @@ class TestStudy:
         status, again, _ = command(*arguments, "--resume")
         assert status == 0
         assert file.read_bytes() == kept
-        table = [line for line in said.splitlines() if line.startswith("│")]
+        table = [line for line in output.splitlines() if line.startswith("│")]
         assert [x for x in again.splitlines() if x.startswith("│")] == table
         file.write_bytes(kept[:-20])
         with pytest.raises(AssertionError, match="trained again"):
             command(*arguments, "--resume")
 
-    def test_other_settings_are_another_study(self, data_dir, tmp_path, command):
+    def test_resume_with_other_data(self, data_dir, tmp_path, command):
         folder = tmp_path / "study"
         folder.mkdir()
         (folder / "results.jsonl").write_text('{"data": "other"}\n')
@@ -208,7 +210,7 @@ class TestStudy:
 
 
 @pytest.mark.parametrize("study", [[], ["--study"]], ids=["train", "study"])
-def test_a_warning_of_an_order_by_movie(
+def test_a_warning_for_an_order_by_movie(
     movielens, tmp_path, monkeypatch, command, study
 ):
     def stop(*_, **__):
@@ -220,9 +222,9 @@ def test_a_warning_of_an_order_by_movie(
     by_movie = ratings.assign(timestamp=ratings["movie_id"])
     folder = write_csv(tmp_path / "ml", replace(movielens, ratings=by_movie))
     arguments = (*SMALL, *study, "--data-dir", folder, "--out", tmp_path / "out")
-    status, said, _ = command(*arguments)
+    status, output, _ = command(*arguments)
     assert status == 130
-    (warning,) = re.findall(r"^Warning: .*", said, re.MULTILINE)
+    (warning,) = re.findall(r"^Warning: .*", output, re.MULTILINE)
     assert warning.endswith("say nothing about real use.")
 
 
@@ -236,8 +238,8 @@ class TestBadInput:
         )
         assert status == 2
         assert err == (
-            "error: candidates must be from 10, the length of a list, to 60, the "
-            f"movies of the catalogue, not {candidates}\n"
+            "error: candidates must be from 10 (the length of a list) to 60 (the "
+            f"number of movies); got {candidates}\n"
         )
         assert not out.exists()
 
@@ -247,13 +249,13 @@ class TestBadInput:
         assert err == f"error: {tmp_path / 'absent'}: the data folder does not exist\n"
 
     def test_resume_without_study(self, command):
-        assert command("--resume")[::2] == (2, "error: --resume is for --study\n")
+        assert command("--resume")[::2] == (2, "error: --resume requires --study\n")
 
     @pytest.mark.parametrize("verb", [["recommend", "--user", "7"], ["latency"]])
     def test_no_model(self, tmp_path, command, verb):
         status, _, err = command(*verb, "--model", tmp_path)
         assert status == 2
-        assert re.fullmatch(r"error: [^\n]* is no model folder[^\n]*\n", err)
+        assert re.fullmatch(r"error: [^\n]*: not a run or a SavedModel[^\n]*\n", err)
 
     @pytest.mark.parametrize(
         "arguments",
@@ -275,9 +277,7 @@ class TestBadInput:
         assert "error: " in capsys.readouterr().err
 
 
-def test_nothing_appears_when_it_is_interrupted(
-    data_dir, tmp_path, monkeypatch, command
-):
+def test_nothing_is_written_when_interrupted(data_dir, tmp_path, monkeypatch, command):
     def draw(*_):
         raise KeyboardInterrupt
 
@@ -285,5 +285,5 @@ def test_nothing_appears_when_it_is_interrupted(
     out = tmp_path / "out"
     status, _, err = command(*SMALL, "--data-dir", data_dir, "--out", out)
     assert status == 130
-    assert err.startswith("interrupted: unfinished results were not kept")
+    assert err.startswith("interrupted: unfinished results were discarded")
     assert not out.exists()

@@ -1,4 +1,4 @@
-"""The parts of the two stages, each against what was worked out by hand or in NumPy."""
+"""The parts of the two stages, compared with hand-worked values or NumPy."""
 
 from dataclasses import replace
 
@@ -21,13 +21,13 @@ from recsys_examples.two_stage.pairs import (
     follow_counts,
     follow_shares,
     genre_vectors,
-    likeness,
+    similarity,
 )
 from recsys_examples.two_stage.pipeline import check_candidates, cut_late
 from recsys_examples.two_stage.ranker import Examples, Moments
 from recsys_examples.two_stage.retrieval import UnseenRetrieval, make_index
 from recsys_examples.two_stage.settings import Settings
-from recsys_examples.two_stage.towers import HIDDEN
+from recsys_examples.two_stage.towers import MASKED_SCORE
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def catalogue():
 
 
 def sequences(catalogue, *users):
-    """Each user a list of (movie row, stars, time)."""
+    """Return sequences; each user is a list of (movie row, stars, time)."""
     ratings = [
         (user, catalogue.movie_ids[row], stars, time)
         for user, rated in enumerate(users, start=1)
@@ -70,7 +70,7 @@ class TestWindows:
         train = windows.train
         early = cut_late(train, 0.2)
         for user, length in enumerate(train.lengths):
-            # Of two ratings or more at least one is late, and one is early.
+            # With two ratings or more, at least one is late and one is early.
             late = max(int(0.2 * length), 1) if length > 1 else 0
             kept = slice(early.starts[user], early.starts[user + 1])
             begin = train.starts[user]
@@ -85,7 +85,7 @@ class TestWindows:
         until = sequences(catalogue, rated, rated[:1], [])
         before = sequences(catalogue, rated[:2], rated[:1], [])
         moments = Moments.between(before, until, block=2)
-        # Of the first user's five ratings two are past: a block of two, and one of one.
+        # Two of the first user's five ratings are past: blocks of two and one.
         np.testing.assert_array_equal(moments.users, [0, 0])
         np.testing.assert_array_equal(moments.ends, [2, 4])
         np.testing.assert_array_equal(moments.movies, [[2, 3], [4, -1]])
@@ -115,7 +115,7 @@ class TestWindows:
     def test_candidates_out_of_range(self, candidates):
         with pytest.raises(InputError, match=r"^candidates must be from 10") as caught:
             check_candidates(candidates, 60)
-        assert "60, the movies of the catalogue" in str(caught.value)
+        assert "60 (the number of movies)" in str(caught.value)
         assert str(candidates) in str(caught.value)
 
     @pytest.mark.parametrize("candidates", [10, 60])
@@ -124,34 +124,34 @@ class TestWindows:
 
 
 class TestPairs:
-    def test_counts_of_what_follows_what(self, catalogue, past):
+    def test_follow_counts(self, catalogue, past):
         counts = follow_counts(past, len(catalogue)).toarray()
         expected = np.zeros((5, 5))
-        # User 1 has 0, 1, 2 in order; with one movie between a weight is 0.8.
+        # User 1 has 0, 1, 2 in order; with one movie between, the weight is 0.8.
         expected[0, 1], expected[1, 2], expected[0, 2] = 1, 1, 0.8
-        # User 2 rated 1 and 0 in one second: half each way.
+        # User 2 rated 1 and 0 in the same second: half in each direction.
         expected[1, 0] += 0.5
         expected[0, 1] += 0.5
         np.testing.assert_allclose(counts, expected)
 
-    def test_shares_of_what_follows(self, catalogue, past):
+    def test_follow_shares(self, catalogue, past):
         counts = follow_counts(past, len(catalogue)).toarray()
         expected = counts / (counts.sum(axis=1, keepdims=True) + 5)
         np.testing.assert_allclose(follow_shares(past, 5).toarray(), expected)
 
     def test_likeness(self, catalogue, past):
-        # Movies 0 and 1 have both users, movie 2 has one of them.
+        # Movies 0 and 1 were rated by both users, movie 2 by one.
         expected = np.zeros((5, 5))
         expected[0, 1] = expected[1, 0] = 2 / 7
         expected[2, :2] = expected[:2, 2] = 1 / np.sqrt(6 * 7)
-        np.testing.assert_allclose(likeness(past, 5).toarray(), expected, rtol=1e-6)
+        np.testing.assert_allclose(similarity(past, 5).toarray(), expected, rtol=1e-6)
 
     def test_genres(self, catalogue):
         half = np.sqrt(0.5)
         expected = [[half, half], [1, 0], [0, 1], [0, 0], [0, 0]]
         np.testing.assert_allclose(genre_vectors(catalogue), expected, atol=1e-6)
 
-    def asked(self, catalogue, past, rows, scores):
+    def features(self, catalogue, past, rows, scores):
         layer = PairFeatures(past, catalogue, related=4)
         user = past.histories(catalogue, np.arange(3))
         tensors = {name: tf.constant(values) for name, values in user.items()}
@@ -161,7 +161,7 @@ class TestPairs:
     def test_features_of_a_pair(self, catalogue, past):
         rows = np.array([[2, 3], [0, 4], [1, 2]], np.int32)
         scores = np.array([[3, 1], [2, 2], [5, 4.5]], np.float32)
-        _, pairs = self.asked(catalogue, past, rows, scores)
+        _, pairs = self.features(catalogue, past, rows, scores)
         assert pairs.shape == (3, 2, len(PAIR_FEATURES))
         found = {name: pairs[..., i] for i, name in enumerate(PAIR_FEATURES)}
         np.testing.assert_allclose(found["score_to_best"], scores - scores[:, :1])
@@ -172,7 +172,7 @@ class TestPairs:
         for name, recency in (("follows_last", 3), ("follows_recent", 10)):
             expected = scales[name] * (np.exp(-np.arange(3) / recency) @ follows)
             np.testing.assert_allclose(found[name][0], expected[rows[0]], atol=1e-6)
-        alike = likeness(past, 5).toarray()[[2, 1, 0]]
+        alike = similarity(past, 5).toarray()[[2, 1, 0]]
         liked = np.array([5, 2, 4]) - 11 / 3
         for name, weights in (("watched_with", np.ones(3)), ("rated_with", liked)):
             np.testing.assert_allclose(
@@ -199,7 +199,7 @@ class TestPairs:
 
     def test_an_empty_history(self, catalogue, past):
         rows = np.zeros((3, 2), np.int32)
-        users, pairs = self.asked(catalogue, past, rows, np.ones((3, 2), np.float32))
+        users, pairs = self.features(catalogue, past, rows, np.ones((3, 2), np.float32))
         np.testing.assert_array_equal(users[2], np.zeros_like(users[2]))
         np.testing.assert_array_equal(pairs[2, :, 2:8], np.zeros((2, 6)))
         assert np.isfinite(pairs).all()
@@ -213,7 +213,7 @@ class TestPairs:
 
 
 class TestRetrieval:
-    def test_the_best_that_were_not_seen(self):
+    def test_best_unseen_movies(self):
         rng = np.random.default_rng(3)
         queries = rng.normal(size=(4, 6)).astype(np.float32)
         movies = rng.normal(size=(50, 6)).astype(np.float32)
@@ -227,11 +227,13 @@ class TestRetrieval:
             best = np.argsort(-expected[user])[:10]
             np.testing.assert_array_equal(rows[user], best)
             np.testing.assert_allclose(scores[user], expected[user, best], rtol=1e-5)
-        # Whoever has seen all but two gets two candidates.
-        np.testing.assert_array_equal(scores[3] > HIDDEN / 2, [True] * 2 + [False] * 8)
+        # A user who has seen all but two movies gets two candidates.
+        np.testing.assert_array_equal(
+            scores[3] > MASKED_SCORE / 2, [True] * 2 + [False] * 8
+        )
         assert set(rows[3, :2].numpy()) == {0, 1}
 
-    def test_the_index_holds_what_was_rated_often_enough(self):
+    def test_the_index_has_the_movies_with_enough_ratings(self):
         rng = np.random.default_rng(3)
         queries = rng.normal(size=(2, 4)).astype(np.float32)
         movies = rng.normal(size=(30, 4)).astype(np.float32)
@@ -249,13 +251,13 @@ class TestRetrieval:
             scores, np.take_along_axis(expected, best, 1), rtol=1e-5
         )
 
-    def test_the_index_holds_as_many_as_there_are_candidates(self):
+    def test_the_index_has_at_least_as_many_movies_as_candidates(self):
         movies = np.eye(12, dtype=np.float32)
         popularity = np.array([9, 1, 2, 0] * 3)
         index = make_index(movies, popularity, Settings(candidates=10))
         nothing = tf.zeros((0, 2), tf.int64)
         _, rows = index((tf.ones((1, 12)), nothing))
-        # All but two of the three that were never rated.
+        # Two of the three movies without ratings are missing.
         assert set(range(12)) - set(rows[0].numpy()) == {7, 11}
 
 
@@ -272,7 +274,7 @@ class TestFusion:
 
     @pytest.mark.parametrize("diversity", [0.0, 0.3, 2.0])
     @pytest.mark.parametrize("size", [12, 70])
-    def test_the_list_is_the_greedy_one(self, diversity, size):
+    def test_the_list_equals_a_greedy_loop(self, diversity, size):
         rng = np.random.default_rng(5)
         fused = rng.normal(size=(6, size)).astype(np.float32)
         vectors = np.abs(rng.normal(size=(6, size, 3))).astype(np.float32)
@@ -301,15 +303,15 @@ class TestFusion:
         assert intra_list_diversity(np.array([[0, 1, 2]]), vectors) == pytest.approx(
             1 - 0.4714, abs=1e-4
         )
-        # A list of two that are the same, and one whose second movie has no genre.
+        # A list of two equal movies, and one whose second movie has no genre.
         lists = np.array([[0, 0], [1, 3]])
         assert intra_list_diversity(lists, vectors) == pytest.approx((0 + 1) / 2)
         assert intra_list_diversity(lists[:, :1], vectors) == 0.0
 
 
 def test_a_first_stage_without_two_ratings(catalogue):
-    """Nothing follows anything, and no feature is undefined."""
+    """There are no co-occurrences, and all features are finite."""
     lonely = sequences(catalogue, [(0, 4.0, 1)], [(1, 2.0, 2)], [])
-    assert follow_shares(lonely, 5).nnz == likeness(lonely, 5).nnz == 0
+    assert follow_shares(lonely, 5).nnz == similarity(lonely, 5).nnz == 0
     without_years = replace(catalogue, years=np.zeros(5, np.int64))
     assert np.isfinite(PairFeatures(lonely, without_years, 2)._table).all()

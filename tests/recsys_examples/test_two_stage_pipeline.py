@@ -1,4 +1,4 @@
-"""Both stages trained on a tiny data set, exported, and asked by a bare server."""
+"""Both stages trained on a tiny data set, exported, and served by TensorFlow alone."""
 
 import json
 from dataclasses import replace
@@ -32,12 +32,12 @@ SETTINGS = Settings(
     retrieval_epochs=2,
     ranker_epochs=2,
 )
-STRANGER = 123_456
+UNKNOWN_USER = 123_456
 
 
 @pytest.fixture(scope="module")
 def stages(windows):
-    # Whatever trains before the test window must do without it.
+    # Training must not use the test window.
     before = replace(windows, test=None, test_task=None)
     return fit_first_stages(before, SETTINGS)
 
@@ -47,7 +47,7 @@ def outcome(windows, stages):
     return run_second_stage(windows, stages, SETTINGS)
 
 
-class TestWhatIsLearnedFrom:
+class TestTrainingData:
     def test_each_first_stage_has_its_own_past(self, windows, stages):
         assert stages.last.past is windows.before_test
         assert stages.trained.past is windows.train
@@ -55,31 +55,31 @@ class TestWhatIsLearnedFrom:
         np.testing.assert_array_equal(stages.early.past.movies, early.movies)
         assert len(early.movies) < len(windows.train.movies)
 
-    def test_choices_do_without_validation_and_all_without_test(
+    def test_tuning_does_not_train_on_validation_or_test(
         self, windows, stages, monkeypatch
     ):
         fitted = []
         fit = pipeline.fit_ranker
 
-        def recorded(examples, *arguments, **more):
+        def recorded(examples, *args, **kwargs):
             fitted.append(examples)
-            return fit(examples, *arguments, **more)
+            return fit(examples, *args, **kwargs)
 
         monkeypatch.setattr(pipeline, "fit_ranker", recorded)
-        blind = replace(windows, test=None, test_task=None)
-        # It gets as far as to measure.
+        without_test = replace(windows, test=None, test_task=None)
+        # Only the final evaluation fails.
         with pytest.raises(AttributeError, match=r"'NoneType'.*users"):
-            run_second_stage(blind, stages, SETTINGS)
+            run_second_stage(without_test, stages, SETTINGS)
         late = examples_of(stages.early, windows.train, SETTINGS)
         validation = examples_of(stages.trained, windows.before_test, SETTINGS)
-        chosen_by, final = fitted
-        np.testing.assert_array_equal(chosen_by.pairs, late.pairs)
+        tuning, final = fitted
+        np.testing.assert_array_equal(tuning.pairs, late.pairs)
         np.testing.assert_array_equal(final.pairs, late.joined(validation).pairs)
-        # As many as were rated then, at most, and some.
+        # Positives are candidates among the late ratings.
         rated = len(windows.train.movies) - len(stages.early.past.movies)
         assert 0 < (late.stars > 0).sum() <= rated
 
-    def test_candidates_were_not_seen_at_that_moment(self, windows, stages):
+    def test_candidates_were_not_seen_before(self, windows, stages):
         until, stage = windows.train, stages.early
         users = np.arange(len(until.user_ids))
         for ends in (stage.past.lengths, until.lengths, np.zeros_like(users)):
@@ -92,8 +92,8 @@ class TestWhatIsLearnedFrom:
                 assert not np.isin(rows[user], seen).any()
                 assert len(set(rows[user][:left])) == left
 
-    def test_what_comes_later_changes_no_feature(self, windows, stages):
-        """Of what the user does after the moment, nothing is known."""
+    def test_later_ratings_do_not_change_features(self, windows, stages):
+        """Features do not depend on ratings after `ends`."""
         stage, until = stages.early, windows.train
         users, ends = np.arange(5), stage.past.lengths[:5]
         expected = stage.candidates(until, users, ends)
@@ -108,11 +108,9 @@ class TestWhatIsLearnedFrom:
             np.testing.assert_array_equal(found, wanted)
 
 
-class TestMeasures:
-    def test_lists_are_scored_as_the_first_example_scores_catalogues(
-        self, windows, outcome
-    ):
-        """A list of the best of full scores has the full scores' NDCG and recall."""
+class TestMetrics:
+    def test_lists_are_evaluated_like_full_rankings(self, windows, outcome):
+        """The list of the best movies has the NDCG and recall of the full scores."""
         task = windows.test_task
         rng = np.random.default_rng(1)
         scores = rng.normal(size=(len(windows.test.user_ids), 60))
@@ -129,18 +127,18 @@ class TestMeasures:
         assert outcome.funnel[10] < outcome.funnel[20] < outcome.funnel[50]
         ranked = Ranked(outcome.stage, windows.test_task)
         own = rank(as_scorer(ranked.task, ranked.rows), ranked.task, 20)["recall@20"]
-        # The index lacks movies that few have rated.
+        # The index lacks movies with few ratings.
         assert metrics["recall@candidates"] == pytest.approx(own, abs=0.05)
         for name in ("", " without diversity", " of retrieval"):
             assert 0 < metrics[f"diversity@10{name}"] < 1
 
-    def test_the_fast_ndcg_is_the_first_examples(self, windows, outcome):
+    def test_the_fast_ndcg_equals_rank(self, windows, outcome):
         ranked = Ranked(outcome.stage, windows.test_task)
         for lists in (ranked.rows[:, :LIST_LENGTH], ranked.rows[:, ::-2]):
             lists = lists[:, :LIST_LENGTH]
             expected = rank(as_scorer(ranked.task, lists), ranked.task)["ndcg@10"]
             assert ranked.ndcg(lists) == pytest.approx(expected)
-        # A hit in the first place of a list that ends there, of two relevant movies:
+        # A list of one hit, with two relevant movies:
         # 1 / (1 + 1 / log2(3)) = 0.6131.
         task = RankingTask(
             seen=sparse.csr_matrix((1, 60)),
@@ -151,7 +149,7 @@ class TestMeasures:
         blanks[0, 0] = 7
         assert ranked.ndcg(blanks) == pytest.approx(0.6131, abs=1e-4)
 
-    def test_retrieval_alone_is_the_ranking_by_its_scores(self, windows, outcome):
+    def test_retrieval_alone_equals_the_ranking_by_its_scores(self, windows, outcome):
         stage, task = outcome.stage, windows.test_task
         everyone = np.arange(len(stage.past.user_ids))
         histories = stage.past.histories(windows.catalogue, everyone)
@@ -159,7 +157,7 @@ class TestMeasures:
         expected = rank(lambda users: scores[users], task)["ndcg@10"]
         assert outcome.metrics["ndcg@10 of retrieval"] == pytest.approx(expected)
 
-    def test_fusion_and_diversity_are_chosen_on_validation(self, outcome):
+    def test_fusion_and_diversity_are_tuned_on_validation(self, outcome):
         chosen = outcome.chosen
         tried = {(like, r): ndcg for like, r, ndcg in chosen["validation_weights"]}
         fusion = outcome.fusion
@@ -173,7 +171,7 @@ class TestMeasures:
         }
         assert fusion.diversity == max(kept | {0.0})
 
-    def test_more_diversity_repeats_less(self, windows, outcome):
+    def test_diversity_grows_with_its_weight(self, windows, outcome):
         ranked = Ranked(outcome.stage, windows.test_task)
         scores = ranked.predict(outcome.ranker)
         found = [
@@ -183,14 +181,14 @@ class TestMeasures:
         assert found[0] < found[1] < found[2]
 
 
-def test_ple_ranks_too(windows, stages):
+def test_ple_ranker(windows, stages):
     ple = replace(SETTINGS, ranker="ple", ranker_epochs=1)
     outcome = run_second_stage(windows, stages, ple)
     assert 0 < outcome.metrics["ndcg@10"] < 1
     assert any(isinstance(layer, PLE) for layer in outcome.ranker.layers)
 
 
-# Reads questions, and writes what the signatures answer. It knows TensorFlow alone.
+# Calls the signatures, importing only TensorFlow.
 SERVER = """
 import json, sys
 import numpy as np
@@ -239,10 +237,10 @@ def exported(outcome, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def raw(windows):
-    """Features of four users, a stranger with user 3's history, and of a blank one."""
+    """Features of four users, an unknown user with user 3's history, an empty one."""
     past = windows.before_test
     features = past.histories(windows.catalogue, np.array([0, 1, 2, 3, 3, 4]))
-    features["user_id"][4] = STRANGER
+    features["user_id"][4] = UNKNOWN_USER
     for values in features.values():
         values[5] = 0
     return features
@@ -252,7 +250,7 @@ def raw(windows):
 def served(exported, windows, raw, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     np.save(
-        folder / "users.npy", np.append(windows.before_test.user_ids, [STRANGER, 0])
+        folder / "users.npy", np.append(windows.before_test.user_ids, [UNKNOWN_USER, 0])
     )
     np.savez(folder / "raw.npz", **raw)
     printed = processes.run_without(
@@ -268,13 +266,13 @@ def served(exported, windows, raw, tmp_path_factory):
 
 
 class TestServing:
-    def test_lists_are_those_that_were_measured(self, windows, outcome, served):
+    def test_lists_equal_the_evaluated_ones(self, windows, outcome, served):
         task, found = windows.test_task, served[0]
         ranked = Ranked(outcome.stage, task)
         lists = ranked.lists(ranked.predict(outcome.ranker), outcome.fusion)
         expected = np.where(lists < 0, 0, windows.catalogue.movie_ids[lists])
         same = found["users movie_id"][task.users] == expected
-        # Two movies of scores that differ in the last bit may change places.
+        # Movies whose scores differ in the last bit may be swapped.
         assert same.mean() > 0.98
         rows = windows.catalogue.rows_of(found["users movie_id"])
         titles = np.where(
@@ -282,7 +280,7 @@ class TestServing:
         )
         np.testing.assert_array_equal(found["users title"], titles)
 
-    def test_nothing_seen_is_listed_and_blanks_are_blank(self, windows, served):
+    def test_seen_movies_are_excluded(self, windows, served):
         found, past = served[0], windows.before_test
         for user, movies in enumerate(found["users movie_id"][: len(past.user_ids)]):
             seen = past.movies[past.starts[user] : past.starts[user + 1]]
@@ -295,7 +293,7 @@ class TestServing:
             values = found[f"users {task}"]
             assert ((values > 0) & (values < 1)).all()
 
-    def test_unknown_users_get_what_newcomers_get(self, served):
+    def test_unknown_users_get_the_same_list(self, served):
         found = served[0]
         assert found["users known_user"].tolist() == [True] * 41 + [False] * 2
         lists = found["users movie_id"]
@@ -305,11 +303,11 @@ class TestServing:
     def test_raw_features_give_the_same_lists(self, served):
         found = served[0]
         lists, scores = found["raw movie_id"], found["raw score"]
-        # A history of at most 50 holds all that these users have seen.
+        # These users have seen fewer than 50 movies, the length of the history.
         np.testing.assert_array_equal(lists[:4], found["users movie_id"][:4])
         np.testing.assert_allclose(scores[:4], found["users score"][:4], atol=1e-4)
 
-    def test_a_stranger_with_a_history(self, raw, served):
+    def test_an_unknown_user_with_a_history(self, raw, served):
         found = served[0]
         assert not np.isin(found["raw movie_id"][4], raw["history"][4]).any()
         assert (found["raw movie_id"][4] > 0).all()
@@ -325,7 +323,7 @@ class TestServing:
 
     def test_an_empty_history(self, served):
         found = served[0]
-        # The same as an unknown user, who has none.
+        # The same list as that of an unknown user.
         np.testing.assert_array_equal(
             found["raw movie_id"][5], found["users movie_id"][-1]
         )
@@ -339,7 +337,7 @@ class TestServing:
             ("high", "feature `history_ratings` must be stars from 0 to 5"),
         ],
     )
-    def test_the_model_names_what_is_wrong(self, served, error, feature):
+    def test_errors_name_the_feature(self, served, error, feature):
         assert feature in served[1][error]
 
 
@@ -349,7 +347,7 @@ def ask(exported):
 
 
 class TestClient:
-    """`keras_moe.export.load` finds what is wrong, and names it."""
+    """`keras_moe.export.load`: answers, and errors that name the feature."""
 
     def test_lists(self, ask, raw, served):
         np.testing.assert_array_equal(ask(raw)["movie_id"], served[0]["raw movie_id"])
@@ -361,7 +359,7 @@ class TestClient:
             answer["movie_id"], served[0]["users movie_id"][:3]
         )
 
-    def test_nobody(self, ask, raw):
+    def test_an_empty_batch(self, ask, raw):
         answer = ask({name: v[:0] for name, v in raw.items()})
         assert answer["movie_id"].shape == (0, LIST_LENGTH)
 
@@ -376,7 +374,7 @@ class TestClient:
             ("history_ratings", np.full((6, 50), np.nan, "float32")),
         ],
     )
-    def test_the_feature_is_named(self, ask, raw, feature, value):
+    def test_errors_name_the_feature(self, ask, raw, feature, value):
         features = {**raw, feature: value}
         if value is None:
             del features[feature]

@@ -1,4 +1,4 @@
-"""The stack of tensorflow-recommenders, in a process whose `tf.keras` is Keras 2."""
+"""The tensorflow-recommenders stack, in a process whose `tf.keras` is Keras 2."""
 
 import json
 from pathlib import Path
@@ -102,18 +102,18 @@ def found(folder):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_it_is_trained_by_tfrs_beside_keras_3(found):
+def test_trained_by_tfrs_beside_keras_3(found):
     assert found["tfrs"] is True
     assert found["models"] == 3
     assert found["keras"] == ["3", "2"]
     assert found["same"] is True
     assert found["loss"][-1] < found["loss"][0]
-    # The best epoch by tfrs' own metric on validation.
+    # The best epoch by tfrs' metric on validation.
     assert 1 <= found["epochs"] <= len(found["top"]) == 3
     assert all(0 < top <= 1 for top in found["top"])
 
 
-def test_the_index_finds_what_keras_rs_finds(found):
+def test_the_index_equals_that_of_keras_rs(found):
     assert found["index"] in ("BruteForce", "ScaNN")
     if found["index"] == "BruteForce":
         assert found["same_rows"]
@@ -122,12 +122,12 @@ def test_the_index_finds_what_keras_rs_finds(found):
     assert found["left"][3] == 5
 
 
-def test_the_pipeline_is_measured(found):
+def test_metrics(found):
     assert 0 < found["metrics"]["ndcg@10"] < 1
     assert 0 < found["metrics"]["recall@candidates"] <= 1
 
 
-def test_one_saved_model_from_user_to_list(found, folder):
+def test_saved_model(found, folder):
     printed = processes.run_without(
         ["keras_moe", "tensorflow_recommenders", "recsys_examples"], SERVER, folder
     )
@@ -146,7 +146,7 @@ def test_tfrs_missing(folder):
         PYTHONPATH=str(ROOT),
     )
     assert done.returncode == 2
-    # TensorFlow itself has a word to say before.
+    # TensorFlow prints log messages before.
     assert done.stderr.splitlines()[-1].startswith("error: --stack tfrs: ")
     assert "Traceback" not in done.stderr
     assert not (folder / "out").exists()
