@@ -2,18 +2,18 @@
 """
 # MoE in five minutes
 
-A Dense block computes all of itself for every row. A *mixture of experts* keeps several
-small blocks, the experts, and a router that sends each row to the few that suit it. The
-number of experts then sets what the layer can hold, and `top_k` what a row costs.
+A Dense block uses all of its weights for every row. A *mixture of experts* (MoE) has
+several smaller blocks, the experts, and a router that sends each row to a few of them.
+The number of experts determines the number of parameters, and `top_k` the cost per row.
 
-This notebook puts `keras_moe.layers.MoE` in the place of a Dense block, on a problem
-small enough to draw, and looks at what the experts have divided among themselves.
+This notebook replaces a Dense block by `keras_moe.layers.MoE`, on a two-dimensional
+problem that can be plotted, and shows how the experts specialize.
 """
 
 # %%
 import os
 
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # it is a SavedModel in the end
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # for the SavedModel
 
 import tempfile
 from pathlib import Path
@@ -26,18 +26,18 @@ import tensorflow as tf
 
 from keras_moe.layers import MoE
 
-# Small settings, with which the tests run this page; its outputs are of the full ones.
+# Small settings for the tests; the outputs below are those of the full settings.
 QUICK = os.environ.get("KERAS_MOE_NOTEBOOK_QUICK") == "1"
 ROWS, EPOCHS, SEEDS = (1024, 1, 1) if QUICK else (20_000, 30, 3)
 
 # %% [markdown]
 """
-## A problem with borders
+## A piecewise problem
 
-The plane is cut into six regions, each the points that are nearest to one of six
-places. In each region the label is a wave with a direction of its own. Nothing learned
-in one region helps in the next, and at the borders the label jumps: that is where
-a mixture should pay.
+The plane is divided into six regions, the points nearest to each of six centres. In
+each region the label is a wave with its own direction. What is learned in one region
+does not help in the others, and the label is discontinuous at the borders: a problem
+that suits a mixture of experts.
 """
 
 # %%
@@ -67,20 +67,21 @@ def draw_points(count):
 
 
 train, test = draw_points(ROWS), draw_points(5000)
-print(f"{ROWS} rows to learn from, {len(test[0])} to test with")
+print(f"{ROWS} training rows, {len(test[0])} test rows")
 print(f"variance of the test labels: {test[1].var():.3f}")
 
 # %% [markdown]
 """
-## One block for another
+## Three blocks
 
-The model is a layer of features, then a block, then one unit. Three blocks compete:
+The model is a Dense layer, then a block, then one output unit. Three blocks are
+compared:
 
-- **narrow**: two Dense layers that cost a row about what the mixture costs it;
+- **narrow**: two Dense layers with about the cost per row of the mixture;
 - **wide**: two Dense layers with about as many parameters as the mixture;
-- **MoE**: eight experts of two layers, of which each row goes to two.
+- **MoE**: eight experts of two layers; each row is sent to two of them.
 
-The mixture takes one line: `MoE(8, (32, 32), top_k=2)`.
+The mixture is one line: `MoE(num_experts=8, expert_units=(32, 32), top_k=2)`.
 """
 
 # %%
@@ -98,8 +99,8 @@ def dense_block(width):
 
 def mixture(routing_metrics=()):
     return MoE(
-        NUM_EXPERTS,
-        (32, 32),
+        num_experts=NUM_EXPERTS,
+        expert_units=(32, 32),
         top_k=TOP_K,
         routing_metrics=routing_metrics,
         name="moe",
@@ -121,9 +122,8 @@ BLOCKS = {
 
 # %% [markdown]
 """
-What does a row cost? A matmul of `d` inputs and `u` outputs takes `2 d u` operations a
-row. Of the mixture, a row passes the router and two experts; the other six are not
-computed for it.
+A matmul of `d` inputs and `u` outputs takes `2 d u` operations per row. In the mixture,
+a row uses the router and two experts; the other six are not computed for it.
 """
 
 
@@ -139,7 +139,7 @@ def flops_of_block(model):
     return flops([block.router.kernel]) + TOP_K * flops(block.experts.kernels)
 
 
-costs = pd.DataFrame(columns=["parameters", "operations a row"])
+costs = pd.DataFrame(columns=["parameters", "operations per row"])
 for name, block in BLOCKS.items():
     model = build(block())
     costs.loc[name] = [model.layers[2].count_params(), flops_of_block(model)]
@@ -149,11 +149,11 @@ print(costs.to_string())
 """
 ## Training
 
-A mixture trains by `fit` like any layer. It adds one loss of its own, the load
-balancing loss (weight 0.01 by default), so that the router does not send everything to
-a favourite. `routing_metrics` put two figures in `fit`'s logs: `load_cv`, the spread of
-the experts' loads (0: all equal), and `router_confidence`, the mean of the highest
-probability that the router gives (1/8: it does not tell the experts apart).
+A mixture is trained with `fit` like any layer. It adds an auxiliary loss, the load
+balancing loss (weight 0.01 by default), which prevents the router from sending most
+rows to one expert. With `routing_metrics`, `fit` logs two metrics: `load_cv`, the
+coefficient of variation of the expert loads (0: all equal), and `router_confidence`,
+the mean of the largest router probability (1/8: uniform).
 """
 
 
@@ -163,7 +163,7 @@ def fit(block, seed, jit_compile="auto", epochs=EPOCHS):
     model = build(block)
     steps = epochs * -(-ROWS // 256)
     rate = keras.optimizers.schedules.CosineDecay(5e-3, steps)
-    eager = QUICK and jit_compile == "auto"  # no graph for so few steps
+    eager = QUICK and jit_compile == "auto"  # tracing a graph does not pay
     model.compile(
         keras.optimizers.Adam(rate), "mse", jit_compile=jit_compile, run_eagerly=eager
     )
@@ -187,7 +187,7 @@ for seed in range(SEEDS):
         if seed == 0:
             models[name], curves[name] = model, curve
 
-print("The mixture's training, seed 0")
+print("training curves of the mixture, seed 0")
 print(curves["MoE"].iloc[[0, EPOCHS // 2, -1]].to_string(float_format="%.3f"))
 
 # %%
@@ -197,12 +197,11 @@ print(errors.astype(float).to_string(float_format="%.4f"))
 
 # %% [markdown]
 """
-## Who does what
+## Specialization of the experts
 
-The router is a layer like others: given the features of a point, it tells which experts
-the point goes to. Colouring the plane by each point's first choice shows what the
-experts have made of it. The white lines are the true borders, which the model has never
-been told.
+The router is a layer: given the features of a point, it returns the experts that the
+point is sent to. The rightmost plot shows the first choice for each point of the plane.
+The white lines are the true borders, which are not inputs of the model.
 """
 
 # %%
@@ -219,14 +218,14 @@ side = np.linspace(-1, 1, 200, dtype="float32")
 grid = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
 borders = region_of(grid).reshape(200, 200)
 panels = {
-    "the label": label_of(grid),
-    "the narrow block's prediction": predict(models["narrow"], grid),
-    "the mixture's prediction": predict(models["MoE"], grid),
-    "the expert chosen first": first_choice(grid),
+    "label": label_of(grid),
+    "prediction, narrow block": predict(models["narrow"], grid),
+    "prediction, MoE": predict(models["MoE"], grid),
+    "first-choice expert": first_choice(grid),
 }
 figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), dpi=80, layout="constrained")
 for ax, (title, values) in zip(axes, panels.items(), strict=True):
-    experts = title.startswith("the expert")
+    experts = title == "first-choice expert"
     ax.imshow(
         values.reshape(200, 200),
         origin="lower",
@@ -243,8 +242,8 @@ plt.show()
 
 # %% [markdown]
 """
-The same as a table: of the test points of a region, which share has each expert as its
-first choice? If the router ignored the regions, all rows would be alike.
+The same as a table: the fraction of the test points of a region with each expert as
+first choice. If the router ignored the regions, all rows would be equal.
 """
 
 # %%
@@ -259,40 +258,40 @@ for (region, expert), share in np.ndenumerate(shares.to_numpy()):
     if share >= 0.005:
         colour = "white" if share > 0.6 else "black"
         ax.text(expert, region, f"{share:.2f}", ha="center", va="center", color=colour)
-ax.set(xlabel="expert", ylabel="region", title="share of a region's points")
+ax.set(xlabel="expert", ylabel="region", title="fraction of the region's points")
 figure.colorbar(image, ax=ax)
 plt.show()
 
-favourites = shares.max(axis=1)
-print("share of each region's favourite expert:")
-print(favourites.round(2).to_list(), f"mean {favourites.mean():.2f}")
+largest = shares.max(axis=1)
+print("fraction of each region's most frequent expert:")
+print(largest.round(2).to_list(), f"mean {largest.mean():.2f}")
 
 # %% [markdown]
 """
-## Compiled or not
+## With and without XLA
 
-With XLA (`jit_compile=True`) every shape is fixed, without it the layer can cut the
-rows exactly by expert. `dispatch="auto"` takes what suits the graph that is being made.
-The result is the same: two trainings from one seed, one of them compiled, differ by
-rounding alone.
+XLA (`jit_compile=True`) requires static shapes; without it, the layer can split the
+rows by expert, with data-dependent shapes. `dispatch="auto"` selects the implementation
+for the graph that is being traced. The result is the same: two trainings with one seed,
+with and without XLA, differ only by rounding.
 """
 
 # %%
 compiled, plain = (
-    fit(mixture(), seed=0, jit_compile=choice, epochs=1)[0] for choice in (True, False)
+    fit(mixture(), seed=0, jit_compile=jit, epochs=1)[0] for jit in (True, False)
 )
-here, there = (predict(model, test[0]) for model in (compiled, plain))
-print(f"largest prediction: {np.abs(there).max():.3f}")
-print(f"largest difference below 0.01: {np.abs(here - there).max() < 0.01}")
+with_xla, without_xla = (predict(model, test[0]) for model in (compiled, plain))
+print(f"largest prediction: {np.abs(without_xla).max():.3f}")
+print(f"largest difference below 0.01: {np.abs(with_xla - without_xla).max() < 0.01}")
 
 # %% [markdown]
 """
-## Saved, exported, served
+## Saving, export and serving
 
 A `.keras` file restores the model in Python (after `import keras_moe`, which registers
-the layer). `export` writes a SavedModel for a server, which needs TensorFlow alone and
-takes batches of any size. Routing metrics count in every call, so a layer that is
-exported goes without them: we copy the weights into such a model.
+the layer). `export` writes a SavedModel for serving, which requires only TensorFlow and
+accepts batches of any size. Routing metrics are updated in every call; for export, the
+weights are copied to a model without them.
 """
 
 # %%
@@ -315,18 +314,18 @@ for name, answer in answers.items():
 
 # %% [markdown]
 """
-## What was seen
+## Results
 
-- The mixture has the parameters of the wide block (17152 and 16672) and costs a row
-  about what the narrow one does (8704 operations, against 8192 and 32768).
-- Its mean error over three seeds, 0.0156, is that of the wide block, 0.0152, within the
-  spread of the seeds (0.0138 to 0.0170); the narrow block has 0.0209.
-- The experts did divide the plane: a region's favourite expert is the first choice for
-  a share of 0.76 of its points on average, and for all of them in one region. It is no
-  perfect map of the regions: the borders between experts are the router's own, an
-  expert serves parts of several regions, and some are nobody's first choice.
-- The loads stayed uneven (`load_cv` 0.275 in the end); a larger weight of the balancing
-  loss evens them out, and what that costs is in the notebook on sparse MoE.
-- Operations are not seconds. What of them is won on a machine depends on sizes and
-  dispatch; the README has a table of it.
+- The mixture has about the parameters of the wide block (17152 and 16672) and the cost
+  per row of the narrow one (8704 operations, against 8192 and 32768).
+- Its mean error over three seeds, 0.0156, equals that of the wide block, 0.0152, within
+  the range over seeds (0.0138 to 0.0170); the narrow block has 0.0205.
+- The experts specialize: the most frequent expert of a region is the first choice for a
+  fraction of 0.76 of its points on average, and for all of them in one region. The
+  regions of the experts do not coincide with those of the problem: an expert covers
+  parts of several regions, and some experts are never a first choice.
+- The loads are not equal (final `load_cv` 0.275). A larger weight of the balancing loss
+  equalizes them; the notebook on sparse MoE shows its cost.
+- Operations are not time: the speed-up depends on sizes, hardware and dispatch; see the
+  table in the README.
 """

@@ -2,18 +2,18 @@
 """
 # From a shared bottom to MMoE and PLE
 
-A ranking model often has several tasks: click, like, watch time. One bottom for all of
-them is cheap, and lets tasks that agree help each other; where they disagree, they pull
-the same weights in two directions. The multi-gate family answers step by step:
+A ranking model often has several tasks: click, like, watch time. A shared bottom is
+cheap, and related tasks help each other; unrelated tasks have conflicting gradients.
+The multi-gate family addresses this step by step:
 
 - `SharedBottom`: one MLP for all tasks;
-- `OMoE`: several experts, one gate that mixes them for all tasks;
-- `MMoE`: the same experts, a gate for each task;
-- `PLE`: also experts that belong to one task alone, in several levels.
+- `OMoE`: several experts, combined by one gate for all tasks;
+- `MMoE`: the same experts, with one gate per task;
+- `PLE`: additionally task-specific experts, in several levels.
 
-Each is one line in a model, and the outputs have the same form, so that they swap. Here
-they are trained on two tasks whose relatedness is known, at equal numbers of
-parameters, and then their gates are looked at.
+Each is one layer, and all have outputs of the same structure: they are interchangeable.
+This notebook trains them, with equal numbers of parameters, on two tasks of known
+correlation, and plots their gates.
 """
 
 # %%
@@ -30,21 +30,21 @@ from keras_moe.multitask import MultiTaskModel
 from recsys_examples.task_correlation.data import TASKS, make_pair
 from recsys_examples.task_correlation.settings import Recipe
 
-# Small settings, with which the tests run this page; its outputs are of the full ones.
-# For so few steps no graph is traced (`run_eagerly`).
+# Small settings for the tests; the outputs below are those of the full settings.
+# With these few steps, tracing a graph does not pay (`run_eagerly`).
 QUICK = os.environ.get("KERAS_MOE_NOTEBOOK_QUICK") == "1"
 ROWS, EPOCHS, SEEDS = (1024, 1, 1) if QUICK else (65_536, 12, 3)
 
 # %% [markdown]
 """
-## Two tasks of a chosen correlation
+## Two tasks of given correlation
 
 The data is that of the MMoE paper's synthetic study ([Ma et al.,
-2018](https://doi.org/10.1145/3219819.3220007), section 3.2): each task looks at the
-inputs along a direction `w` of its own, and its label is `z + sum of sin(i z + ...)` of
-the projection `z = w x`. The cosine of the two directions is the correlation, here 0.5.
-We take 32 inputs and 4 sines instead of the paper's 100 and 10, so that a training
-takes seconds; `python -m recsys_examples.task_correlation` is the study in full.
+2018](https://doi.org/10.1145/3219819.3220007), section 3.2): each task has a weight
+vector `w`, and its label is `z + sum of sin(i z + ...)` of the projection `z = w x`.
+The cosine similarity of the two vectors is the task correlation, here 0.5. With 32
+inputs and 4 sines, instead of the paper's 100 and 10, a training takes seconds; `python
+-m recsys_examples.task_correlation` is the full study.
 """
 
 # %%
@@ -61,24 +61,41 @@ shown = slice(2000)
 for ax, weights, task in zip(axes, pair.weights, TASKS, strict=True):
     projection = pair.test.inputs[shown] @ weights
     ax.plot(projection, labels(pair.test)[task][shown], ".", ms=3)
-    ax.set(title=f"{task} task", xlabel="z, its projection", ylabel="label")
+    ax.set(title=f"{task} task", xlabel="projection z", ylabel="label")
 plt.show()
 print(f"correlation of the labels: {np.corrcoef(pair.test.labels.T)[0, 1]:.2f}")
 
 # %% [markdown]
 """
-## Four bodies of one size
+## Four bodies of equal size
 
-The widths are chosen so that the models train about as many parameters. `gate_use_bias`
-lets a gate prefer an expert for all rows; without it a gate is linear in the row alone.
+The widths are chosen for about equal numbers of parameters. With `gate_use_bias`, a
+gate can prefer an expert for all rows; without it, the logits are linear in the inputs,
+without an intercept.
 """
 
+
 # %%
+def mmoe(**settings):
+    return MMoE(
+        num_experts=8, expert_units=16, tasks=TASKS, gate_use_bias=True, **settings
+    )
+
+
 BODIES = {
     "shared bottom": lambda: SharedBottom(102, TASKS),
-    "OMoE": lambda: OMoE(8, 17, TASKS, gate_use_bias=True),
-    "MMoE": lambda: MMoE(8, 16, TASKS, gate_use_bias=True),
-    "PLE": lambda: PLE(2, 2, 2, 14, TASKS, gate_use_bias=True),
+    "OMoE": lambda: OMoE(
+        num_experts=8, expert_units=17, tasks=TASKS, gate_use_bias=True
+    ),
+    "MMoE": mmoe,
+    "PLE": lambda: PLE(
+        num_levels=2,
+        num_shared_experts=2,
+        num_task_experts=2,
+        expert_units=14,
+        tasks=TASKS,
+        gate_use_bias=True,
+    ),
 }
 
 
@@ -96,9 +113,9 @@ print(sizes.to_string())
 """
 ## Training
 
-Each model starts from several seeds, and all get the same rows, steps and rate; nothing
-is tuned for one of them. The loss is the mean squared error of both tasks on the test
-rows, added.
+Each model is trained with several seeds; all have the same rows, steps and learning
+rate, and none is tuned. The loss is the sum of the mean squared errors of both tasks on
+the test rows.
 """
 
 
@@ -130,7 +147,7 @@ for place, (name, runs) in enumerate(models.items()):
         label = name if seed == 0 else None
         ax.plot(epochs, losses, color=f"C{place}", alpha=0.8, label=label)
 ax.set(xlabel="epoch", ylabel="test loss of both tasks", yscale="log")
-ax.set_title("a line for each seed")
+ax.set_title("one line per seed")
 ax.legend()
 plt.show()
 
@@ -146,9 +163,9 @@ print(final.to_string(float_format="%.3f"))
 """
 ## The gates
 
-A gate is a softmax over experts, computed for each row. `gate_weights` gives them, and
-`keras_moe.plots.gate_heatmap` draws the mean over rows: how much a task leans on
-an expert. In a level of PLE a task weighs its own experts and then the shared ones.
+A gate is a softmax over experts, computed for each row. `gate_weights` returns the gate
+weights, and `keras_moe.plots.gate_heatmap` plots their mean over rows for each task and
+expert. In a level of PLE, a task has a gate over its own and the shared experts.
 """
 
 # %%
@@ -174,9 +191,9 @@ print(f"PLE: weight on a task's own experts, by level: {own[0]:.2f}, {own[1]:.2f
 
 # %% [markdown]
 """
-A mean hides what a gate does from row to row. The label of a task depends on the row
-through `z` alone, so rows are put in order of the task's `z` and cut into 30 equal
-parts: does the gate take other experts for other parts of the curve?
+The mean hides how a gate varies over rows. The label of a task depends on the inputs
+only through `z`: the rows are sorted by the task's `z` and divided into 30 equal parts,
+to show whether the gate uses different experts for different parts of the curve.
 """
 
 # %%
@@ -187,26 +204,28 @@ for place, (ax, task) in enumerate(zip(axes, TASKS, strict=True)):
     by_part = np.stack([part.mean(axis=0) for part in parts], axis=1)
     image = ax.imshow(by_part, cmap="Blues", vmin=0, aspect="auto")
     ax.set_title(f"MMoE, gate of the {task} task")
-    ax.set(xlabel="rows, in order of z", ylabel="expert", xticks=[])
+    ax.set(xlabel="rows, sorted by z", ylabel="expert", xticks=[])
     figure.colorbar(image, ax=ax)
     change = by_part.max(axis=1) - by_part.min(axis=1)
-    print(f"{task}: an expert's weight moves by up to {change.max():.2f} along z")
+    print(
+        f"{task}: the weight of an expert changes by up to {change.max():.2f} along z"
+    )
 plt.show()
 
 # %% [markdown]
 """
-## A polarised gate, and gate dropout
+## Gate polarization and gate dropout
 
-A gate is *polarised* when it puts nearly all of its weight on one expert. The others
-then get hardly any gradient from that task, so they do not get better for it, and the
-gate has no reason to come back. [Zhao et al.,
-2019](https://doi.org/10.1145/3298689.3346997) met it in training YouTube's ranker, and
-took experts away from the gates at random in training: `gate_dropout`.
+A gate is *polarized* if nearly all of its weight is on one expert. The other experts
+then get almost no gradient from that task and do not improve for it, hence the gate
+stays polarized. [Zhao et al., 2019](https://doi.org/10.1145/3298689.3346997) observed
+this in YouTube's ranker, and dropped experts from the gates at random in training:
+`gate_dropout`.
 
-A low `gate_temperature` (the logits are divided by 0.1) provokes it. We train that
-without and with dropout, and measure two things: the largest weight of a gate, averaged
-over the rows, which is 1 where each row has one expert alone; and the share of the
-experts that are no row's favourite, which is idle capacity.
+A low `gate_temperature` (the logits are divided by 0.1) causes polarization. It is
+trained with and without dropout, and two quantities are measured: the largest weight of
+a gate, averaged over rows, which is 1 if each row uses one expert; and the fraction of
+the experts that have the largest weight for no row.
 """
 
 # %%
@@ -225,8 +244,7 @@ found = {"as above": models["MMoE"]}
 for name, settings in VARIANTS.items():
     if name not in found:
         found[name] = [
-            fit(MMoE(8, 16, TASKS, gate_use_bias=True, seed=seed, **settings), seed)
-            for seed in range(min(SEEDS, 2))
+            fit(mmoe(seed=seed, **settings), seed) for seed in range(min(SEEDS, 2))
         ]
 
 figure, axes = plt.subplots(3, 1, figsize=(6, 5.4), dpi=80, layout="constrained")
@@ -235,10 +253,10 @@ for ax, (name, runs) in zip(axes, found.items(), strict=True):
     plots.gate_heatmap(gates_of(runs[0][0]), TASKS, ax).set_title(name)
     for seed, (model, losses) in enumerate(runs[:2]):
         gates = gates_of(model)  # (rows, tasks, experts)
-        favoured = [len(np.unique(gates[:, t].argmax(axis=-1))) for t in range(2)]
+        used = [len(np.unique(gates[:, t].argmax(axis=-1))) for t in range(2)]
         row = {
             "largest weight": gates.max(axis=-1).mean(),
-            "nobody's favourite": 1 - np.mean(favoured) / 8,
+            "unused experts": 1 - np.mean(used) / 8,
             "test loss": losses[-1],
         }
         measured = pd.concat([measured, pd.DataFrame(row, [f"{name}, seed {seed}"])])
@@ -247,26 +265,25 @@ print(measured.to_string(float_format="%.2f"))
 
 # %% [markdown]
 """
-## What was seen
+## Results
 
-- At one size for all, PLE is the best on each seed: a mean loss of 0.069, against 0.119
-  of the shared bottom, 0.152 of MMoE and 0.174 of OMoE.
-- MMoE is not better than a shared bottom of its size here. On two of the three seeds it
-  has more of a loss (0.185 against 0.097, 0.137 against 0.121), on one a little less
-  (0.134 against 0.139). Many narrow experts learn more slowly than one wide layer, as
-  the curves show. OMoE, with one gate for both tasks, is behind MMoE in the mean, but
-  not on each seed: it runs from 0.122 to 0.233.
-- The gates are no fixed blend. Along `z` the weight of an expert moves by up to 0.98:
-  the experts take parts of the curve, and at its upper end both tasks use the same one,
-  though nobody told them that the curves are alike.
-- In PLE the tasks lean on their own experts, more so in the second level (0.73) than
-  in the first (0.57).
-- At temperature 0.1 the largest weight of a gate rises from 0.49 to 0.91 on seed 0, and
-  the loss with it, from 0.19 to 0.21 (seed 1: 0.13 to 0.18). Dropout brought idle
-  experts back (0.19 of them are left on seed 1, after 0.38), did not soften the gate of
-  a row (0.92), and made the loss worse, 0.49: a remedy for gates that leave experts
-  idle, and nothing to switch on without need.
+- At equal size, PLE is the best with each seed: its mean loss is 0.070, against 0.119
+  for the shared bottom, 0.152 for MMoE and 0.174 for OMoE.
+- MMoE is not better than a shared bottom of equal size here. With two of the three
+  seeds its loss is larger (0.185 against 0.097, 0.137 against 0.121), with one slightly
+  smaller (0.134 against 0.139). Many narrow experts learn more slowly than one wide
+  layer, as the curves show. OMoE, with one gate for both tasks, is worse than MMoE on
+  average, but not with each seed: its loss ranges from 0.122 to 0.233.
+- The gates depend on the inputs. Along `z` the weight of an expert changes by up to
+  0.98: experts specialize in parts of the curve, and at its upper end both tasks use
+  the same expert.
+- In PLE most of the weight is on task-specific experts, more in the second level (0.73)
+  than in the first (0.57).
+- At temperature 0.1 the largest weight of a gate rises from 0.49 to 0.91 with seed 0,
+  and the loss from 0.19 to 0.21 (seed 1: 0.13 to 0.18). Dropout reduced the fraction of
+  unused experts (seed 1: from 0.38 to 0.19), did not reduce the largest weight (0.92),
+  and increased the loss to 0.49: use it only for gates with unused experts.
 
-Three seeds, two tasks, one correlation, and no tuning: what order these models have
-in a product is a question for its own data.
+These results are for three seeds, two tasks, one correlation and no tuning: they do not
+predict the ranking of these models on other data.
 """

@@ -1,12 +1,12 @@
 # %% [markdown]
 """
-# Sparse MoE: routers, capacity and balance, seen
+# Sparse MoE: routers, capacity and load balance
 
-A sparse mixture computes a token (a row) by few experts, and a router chooses them.
-That choice can go wrong in one way above all: an expert that gets more tokens learns
-more, suits more tokens, gets still more of them, and in the end works alone. This
-notebook lets that happen, cures it in several ways, and shows what a router's imbalance
-costs where experts have a capacity.
+In a sparse mixture, each token (a row) is processed by a few experts, which a router
+selects. The main failure is *collapse*: an expert that gets more tokens improves faster
+and gets even more tokens, until a few experts process all of them. This notebook shows
+a collapse, the methods against it, and the cost of imbalance if experts have a
+capacity.
 """
 
 # %%
@@ -19,19 +19,19 @@ import pandas as pd
 
 from keras_moe.layers import MoE
 
-# Small settings, with which the tests run this page; its outputs are of the full ones.
-# For so few steps no graph is traced (`run_eagerly`).
+# Small settings for the tests; the outputs below are those of the full settings.
+# With these few steps, tracing a graph does not pay (`run_eagerly`).
 QUICK = os.environ.get("KERAS_MOE_NOTEBOOK_QUICK") == "1"
 ROWS, EPOCHS, EVERY = (512, 1, 1) if QUICK else (16_384, 12, 8)
 NUM_EXPERTS, BATCH = 8, 256
 
 # %% [markdown]
 """
-## Tokens of 16 kinds, some of them frequent
+## Tokens of 16 kinds with unequal frequencies
 
-Real tokens are not spread evenly: a few kinds are most of the traffic. Each kind here
-has a centre in 16 dimensions and a wave of its own as a label, and the i-th kind comes
-with a probability in proportion to `1 / i`.
+Real tokens are not uniformly distributed: a few kinds are most of the traffic. Here,
+each kind has a centre in 16 dimensions and its own wave as label; the probability of
+the i-th kind is proportional to `1 / i`.
 """
 
 # %%
@@ -60,11 +60,11 @@ print(f"variance of the test labels: {test[1].var():.2f}")
 
 # %% [markdown]
 """
-## Watching a router
+## Recording the load
 
-The model is a layer of features, a mixture of eight experts, one unit. While it
-trains, a callback asks the router every few steps where it would send the test tokens,
-and notes each expert's share of all choices: its *load*.
+The model is a Dense layer, a mixture of eight experts, and one output unit. During
+training, a callback routes the test tokens every few steps and records the *load* of
+each expert, its fraction of all choices.
 """
 
 
@@ -73,7 +73,13 @@ def build(seed=0, **settings):
     keras.utils.set_random_seed(seed)
     inputs = keras.Input((16,))
     features = keras.layers.Dense(32, activation="relu", name="features")(inputs)
-    moe = MoE(NUM_EXPERTS, (32, 32), seed=seed, name="moe", **settings)
+    moe = MoE(
+        num_experts=NUM_EXPERTS,
+        expert_units=(32, 32),
+        seed=seed,
+        name="moe",
+        **settings,
+    )
     hidden = keras.layers.Activation("relu")(moe(features))
     return keras.Model(inputs, keras.layers.Dense(1)(hidden))
 
@@ -83,7 +89,7 @@ def route(model, tokens):
 
 
 def load_of(routing):
-    if hasattr(routing, "token_indices"):  # experts chose: all their slots are taken
+    if hasattr(routing, "token_indices"):  # expert choice: all slots are filled
         return np.full(NUM_EXPERTS, 1 / NUM_EXPERTS)
     chosen = np.asarray(routing.expert_indices).ravel()
     return np.bincount(chosen, minlength=NUM_EXPERTS) / chosen.size
@@ -126,11 +132,11 @@ def draw_load(ax, watch, title):
 
 # %% [markdown]
 """
-## Collapse, and its cure
+## Collapse, and the load balancing loss
 
-Top 1 without any balancing loss, then with the load balancing loss of the Switch
-Transformer (`load_balancing_loss_weight`), at the default weight 0.01 and at 0.1. A
-colour is an expert, its height its load; the dotted lines are even loads.
+Top-1 routing without a balancing loss, then with the load balancing loss of the Switch
+Transformer (`load_balancing_loss_weight`), at the default weight of 0.01 and at 0.1.
+Each colour is an expert, its height the load; the dotted lines are equal loads.
 """
 
 # %%
@@ -150,26 +156,26 @@ plt.show()
 for name, (_, watch) in runs.items():
     used = sum(watch.loads[-1] > 0.01)
     print(
-        f"{name}: the largest load is {watch.loads[0].max():.2f} at first and "
-        f"{watch.loads[-1].max():.2f} in the end; {used} of 8 experts are used"
+        f"{name}: the largest load is {watch.loads[0].max():.2f} initially and "
+        f"{watch.loads[-1].max():.2f} finally; {used} of 8 experts are used"
     )
 
 # %% [markdown]
 """
 ## Other routers
 
-With `top_k=2` a token always has a second expert, so that collapse is milder. The
-routers differ in what they do about balance:
+With `top_k=2` each token has a second expert, which makes collapse milder. The routers
+differ in their balancing:
 
 - `"top_k"`: the loss above;
-- `"noisy_top_k"`: learned noise lets other experts be tried; two losses, on importance
-  and load (Shazeer et al. 2017);
-- `"bias_balanced"`: no loss at all. A bias, which only selects, rises for experts with
-  little load and falls for those with much (DeepSeek-V3);
-- `"sinkhorn"`: the choices of a training batch are balanced before they are made; in
-  inference each token has its own best (Clark et al. 2022);
-- `"expert_choice"`: experts choose tokens, so that loads are equal by construction
-  (Zhou et al. 2022).
+- `"noisy_top_k"`: learned noise explores other experts; two losses, on importance and
+  load (Shazeer et al. 2017);
+- `"bias_balanced"`: no loss. A bias, used for selection only, is increased for experts
+  with a low load and decreased for those with a high load (DeepSeek-V3);
+- `"sinkhorn"`: the assignments of a training batch are balanced by Sinkhorn iterations;
+  in inference each token has its best experts (Clark et al. 2022);
+- `"expert_choice"`: experts choose tokens; loads are equal by construction (Zhou et al.
+  2022).
 """
 
 # %%
@@ -192,16 +198,17 @@ plt.show()
 
 # %% [markdown]
 """
-The load's spread is its standard deviation over its mean: 0 for even loads, 2.65 if one
-of eight experts has all. The error is that of one seed and no ranking of routers.
+The load's coefficient of variation (CV) is its standard deviation divided by its mean:
+0 for equal loads, 2.65 if one of eight experts has all tokens. The errors are for one
+seed and are not a ranking of the routers.
 """
 
 # %%
 table = pd.DataFrame(
     {
         name: {
-            "spread at first": np.std(watch.loads[0]) * NUM_EXPERTS,
-            "spread in the end": np.std(watch.loads[-1]) * NUM_EXPERTS,
+            "initial CV": np.std(watch.loads[0]) * NUM_EXPERTS,
+            "final CV": np.std(watch.loads[-1]) * NUM_EXPERTS,
             "experts used": sum(watch.loads[-1] > 0.01),
             "test error": error(model),
         }
@@ -213,9 +220,9 @@ print(table.to_string(float_format="%.3f"))
 
 # %% [markdown]
 """
-Expert choice has even loads, and the unevenness goes elsewhere: a token is chosen by
-as many experts as want it, which may be none. Such a token passes the layer as zeros
-(a residual connection around the layer then carries it).
+Expert choice has equal loads, but the number of experts per token varies and may be 0.
+The output for such a token is zero (a residual connection around the layer then passes
+it on).
 """
 
 # %%
@@ -224,7 +231,7 @@ chosen_by = np.bincount(np.asarray(routing.token_indices).ravel(), minlength=BAT
 counts = np.bincount(chosen_by, minlength=NUM_EXPERTS + 1)
 figure, ax = plt.subplots(figsize=(5, 2.6), dpi=80, layout="constrained")
 ax.bar(range(len(counts)), counts / BATCH)
-ax.set(xlabel="experts that chose a token", ylabel="share of the tokens")
+ax.set(xlabel="experts per token", ylabel="fraction of the tokens")
 plt.show()
 print(
     f"a token has {chosen_by.mean():.2f} experts on average, at most {chosen_by.max()}"
@@ -235,13 +242,12 @@ print(f"tokens that no expert chose: {counts[0]} of {BATCH}")
 """
 ## Capacity
 
-`dispatch="split"` and `"blocked"` compute exactly the tokens an expert got, however
-many. Devices with fixed shapes often want a *capacity* instead: an expert has
-`capacity_factor * k * n / e` slots, and what comes when they are full is dropped, which
-means that this expert adds nothing to the token. A factor of 1 fits even loads exactly.
+`dispatch="split"` and `"blocked"` compute all tokens of each expert, without dropping.
+With a *capacity*, which gives static shapes, an expert has `capacity_factor * k * n /
+e` slots; choices above that are dropped and contribute zero. With a factor of 1, equal
+loads fit exactly.
 
-The trained models are evaluated again with several factors: the weights stay, only the
-dispatch differs.
+The trained models are evaluated again with several factors, with the same weights.
 """
 
 # %%
@@ -271,13 +277,13 @@ figure, axes = plt.subplots(1, 2, figsize=(9, 3), dpi=80, layout="constrained")
 for name, by_factor in measured.items():
     for ax, column in zip(axes, by_factor, strict=True):
         ax.plot(by_factor.index, by_factor[column], "o-", label=name)
-axes[0].set(xlabel="capacity factor", ylabel="share of choices dropped")
+axes[0].set(xlabel="capacity factor", ylabel="fraction of choices dropped")
 axes[1].set(xlabel="capacity factor", ylabel="test error", ylim=(0, None))
 axes[0].legend()
 plt.show()
 
 dropped = pd.DataFrame({name: m["dropped"] for name, m in measured.items()})
-print("share of choices dropped, by capacity factor")
+print("fraction of choices dropped, by capacity factor")
 print(dropped.to_string(float_format="%.3f"))
 errors = pd.DataFrame({name: m["error"] for name, m in measured.items()})
 print("test error, by capacity factor")
@@ -287,11 +293,11 @@ print(errors.to_string(float_format="%.3f"))
 """
 ## The router z-loss
 
-A softmax does not change when all logits of a token grow by the same amount, so nothing
-keeps them where numbers are fine: large ones are rounded coarsely in half precision.
-`router_z_loss_weight` adds the square of the logits' log-sum-exp, averaged over tokens
-(Zoph et al. 2022). The pictures show the log-sum-exp, and the size of the largest logit
-of a token, positive or negative, both as means over the test tokens.
+A softmax is invariant to a shift of all logits of a token, hence the logits may become
+large, and large logits are rounded coarsely in half precision. `router_z_loss_weight`
+adds the squared log-sum-exp of the logits, averaged over tokens (Zoph et al. 2022). The
+plots show the log-sum-exp and the largest absolute logit of a token, both averaged over
+the test tokens.
 """
 
 # %%
@@ -312,35 +318,33 @@ for ax, (title, measure) in zip(axes, measures.items(), strict=True):
     ax.axhline(0, color="grey", linewidth=0.5)
 axes[0].legend(fontsize=8)
 plt.show()
-spread = np.std(runs[shown[-1]][1].loads[-1]) * NUM_EXPERTS
-print(
-    f"with the z-loss: spread {spread:.3f}, test error {error(runs[shown[-1]][0]):.3f}"
-)
+cv = np.std(runs[shown[-1]][1].loads[-1]) * NUM_EXPERTS
+print(f"with the z-loss: CV {cv:.3f}, test error {error(runs[shown[-1]][0]):.3f}")
 
 # %% [markdown]
 """
-## What was seen
+## Results
 
-- **Collapse.** Without a balancing loss, top 1 ended with 3 of 8 experts, one of which
-  had 0.67 of all tokens. The loss at its default weight 0.01 slowed that down (4 are at
-  work), at 0.1 it cured it: 8 experts, and the largest load is 0.17.
-- **Balance is not accuracy.** The cured router has the larger error, 0.083 against
-  0.063: the loss also takes tokens from experts that suit them. What helped more was a
-  second expert for each token (0.037, without any loss).
-- **Capacity is where balance pays.** At a factor of 1.25 the unbalanced top 2 drops
-  0.132 of the choices, with the loss 0.062, balanced by a bias 0.000; the errors
-  are 0.088, 0.069 and 0.048. At a factor of 3, where nothing is dropped, the
-  unbalanced one is the best of the three, with 0.037.
-- **Without a loss** the bias came to a spread of 0.038, and with noise and two losses
-  0.066 was reached. Sinkhorn balances in training alone: where tokens have their own
-  way again the spread is 0.586.
-- **Expert choice** is even by construction. A token had 2.00 experts on average and
-  at most 5; of 256 tokens none was left out.
-- **z-loss.** It does what its formula says: the log-sum-exp ends at 0.03, without it at
-  2.53. That is not the size of the logits, which ended larger with it (4.32 against
-  1.98): to bring the log-sum-exp to 0, logits here went below 0. The largest of all,
-  5.29, belong to the router that collapsed. The error rose from 0.039 to 0.045.
+- **Collapse.** Without a balancing loss, top-1 routing finally used 3 of 8 experts, one
+  of which had 0.67 of all tokens. The loss with its default weight of 0.01 reduced the
+  collapse (4 experts are used), and with 0.1 prevented it: 8 experts, with a largest
+  load of 0.17.
+- **Balance is not accuracy.** The balanced router has the larger error, 0.083 against
+  0.063: the loss also moves tokens to less suitable experts. A second expert per token
+  helped more (0.037, without any loss).
+- **Balance matters with a capacity.** With a factor of 1.25, top-2 routing without the
+  loss drops 0.132 of the choices, with the loss 0.062, and balanced by a bias 0.000;
+  the errors are 0.088, 0.069 and 0.048. With a factor of 3, which drops nothing, the
+  unbalanced router is the best of the three, with 0.037.
+- **Without a loss**, the bias reached a CV of 0.038; noise with two losses reached
+  0.066. Sinkhorn balances only in training: in inference the CV is 0.586.
+- **Expert choice** is balanced by construction. A token had 2.00 experts on average and
+  at most 5; all 256 tokens were chosen.
+- **z-loss.** As intended, the final log-sum-exp is 0.03, without the loss 2.53. The
+  largest absolute logit, however, is larger with it (4.32 against 1.98): for a
+  log-sum-exp of 0, the logits became negative. The largest of all, 5.29, is that of the
+  collapsed router. The error rose from 0.039 to 0.046.
 
-All of this is one seed of one small problem: the loads are what the routers are made
-for and will be found elsewhere, the errors are no ranking.
+These results are for one seed of one small problem: the loads are typical of the
+routers, but the errors are not a ranking.
 """

@@ -1,7 +1,7 @@
-"""Make the notebooks of their scripts, and run them: `python -m notebooks.build`.
+"""Builds and executes the notebooks: `python -m notebooks.build`.
 
-A script in jupytext's percent format is the source; the `.ipynb` beside it is made new
-each time, with nothing in it that another run or another machine would change.
+The source is a script in jupytext's percent format. The `.ipynb` file is generated,
+without metadata that depends on the run or the machine, such as times.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _ENVIRONMENT = {
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
 }
 _QUIET_TENSORFLOW = [
-    # What it logs below Python goes to the terminal, not into a cell.
+    # Messages of TensorFlow's C++ code go to the terminal, not into a cell.
     "--IPKernelApp.capture_fd_output=False",
-    # In a notebook it logs to stdout, from INFO on: the paths of exports, for one.
+    # In a notebook TensorFlow logs to stdout from INFO, such as the paths of exports.
     "--IPKernelApp.exec_lines=__import__('tensorflow').get_logger().setLevel('ERROR')",
 ]
-_SECONDS_A_CELL = 600
-_LARGEST = 400_000  # bytes of a file
+_CELL_TIMEOUT = 600  # seconds
+_MAX_BYTES = 400_000  # of a file
 
 
 def scripts() -> list[Path]:
@@ -60,20 +60,19 @@ def read(script: Path) -> NotebookNode:
 
 
 def execute(notebook: NotebookNode, quick: bool = False) -> NotebookNode:
-    """Run a notebook in a kernel of its own; return it with its outputs.
+    """Execute a notebook in a new kernel; return it with its outputs.
 
     Args:
-        notebook: as `read` returns it.
+        notebook: the notebook, see `read`.
         quick: whether to run with small settings.
 
     Raises:
         nbclient.exceptions.CellExecutionError: if a cell fails.
-        ValueError: if a cell writes to stderr or logs a warning, which is a fault
-            here, or if a path of this machine is in an output.
+        ValueError: if an output is invalid, see `check_outputs`.
     """
     client = NotebookClient(
         notebook,
-        timeout=_SECONDS_A_CELL,
+        timeout=_CELL_TIMEOUT,
         kernel_name="python3",
         resources={"metadata": {"path": str(FOLDER.parent)}},
         record_timing=False,
@@ -88,10 +87,10 @@ def execute(notebook: NotebookNode, quick: bool = False) -> NotebookNode:
 
 
 def take_outputs(notebook: NotebookNode, path: Path) -> NotebookNode:
-    """Give a notebook the outputs of a file whose code is the same.
+    """Copy the outputs of a file with the same code into a notebook.
 
     Raises:
-        ValueError: if a code cell differs, so that the outputs would not be its own.
+        ValueError: if a code cell differs.
     """
     kept = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     made = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -105,58 +104,61 @@ def take_outputs(notebook: NotebookNode, path: Path) -> NotebookNode:
 
 
 def check_outputs(cell: NotebookNode) -> None:
-    """Refuse outputs that are not for a reader.
+    """Check that outputs contain no warnings and no local paths.
 
     Raises:
-        ValueError: if the cell wrote to stderr or logged a warning, or if a path of
-            this machine is in an output.
+        ValueError: if the cell wrote to stderr or logged a warning, or if an output
+            contains a path of this machine.
     """
     places = {str(FOLDER.parent), str(Path.home()), tempfile.gettempdir()} - {"/"}
     for output in cell.get("outputs", ()):
         if output.get("name") == "stderr":
-            raise ValueError(f"a cell must write nothing to stderr:\n{output.text}")
+            raise ValueError(f"a cell must not write to stderr; got:\n{output.text}")
         shown = output.get("text") or output.get("data", {}).get("text/plain", "")
         if "WARNING:" in shown:
-            raise ValueError(f"a cell must log no warning:\n{shown}")
+            raise ValueError(f"a cell must not log a warning; got:\n{shown}")
         for place in places:
             if place in shown:
-                raise ValueError(f"an output must not hold the path {place}:\n{shown}")
+                raise ValueError(
+                    f"an output must not contain the path {place}; got:\n{shown}"
+                )
 
 
 def write(notebook: NotebookNode, path: Path) -> None:
-    """Write a notebook that has been run.
+    """Write an executed notebook.
 
     Raises:
-        ValueError: if the file would be too large for a repository.
+        ValueError: if the file would be too large for the repository.
     """
     text = nbformat.writes(nbformat.from_dict(notebook)) + "\n"
-    if len(text) > _LARGEST:
+    if len(text) > _MAX_BYTES:
         raise ValueError(
-            f"{path.name} must have at most {_LARGEST} bytes. Received: {len(text)}"
+            f"{path.name} must have at most {_MAX_BYTES} bytes; got {len(text)}"
         )
     path.write_text(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the notebooks that the command line names."""
+    """Build the notebooks that the command line names."""
     parser = argparse.ArgumentParser(
-        prog="python -m notebooks.build", description="Make and run the notebooks."
+        prog="python -m notebooks.build",
+        description="Build and execute the notebooks.",
     )
     parser.add_argument(
         "names",
         nargs="*",
-        help="beginnings of the scripts' names, such as 01 (default: all)",
+        help="prefixes of the names of scripts, such as 01 (default: all)",
     )
     parser.add_argument(
         "--text",
         action="store_true",
-        help="only the text has changed: keep the outputs, run nothing",
+        help="only text has changed: keep the outputs and execute nothing",
     )
     options = parser.parse_args(arguments)
     names = tuple(options.names) or ("",)
     chosen = [path for path in scripts() if path.name.startswith(names)]
     if not chosen:
-        parser.error(f"no script begins with {list(names)}")
+        parser.error(f"names must be prefixes of scripts; got {list(names)}")
     for script in chosen:
         started = time.perf_counter()
         path = script.with_suffix(".ipynb")

@@ -1,4 +1,4 @@
-"""Notebooks have the cells of their scripts, run, and end with figures they show."""
+"""Notebooks agree with their scripts, run, and report figures of their outputs."""
 
 import re
 
@@ -8,7 +8,7 @@ import pytest
 from notebooks import build
 
 SCRIPTS = [pytest.param(path, id=path.stem) for path in build.scripts()]
-# A figure is a number with a point or a comma, a percentage, or one of two digits on.
+# A figure is a number with a point or a comma, a percentage, or of two or more digits.
 FIGURE = re.compile(r"\d[\d,]*\.\d+|\d[\d,]*\d|\d+(?=%)")
 
 
@@ -38,7 +38,7 @@ def test_notebook_has_the_cells_of_its_script(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_notebook_keeps_clean_outputs_of_all_cells_in_order(script):
+def test_outputs_are_clean_and_in_order(script):
     kept = _kept(script)
     nbformat.validate(kept)
     code = [cell for cell in kept.cells if cell.cell_type == "code"]
@@ -53,19 +53,19 @@ def test_notebook_keeps_clean_outputs_of_all_cells_in_order(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_figures_of_the_last_cell_stand_in_the_outputs(script):
+def test_figures_of_the_last_cell_are_in_the_outputs(script):
     kept = _kept(script)
     last = kept.cells[-1]
-    assert last.source.startswith("## What was seen")
-    said = FIGURE.findall(last.source)
-    assert len(said) >= 5
-    shown = set(FIGURE.findall(_printed(kept)))
-    assert [figure for figure in said if figure not in shown] == []
+    assert last.source.startswith("## Results")
+    reported = FIGURE.findall(last.source)
+    assert len(reported) >= 5
+    printed = set(FIGURE.findall(_printed(kept)))
+    assert [figure for figure in reported if figure not in printed] == []
 
 
 @pytest.fixture(scope="module")
 def small_runs():
-    """Run all with small settings, in one kernel, which imports TensorFlow once."""
+    """Run all with small settings, in one kernel: TensorFlow is imported once."""
     made = {script: build.read(script) for script in build.scripts()}
     cells = []
     for notebook in made.values():
@@ -85,18 +85,18 @@ def test_notebook_runs_with_small_settings(script, small_runs):
 @pytest.mark.parametrize(
     ("stream", "text", "rule"),
     [
-        ("stderr", "UserWarning: careful", "nothing to stderr"),
-        ("stdout", "WARNING:tensorflow:careful", "no warning"),
-        ("stdout", f"written to {build.FOLDER / 'model'}", "not hold the path"),
+        ("stderr", "UserWarning: careful", "not write to stderr"),
+        ("stdout", "WARNING:tensorflow:careful", "not log a warning"),
+        ("stdout", f"written to {build.FOLDER / 'model'}", "not contain the path"),
     ],
 )
-def test_outputs_that_are_not_for_a_reader_are_refused(stream, text, rule):
+def test_invalid_outputs_raise(stream, text, rule):
     output = nbformat.v4.new_output("stream", name=stream, text=text)
     with pytest.raises(ValueError, match=rule):
         build.check_outputs(nbformat.v4.new_code_cell(outputs=[output]))
 
 
-def test_outputs_are_kept_for_the_code_that_made_them_alone():
+def test_outputs_are_only_taken_for_the_same_code():
     script = build.scripts()[0]
     made, path = build.read(script), script.with_suffix(".ipynb")
     assert _outputs(build.take_outputs(made, path)) == _outputs(_kept(script))
