@@ -33,10 +33,10 @@ autodoc_inherit_docstrings = False
 autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # Docstrings say the types, and shapes too.
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_custom_sections = [
     ("Call arguments", "params_style"),
+    ("Attributes", "params_style"),
     ("Class attributes", "params_style"),
 ]
 python_maximum_signature_line_length = 70
@@ -51,9 +51,8 @@ html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 pygments_style = "tango"
-pygments_dark_style = "monokai"
+pygments_dark_style = "github-dark"
 
 nitpick_ignore = [
     ("py:class", "collections.abc.Mapping"),
-    ("py:class", "bias"),  # One of two attributes that share a line.
 ]

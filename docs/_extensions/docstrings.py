@@ -24,11 +24,12 @@ _OF_KERAS = {
     "call",
     "compute_mask",
     "compute_output_shape",
+    "compute_output_spec",
     "get_config",
     "variables",
 }
 # Members without an underscore that are for subclasses within the package.
-_INTERNAL = {"least_rank", "make_experts", "num_gates"}
+_INTERNAL = {"kind", "least_rank", "make_experts", "num_gates"}
 
 
 def setup(app: Any) -> dict[str, bool]:
