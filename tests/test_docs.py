@@ -2,14 +2,13 @@
 
 import importlib
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
 import pytest
+
+from tests.support import processes
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -47,21 +46,6 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         exec(compile(code, f"{page.name}, block {number}", "exec"), names)
 
 
-def run(arguments, **environment):
-    """Run Python at the root, free of pytest's settings and of this process's Keras."""
-    ours = ("PYTEST", "KERAS_BACKEND", "TF_USE_LEGACY_KERAS")
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**inherited, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 @on_tensorflow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page, "run apart")], ids=name_of
@@ -69,7 +53,8 @@ def run(arguments, **environment):
 def test_the_code_that_needs_its_own_process_runs(page):
     if importlib.util.find_spec("tensorflow_recommenders") is None:
         pytest.skip("tensorflow-recommenders is not installed")
-    done = run(["-c", "\n".join(blocks(page, "run apart"))])
+    code = "\n".join(blocks(page, "run apart"))
+    done = processes.run(["-c", code], cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -80,7 +65,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     arguments = ["-W", "--keep-going", "-q", "-d", str(tmp_path / "trees"), "docs"]
-    done = run(["-m", "sphinx", *arguments, str(tmp_path / "site")])
+    done = processes.run(["-m", "sphinx", *arguments, str(tmp_path / "site")], cwd=ROOT)
     assert done.returncode == 0, done.stderr[-5000:]
 
     pages = _extension("pages")
