@@ -127,6 +127,8 @@ def test_mypy_of_a_user_reads_the_types(environment, tmp_path):
     lines = [line for line in done.stdout.splitlines() if line.startswith("user.py")]
     assert 'Revealed type is "tuple[Any, ...]"' in lines[0], done.stdout
     assert 'Revealed type is "int"' in lines[1]
-    assert "path: str | pathlib.Path" in lines[2].replace("Union[str, pathlib.Path]", "")
+    assert "path: str | pathlib.Path" in lines[2].replace(
+        "Union[str, pathlib.Path]", ""
+    )
     assert '"dispatch" to "MoE"' in lines[3]
     assert "expected" in lines[3]

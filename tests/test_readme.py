@@ -1,5 +1,6 @@
 """What the README shows runs, and what it names exists."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -26,17 +27,31 @@ def test_the_first_example_runs_and_is_short():
     }
 
 
-SWAPS = next(c for c in _examples() if "PLE(" in c).splitlines()
+SWAPS = {
+    "SharedBottom": "SharedBottom((32, 16), tasks=TASKS)",
+    "OMoE": "OMoE(num_experts=4, expert_units=(32, 16), tasks=TASKS)",
+    "MMoE": "MMoE(num_experts=4, expert_units=(32, 16), tasks=TASKS, top_k=2)",
+    "PLE": "PLE(num_levels=2, num_shared_experts=1, num_task_experts=1, "
+    "expert_units=(32, 16), tasks=TASKS)",
+    "CGC": "CGC(num_shared_experts=1, num_task_experts=1, expert_units=(32, 16), "
+    "tasks=TASKS)",
+    "AdaTT": "AdaTT(num_levels=2, num_task_experts=1, expert_units=(32, 16), "
+    "tasks=TASKS)",
+    "HoME": "HoME(num_shared_experts=1, num_task_experts=1, expert_units=(32, 16), "
+    "tasks=TASKS)",
+    "CrossStitch": "CrossStitch((32, 16), tasks=TASKS)",
+    "DSelectK": "DSelectK(num_experts=4, expert_units=(32, 16), tasks=TASKS)",
+}
 
 
-@pytest.mark.parametrize("line", SWAPS, ids=lambda line: line.split("(")[0])
-def test_a_layer_swaps_for_another_in_a_line(line):
+@pytest.mark.parametrize("name", SWAPS)
+def test_a_layer_swaps_for_another_in_a_line(name):
+    line = f"shared = {SWAPS[name]}(inputs)".replace("TASKS", '["click", "stars"]')
     code = re.sub("^shared = .*$", line, _examples()[0], flags=re.MULTILINE)
-    names = "CGC, PLE, AdaTT, CrossStitch, DSelectK, HoME, MMoE, SharedBottom, Tower"
-    code = code.replace("import MMoE, Tower", f"import {names}")
+    code = code.replace("import MMoE, Tower", f"import {name}, Tower")
     names = {}
     exec(compile(code, "README.md", "exec"), names)
-    assert type(names["model"].layers[1]).__name__ in line
+    assert type(names["model"].layers[1]).__name__ == name
 
 
 def test_the_example_of_the_sparse_mixture_runs(tmp_path, monkeypatch):
@@ -56,6 +71,17 @@ def test_the_example_of_the_sparse_mixture_runs(tmp_path, monkeypatch):
 )
 def test_links_lead_somewhere(target):
     assert (ROOT / target).exists()
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 130
+
+
+@pytest.mark.parametrize(
+    "module", sorted(set(re.findall(r"python -m ([\w.]+)", README)) - {"pytest"})
+)
+def test_commands_exist(module):
+    assert importlib.util.find_spec(module) or module == "sphinx"
 
 
 def test_ci_runs_the_command_of_the_readme():
