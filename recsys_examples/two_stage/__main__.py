@@ -17,8 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Set before TensorFlow and BLAS are loaded: no log messages at start-up, one thread
-# pool.
+# Set before TensorFlow and BLAS are loaded: no log messages, one thread pool.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
