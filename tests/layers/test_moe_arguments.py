@@ -79,7 +79,7 @@ BAD = [
             experts=keras.layers.Dense(U)),
     refused("`num_experts` must be the number.*=4, experts.num_experts=3", E,
             experts=glu(3)),
-    refused("`expert_units` must be None.*`experts`.*=8", E, 8, experts=glu(E)),
+    refused("`expert_units` must be None.*`experts`.*8", E, 8, experts=glu(E)),
     refused("`num_shared_experts`.*-1", E, U, num_shared_experts=-1),
     refused("`num_shared_experts` needs.*=1.*LayerExperts", 2, experts=layers_of(2),
             num_shared_experts=1),
