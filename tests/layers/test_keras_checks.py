@@ -60,7 +60,7 @@ OTHERS = {"MultiTaskModel", "Router"}
 @pytest.mark.parametrize(
     "case", [*CASES, *ROUTERS, WEIGHTING], ids=lambda case: case.name
 )
-def test_what_keras_checks(case):
+def test_run_layer_test_of_keras(case):
     layer = case.layer()
     shapes = [(ROWS, *shape) for shape in case.shapes]
     ids = isinstance(layer, routers.HashRouter)

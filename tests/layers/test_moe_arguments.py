@@ -102,7 +102,7 @@ def test_bad_arguments_are_named(arguments, kwargs, message):
         MoE(*arguments, **kwargs)
 
 
-def test_top_k_is_that_of_a_router_that_was_given():
+def test_top_k_comes_from_a_given_router():
     router = routers.TopKRouter(E, 3)
     assert MoE(E, U, router=router).top_k == 3
     assert MoE(E, U, 3, router=routers.TopKRouter(E, 3)).top_k == 3
