@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-# Runs first in the process and refuses the packages that it is told of.
+# Runs first in the process and blocks imports of the packages in BLOCKED.
 _BLOCKER = """
 import sys
 
