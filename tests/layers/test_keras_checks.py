@@ -49,8 +49,8 @@ ROUTERS = [
 WEIGHTING = Case(
     "UncertaintyWeighting", UncertaintyWeighting, shapes=((),), float32_output=True
 )
-# What a user gets from another one, or what is no layer, or what computes nothing.
-OTHERS = {"MultiTaskModel", "Router"}
+# Base classes, and a model.
+OTHERS = {"MultiTaskModel", "Router", "StackedKernels"}
 
 
 # Keras' own training warns of these: it shuffles a generator, and trains a router by
