@@ -33,11 +33,11 @@ def with_broken_rows(x):
 def check_broken_rows(layer, names, **given):
     x = tokens(12)
     for way in names:
-        layer.capacity_factor = float(E) if way == "capacity" else None
         if layer.router.choice == "expert":
             # Room for all, or one row less makes room for another.
-            layer.capacity_factor = None
             layer.router.capacity_factor = 2.0
+        else:
+            layer.capacity_factor = float(E) if way == "capacity" else None
         layer.dispatch = dispatches.dispatch_of(way)
         with dispatches.chosen(way):
             wanted = array(layer(x, **given))
@@ -76,9 +76,8 @@ def test_not_finite_router_inputs_in_every_dispatch(router, broken):
     for way in WAYS[layer.router.choice]:
         if way == "dropping":
             continue
-        layer.capacity_factor = float(E) if way == "capacity" else None
-        if layer.router.choice == "expert":
-            layer.capacity_factor = None
+        if layer.router.choice != "expert":
+            layer.capacity_factor = float(E) if way == "capacity" else None
         layer.dispatch = dispatches.dispatch_of(way)
         with dispatches.chosen(way):
             found[way] = array(layer(x, router_inputs=seen))
