@@ -22,7 +22,7 @@ extensions = [
     "docstrings",
     "pages",
 ]
-exclude_patterns = ["_extensions", "README.md"]
+exclude_patterns = ["_extensions"]
 nitpicky = True  # A reference that leads nowhere is a warning, and `-W` makes it fail.
 
 myst_enable_extensions = ["colon_fence"]

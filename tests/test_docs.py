@@ -8,6 +8,7 @@ from pathlib import Path
 import keras
 import pytest
 
+import keras_moe
 from tests.support import processes
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +100,11 @@ def test_the_site_has_a_page_for_every_module():
         if not path.name.startswith("_")
     }
     assert set(_extension("pages").MODULES) == public - {"py"}
+
+
+def test_the_citation_is_of_this_version():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {keras_moe.__version__}\n" in citation
 
 
 def test_the_picture_is_that_of_its_script():

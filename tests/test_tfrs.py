@@ -40,17 +40,6 @@ def test_the_suite():
     assert " passed" in done.stdout
 
 
-def test_the_example_of_the_readme_runs():
-    readme = (ROOT / "README.md").read_text()
-    (code,) = [
-        part for part in readme.split("```python\n") if "LegacyLayer(body)" in part
-    ]
-    checked = code.split("```")[0] + "print(sorted(model(x)), len(model.weights))"
-    done = processes.run(["-c", checked], cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.endswith("['click', 'stars'] 9\n")
-
-
 IMPORT = (
     "import keras_moe.tfrs, tensorflow_recommenders, keras; print(keras.__version__)"
 )

@@ -13,10 +13,10 @@ from keras import ops
 
 from keras_moe import _backend, _checks
 from keras_moe.experts._protocol import GroupedMatmul, Prologue
-from keras_moe.experts._stacked import Stacked, activation_function
+from keras_moe.experts._stacked import StackedKernels, activation_function
 
 
-class StackedMLP(Stacked):
+class StackedMLP(StackedKernels):
     """MLPs of one shape with stacked kernels: experts, gates or the towers of tasks."""
 
     def __init__(

@@ -17,10 +17,44 @@ from keras_moe.experts._protocol import GroupedMatmul, Prologue, apply_prologue
 from keras_moe.initializers import PerExpert
 
 
-class Stacked(Layer):
-    """The base class of layers with stacked kernels; a subclass defines `on_rows`.
+class StackedKernels(Layer):
+    """The base class of layers with stacked kernels, such as experts of your own.
 
-    It implements the protocol `keras_moe.experts._protocol.GroupedExperts`.
+    A subclass defines `build`, `call` (every expert on every row), `on_rows` and
+    `compute_output_shape`; `on_slots` and `on_pieces` follow from `on_rows`. It is then
+    `GroupedExperts`, which every dispatch supports.
+
+    Args:
+        num_experts: int, number of experts e.
+        activation: activation of the hidden units. Linear by default.
+        use_bias: bool, whether the matmuls add a bias.
+        dropout: float in [0, 1), dropout rate of the hidden units.
+        kernel_initializer: initializer of one expert's kernel.
+        bias_initializer: initializer of the biases.
+        kernel_regularizer: regularizer of every stacked kernel.
+        bias_regularizer: regularizer of every stacked bias.
+        seed: int, the seed of the dropout.
+        **kwargs: arguments of `keras.layers.Layer`, such as `dtype` and `name`.
+
+    Raises:
+        ValueError: if an argument is invalid.
+
+    Example:
+
+    >>> class LinearExperts(keras_moe.experts.StackedKernels):
+    ...     def build(self, input_shape):
+    ...         self.kernel = self.add_weight(
+    ...             name="kernel", shape=(self.num_experts, input_shape[-1], 8)
+    ...         )
+    ...
+    ...     def call(self, inputs):
+    ...         return keras.ops.einsum("nd,edu->neu", inputs, self.kernel)
+    ...
+    ...     def on_rows(self, rows, matmul, training=None):
+    ...         return matmul(rows, self.kernel)
+    >>> moe = keras_moe.layers.MoE(experts=LinearExperts(num_experts=4))
+    >>> moe(np.ones((3, 16))).shape == (3, 8)
+    True
     """
 
     on_rows: Callable[..., Any]
@@ -29,8 +63,8 @@ class Stacked(Layer):
     def __init__(
         self,
         num_experts: int,
-        activation: Any,
-        use_bias: bool,
+        activation: Any = None,
+        use_bias: bool = True,
         *,
         dropout: float = 0.0,
         kernel_initializer: Any = "glorot_uniform",

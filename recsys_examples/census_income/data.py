@@ -111,16 +111,16 @@ def _folder(data_dir: Path | str | None) -> Path:
 
 def _pair(folder: Path) -> tuple[Path, Path]:
     """Find the train and the test file; the official files take precedence."""
-    alone = None
+    incomplete = None
     for place in (folder, folder / SUBFOLDER):
         for names in (_OFFICIAL_FILES, _CUT_FILES):
             train, test = (_with_or_without_gz(place / name) for name in names)
             if train and test:
                 return train, test
             if train or test:
-                alone = place / names[1 if train else 0], train or test
-    if alone:
-        missing, found = alone
+                incomplete = place / names[1 if train else 0], train or test
+    if incomplete:
+        missing, found = incomplete
         raise InputError(
             f"{missing}: missing, with or without .gz; required beside {found}"
         )

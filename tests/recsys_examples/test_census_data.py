@@ -170,7 +170,7 @@ class TestFolderFaults:
         assert "no Census-Income files; looked for" in fault(tmp_path)
 
     @pytest.mark.parametrize("lost", ["train.csv", "test.csv"])
-    def test_half_a_pair(self, tmp_path, lost):
+    def test_incomplete_pair(self, tmp_path, lost):
         census_files.write_cut(tmp_path, TRAIN, TEST)
         (tmp_path / lost).unlink()
         (left,) = os.listdir(tmp_path)
@@ -178,12 +178,12 @@ class TestFolderFaults:
             f"{lost}: missing, with or without .gz; required beside {left}"
         )
 
-    def test_not_a_zip(self, tmp_path):
+    def test_not_gzip(self, tmp_path):
         census_files.write_cut(tmp_path, TRAIN, TEST, zipped=True)
         (tmp_path / "test.csv.gz").write_bytes(b"no zip")
         assert "cannot be read" in fault(tmp_path)
 
-    def test_half_a_zip(self, tmp_path):
+    def test_truncated_gzip(self, tmp_path):
         census_files.write_cut(tmp_path, TRAIN * 50, TEST, zipped=True)
         path = tmp_path / "train.csv.gz"
         path.write_bytes(path.read_bytes()[:-500])

@@ -312,7 +312,7 @@ class TestNoLeak:
             mine.on_epoch_end()
             others.on_epoch_end()
 
-    def test_training_itself(self, windows, movielens, settings):
+    def test_trained_weights(self, windows, movielens, settings):
         """One epoch with another validation window gives bitwise equal weights."""
         altered = make_windows(replace(movielens, ratings=_changed(movielens.ratings)))
         mine, others = (

@@ -41,9 +41,9 @@ sys.meta_path.insert(0, Forbidden())
 import numpy as np
 import tensorflow as tf
 
-folder, given, asked, written = sys.argv[1:]
+folder, features_path, queries, written = sys.argv[1:]
 signatures = tf.saved_model.load(folder).signatures
-features = dict(np.load(given))
+features = dict(np.load(features_path))
 found = {}
 for size in (1, 7, 100):
     answer = signatures["serving_default"](
@@ -51,7 +51,7 @@ for size in (1, 7, 100):
     )
     for name, values in answer.items():
         found[f"{size} {name}"] = values.numpy()
-for name, (users, k) in json.loads(asked).items():
+for name, (users, k) in json.loads(queries).items():
     try:
         answer = signatures["recommend"](
             user_id=tf.constant(users, tf.int64), k=tf.constant(k)
@@ -76,9 +76,10 @@ import numpy as np
 import keras
 import keras_moe
 
-path, given, written = sys.argv[1:]
+path, features_path, written = sys.argv[1:]
 model = keras.models.load_model(path)
-features = {n: keras.ops.convert_to_tensor(v) for n, v in np.load(given).items()}
+arrays = np.load(features_path)
+features = {name: keras.ops.convert_to_tensor(v) for name, v in arrays.items()}
 np.savez(written, **model.predict(features, verbose=0))
 """
 
@@ -110,7 +111,7 @@ def queries(windows) -> dict[str, tuple[list[int], int]]:
         "one": ([everybody[4]], 1),
         "ten": ([*everybody, UNKNOWN_USER, 0], 10),
         "all": ([everybody[0], UNKNOWN_USER, everybody[-1]], size),
-        "nobody": ([], 3),
+        "empty": ([], 3),
         "none": ([everybody[4]], 0),
         "minus": ([everybody[4]], -1),
         "more": ([everybody[4]], size + 1),
@@ -254,7 +255,7 @@ class TestRecommend:
         ]
 
     def test_empty_batch(self, served):
-        assert served["nobody movie_id"].shape == (0, 3)
+        assert served["empty movie_id"].shape == (0, 3)
 
     @pytest.mark.parametrize(
         ("name", "rule"),

@@ -133,7 +133,7 @@ class TestSummary:
             ),
         ],
     )
-    def test_sentence(self, changed, sentence):
+    def test_line(self, changed, sentence):
         assert als_summary(replace(self.TUNED, **changed), 40.0) == sentence
 
     def test_record(self):

@@ -12,7 +12,7 @@ from recsys_examples.runs import run_folder, versions, write_json
 
 
 class TestRunFolder:
-    def test_appears_at_the_end(self, tmp_path):
+    def test_renamed_at_the_end(self, tmp_path):
         parent = tmp_path / "new" / "runs"
         with run_folder(parent) as (folder, final):
             assert folder.is_dir()
@@ -25,7 +25,7 @@ class TestRunFolder:
         assert final.stat().st_mode & 0o777 == 0o755
 
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-    def test_nothing_appears_after_a_failure(self, tmp_path, error):
+    def test_removed_after_a_failure(self, tmp_path, error):
         def fail():
             with run_folder(tmp_path / "new" / "runs") as (folder, _):
                 (folder / "deep").mkdir()
@@ -52,7 +52,7 @@ class TestRunFolder:
         assert [(n / "a.txt").read_text() for n in names] == ["0", "1", "2"]
 
     @pytest.mark.parametrize("inside", [False, True])
-    def test_a_file_in_its_place(self, tmp_path, inside):
+    def test_a_file_at_its_path(self, tmp_path, inside):
         (tmp_path / "file").write_text("kept")
         parent = tmp_path / "file" / "runs" if inside else tmp_path / "file"
         with (

@@ -111,11 +111,11 @@ class TestTrainer:
         assert trainer.run(longer, 9, 0.01, 0) == trainer.run(shorter, 9, 0.01, 0)
 
     def test_runs_are_independent(self, trainer, pair):
-        alone = trainer.run(pair, 8, 0.01, seed=0)
+        first = trainer.run(pair, 8, 0.01, seed=0)
         trainer.run(make_pair(0.5, RECIPE, 1), 8, 0.1, seed=1)
-        assert trainer.run(pair, 8, 0.01, seed=0) == alone
-        assert trainer.run(pair, 8, 0.01, seed=1) != alone
-        assert trainer.run(pair, 8, 0.02, seed=0) != alone
+        assert trainer.run(pair, 8, 0.01, seed=0) == first
+        assert trainer.run(pair, 8, 0.01, seed=1) != first
+        assert trainer.run(pair, 8, 0.02, seed=0) != first
 
     def test_it_learns(self, trainer):
         # Linear labels of variance 1, with a noise variance of 0.01.

@@ -139,7 +139,7 @@ class TestPairs:
         expected = counts / (counts.sum(axis=1, keepdims=True) + 5)
         np.testing.assert_allclose(follow_shares(past, 5).toarray(), expected)
 
-    def test_likeness(self, catalogue, past):
+    def test_similarity(self, catalogue, past):
         # Movies 0 and 1 were rated by both users, movie 2 by one.
         expected = np.zeros((5, 5))
         expected[0, 1] = expected[1, 0] = 2 / 7

@@ -312,12 +312,12 @@ class TestServing:
         assert not np.isin(found["raw movie_id"][4], raw["history"][4]).any()
         assert (found["raw movie_id"][4] > 0).all()
 
-    def test_an_unknown_movie_counts_as_padding(self, ask, raw):
+    def test_an_unknown_movie_counts_as_padding(self, client, raw):
         blank = {name: values[:1].copy() for name, values in raw.items()}
         blank["history"][0, 1], blank["history_ratings"][0, 1] = 0, 0.0
         unknown = {name: values.copy() for name, values in blank.items()}
         unknown["history"][0, 1], unknown["history_ratings"][0, 1] = 10**9, 0.5
-        expected, found = ask(blank), ask(unknown)
+        expected, found = client(blank), client(unknown)
         for name, values in expected.items():
             np.testing.assert_array_equal(found[name], values)
 
@@ -342,25 +342,27 @@ class TestServing:
 
 
 @pytest.fixture(scope="module")
-def ask(exported):
+def client(exported):
     return export.load(exported)
 
 
 class TestClient:
     """`keras_moe.export.load`: answers, and errors that name the feature."""
 
-    def test_lists(self, ask, raw, served):
-        np.testing.assert_array_equal(ask(raw)["movie_id"], served[0]["raw movie_id"])
+    def test_lists(self, client, raw, served):
+        np.testing.assert_array_equal(
+            client(raw)["movie_id"], served[0]["raw movie_id"]
+        )
 
     def test_users(self, exported, windows, served):
-        ask = export.load(exported, "recommend")
-        answer = ask({"user_id": windows.before_test.user_ids[:3]})
+        client = export.load(exported, "recommend")
+        answer = client({"user_id": windows.before_test.user_ids[:3]})
         np.testing.assert_array_equal(
             answer["movie_id"], served[0]["users movie_id"][:3]
         )
 
-    def test_an_empty_batch(self, ask, raw):
-        answer = ask({name: v[:0] for name, v in raw.items()})
+    def test_an_empty_batch(self, client, raw):
+        answer = client({name: v[:0] for name, v in raw.items()})
         assert answer["movie_id"].shape == (0, LIST_LENGTH)
 
     @pytest.mark.parametrize(
@@ -374,9 +376,9 @@ class TestClient:
             ("history_ratings", np.full((6, 50), np.nan, "float32")),
         ],
     )
-    def test_errors_name_the_feature(self, ask, raw, feature, value):
+    def test_errors_name_the_feature(self, client, raw, feature, value):
         features = {**raw, feature: value}
         if value is None:
             del features[feature]
         with pytest.raises(ValueError, match=feature):
-            ask(features)
+            client(features)
