@@ -21,7 +21,7 @@ CORE = {
         "test_experts.py",
         "test_initializers.py",
         "test_losses.py",
-        "test_metrics.py",
+        "metrics",
         "test_remat.py",
         "routers",
         "test_routing.py",

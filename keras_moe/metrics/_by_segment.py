@@ -60,7 +60,8 @@ class BySegment(keras.metrics.Metric):
                 f"`metric` must be a Keras metric. Received: metric={metric!r}"
             )
         if isinstance(segments, int):
-            segments = range(_checks.positive_int("segments", segments))
+            count = _checks.positive_int("segments", segments)
+            segments = [str(k) for k in range(count)]
         self.segments = [str(segment) for segment in segments]
         if not self.segments or len({*self.segments}) < len(self.segments):
             raise ValueError(
