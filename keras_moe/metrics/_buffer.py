@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe import _backend, _checks
 from keras_moe.metrics._rows import flat_groups, is_traced, not_a_number, rows
 
 
@@ -44,11 +44,13 @@ class BufferedMetric(keras.metrics.Metric):
             "predictions": "float32",
             "weights": "float32",
         }
+        # Every replica of a strategy keeps the rows of all: one is read.
+        first = "only_first_replica"
         self._kept = {
-            part: self.add_variable((size,), "zeros", dtype=dtype, name=part)
+            part: self.add_variable((size,), "zeros", dtype, first, part)
             for part, dtype in kinds.items()
         }
-        self._count = self.add_variable((), "zeros", dtype="int32", name="count")
+        self._count = self.add_variable((), "zeros", "int32", first, "count")
 
     needs_groups = True
 
@@ -65,7 +67,10 @@ class BufferedMetric(keras.metrics.Metric):
         else:
             groups = flat_groups(groups, y_pred)
         values = {"groups": ops.cast(groups, "int32"), **batch._asdict()}
-        n = ops.shape(batch.weights)[0]
+        values = {
+            part: _backend.gather_over_replicas(value) for part, value in values.items()
+        }
+        n = ops.shape(values["weights"])[0]
         # On torch Keras traces with a count of any value.
         places = ops.clip(self._count + ops.arange(n, dtype="int32"), 0, self.max_rows)
         for part, variable in self._kept.items():

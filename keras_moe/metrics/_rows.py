@@ -60,7 +60,9 @@ def flat_groups(groups: Any, y_pred: Any) -> Any:
             "the input feature that holds it: metric(..., group='user_id')."
         )
     groups = ops.convert_to_tensor(groups)
-    _checks.integers(groups=groups)
+    # With several replicas Keras first traces with float64 in place of every input.
+    if _backend.num_replicas() == 1:
+        _checks.integers(groups=groups)
     predictions = ops.convert_to_tensor(y_pred)
     groups = _same_rank("groups", groups, predictions)
     return ops.reshape(ops.broadcast_to(groups, ops.shape(predictions)), (-1,))
