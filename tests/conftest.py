@@ -1,13 +1,19 @@
 """What every test shares: names for the docstring examples, and quiet runs."""
 
+import math
 import os
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # The float64 oracles need float64 on JAX, which computes in float32 by default.
 os.environ.setdefault("JAX_ENABLE_X64", "1")
-# Two processes share two cores; implicit warns about a threaded OpenBLAS.
+# Two processes share two cores: the threads of one would wait for those of the other.
+# `implicit` warns about a threaded OpenBLAS.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 import pytest
 
@@ -19,18 +25,45 @@ def _seed():
     keras.utils.set_random_seed(0)
 
 
+def _resident_bytes():
+    """Memory of this process; without Linux's account of it, infinity."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return math.inf
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _forget_compiled():
-    """JAX keeps all that it compiles, which came to 6 GiB in a process."""
+def _limit_compiled_programs():
+    """JAX keeps all programs that it compiles, which came to 6 GiB in a process."""
     yield
     import keras
 
-    if keras.backend.backend() == "jax":
+    if keras.backend.backend() == "jax" and _resident_bytes() > 3 * 2**30:
         import jax
 
         jax.clear_caches()
 
 
+# The files that take longest, which start first: then both workers end together.
+LONGEST = (
+    "test_backends",
+    "test_notebooks",
+    "test_movielens_command",
+    "test_two_stage_command",
+    "test_census_command",
+    "test_task_correlation_command",
+    "test_two_stage_pipeline",
+    "test_tfrs",
+    "test_keras_habits",
+    "test_contracts",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """One test runs the suite on another backend: it starts first, it takes longest."""
-    items.sort(key=lambda item: "test_core_of_the_suite" not in item.name)
+    def rank(item):
+        stem = item.path.stem
+        return LONGEST.index(stem) if stem in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)

@@ -14,29 +14,31 @@ from keras_moe.multitask import MultiTaskModel
 from tests.support import processes
 
 ROOT = Path(__file__).parent.parent
-CORE = {
-    "layers": ("layers",),
-    "parts": (
-        "multitask",
-        "test_experts.py",
-        "test_initializers.py",
-        "test_losses.py",
-        "metrics",
-        "test_remat.py",
-        "routers",
-        "test_routing.py",
-        "test_upcycling.py",
-    ),
-    "dispatch": ("test_dispatch.py",),
-}
-
-# Most tests make programs of a moment, by the thousand; those of the dispatch read what
-# the compiler makes of them, and have it optimise. An unknown flag would end the
-# process, so only a release that is known to have these is told.
+DISPATCH = ("test_dispatch.py",)
+OTHERS = (
+    "layers",
+    "metrics",
+    "multitask",
+    "routers",
+    "test_experts.py",
+    "test_initializers.py",
+    "test_losses.py",
+    "test_remat.py",
+    "test_routing.py",
+    "test_upcycling.py",
+)
+# Most programs of the tests run once, so XLA need not optimise them; the tests of the
+# dispatch read what it makes of them. Only a release that is known to have these flags
+# gets them, since an unknown one ends the process.
 UNOPTIMISED = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false"
 )
+RUNS = {
+    "jax": ("jax", OTHERS, UNOPTIMISED),
+    "jax-dispatch": ("jax", DISPATCH, ""),
+    "torch": ("torch", (*OTHERS, *DISPATCH), ""),
+}
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="started from TensorFlow's run"
@@ -48,22 +50,24 @@ def _needs(backend):
         pytest.skip(f"{backend} is not installed")
 
 
-@pytest.mark.parametrize("part", CORE)
-@pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_core_of_the_suite(backend, part, tmp_path):
+@pytest.mark.parametrize("run", RUNS)
+def test_core_of_the_suite(run, tmp_path):
+    backend, names, flags = RUNS[run]
     _needs(backend)
-    tests = [str(ROOT / "tests" / name) for name in CORE[part]]
-    quick = part != "dispatch" and metadata.version(backend).startswith("0.10.")
+    if not metadata.version(backend).startswith("0.10."):
+        flags = ""
+    tests = [str(ROOT / "tests" / name) for name in names]
     done = processes.run(
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        # One process: the programs that JAX has compiled serve all files.
+        ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *tests],
         cwd=ROOT,
         timeout=2400,
         KERAS_BACKEND=backend,
-        # Layers made alike in many tests are compiled once.
+        # For what has been forgotten, see `_limit_compiled_programs`.
         JAX_COMPILATION_CACHE_DIR=str(tmp_path),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
-        XLA_FLAGS=UNOPTIMISED if quick else "",
+        XLA_FLAGS=flags,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert " passed" in done.stdout

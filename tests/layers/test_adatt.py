@@ -41,7 +41,7 @@ def oracle(layer, x, levels):
 def check(layer, *leading):
     """Outputs and all gradients of a layer are those of the oracle."""
     x = rows(*leading, D)
-    layer(x)
+    layer.build(x.shape)
     values = checks.randomised(layer)
     levels, flat = levels_of(layer, values), x.reshape(-1, D)
 
@@ -115,7 +115,7 @@ def test_kinds_of_experts_may_change_from_level_to_level():
 def test_any_sizes_equal_the_oracle(n, d, levels, own, tasks, shared):
     layer = AdaTT(levels, own, U, tasks, num_shared_experts=shared, dtype="float64")
     x = rows(n, d)
-    layer(x)
+    layer.build(x.shape)
     values = checks.randomised(layer)
     expected = oracle(layer, x, levels_of(layer, values))
     for output, wanted in zip(layer(x), expected, strict=True):
@@ -139,7 +139,7 @@ def test_by_hand():
         dtype="float64",
     )
     x = np.ones((1, 1))
-    layer(x)
+    layer.build(x.shape)
     for experts in layer.experts:
         experts.kernels[0].assign([[[2.0]], [[-1.0]]])
     outputs = layer(x)
@@ -231,7 +231,7 @@ def test_experts_gates_and_own_weights_start_different_from_one_seed():
 def test_gates_of_a_second_level_read_the_first_one():
     layer = AdaTT(2, 1, 3, 2, num_shared_experts=1, dtype="float64")
     x = rows(4, 5)
-    layer(x)
+    layer.build(x.shape)
     assert layer.gates[1].kernels[0].shape == (2, 3, 3)
     for first in (layer.experts[0], layer.gates[0]):
         kernel = array(first.kernels[0]).copy()
@@ -266,7 +266,7 @@ def test_gate_dropout_renormalises():
     """With experts that all give 1, gates make 1 and the residual adds 1."""
     layer = AdaTT(1, 1, 1, 3, activation="linear", gate_dropout=0.6, seed=0)
     x = rows(40, 3).astype("float32")
-    layer(x)
+    layer.build(x.shape)
     layer.experts[0].kernels[0].assign(np.zeros((3, 3, 1)))
     layer.experts[0].biases[0].assign(np.ones((3, 1)))
     assert (array(layer.gate_probabilities(layer.gates[0](x), True)) == 0).any()

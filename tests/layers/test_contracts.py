@@ -36,8 +36,6 @@ def test_file_round_trip(case, tmp_path):
 
 
 @every_case
-@pytest.mark.parametrize(
-    "policy", ["mixed_bfloat16", pytest.param("mixed_float16", marks=not_on_jax)]
-)
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_dtype_policy(case, policy):
     contracts.dtype_policy(case, policy)

@@ -42,7 +42,7 @@ def test_outputs_and_all_gradients_equal_the_oracle(units, per_unit, tasks):
     layer = CrossStitch(units, tasks, per_unit=per_unit, dtype="float64")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4, 3))
-    layer(x)
+    layer.build(x.shape)
     values, *weights = _randomised(layer)
     cotangents = [rng.normal(size=(4, 5)) for _ in tasks]
 
@@ -70,7 +70,7 @@ def test_outputs_and_all_gradients_equal_the_oracle(units, per_unit, tasks):
 def test_any_sizes_equal_the_oracle(n, d, t, units, per_unit):
     layer = CrossStitch(units, t, per_unit=per_unit, dtype="float64")
     x = np.random.default_rng(n).normal(size=(n, d))
-    layer(x)
+    layer.build(x.shape)
     _, *weights = _randomised(layer)
     expected = sharing_oracles.cross_stitch(x, *weights)
     _assert_equal(_arrays(layer(x)), expected, ORACLE)
@@ -91,7 +91,7 @@ def test_by_hand():
     """
     layer = CrossStitch(1, ["a", "b"], activation="linear", dtype="float64")
     x = np.array([[1.0], [0.0]])
-    layer(x)
+    layer.build(x.shape)
     layer.towers.kernels[0].assign([[[2.0]], [[-1.0]]])
     layer.towers.biases[0].assign([[0.0], [1.0]])
     layer.stitches[0].assign([[0.9, 0.1], [0.3, 0.7]])
@@ -105,7 +105,7 @@ def test_an_identity_leaves_separate_mlps(per_unit):
     """`self_weight=1` starts as one; a layer after another would show any mixing."""
     layer = CrossStitch((6, 5), 3, self_weight=1.0, per_unit=per_unit, dtype="float64")
     x = np.random.default_rng(0).normal(size=(4, 3))
-    layer(x)
+    layer.build(x.shape)
     initial = [ops.convert_to_numpy(stitch) for stitch in layer.stitches]
     _, kernels, biases, _ = _randomised(layer)
     for stitch, value in zip(layer.stitches, initial, strict=True):

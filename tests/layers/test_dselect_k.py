@@ -114,7 +114,7 @@ def test_outputs_losses_and_all_gradients_equal_the_oracle(
     inputs = [rng.normal(size=(4, 3))]
     if separate_gates:
         inputs.append(rng.normal(size=(4, 2)))
-    layer(*inputs)
+    layer.build(*[x.shape for x in inputs])
     values, weights = _randomised(layer, spread)
     if spread == 1.0:  # A selector that has left makes a loss of 1e6, or 1 / 0.
         _reach_an_expert(layer, inputs[-1], weights)
@@ -174,7 +174,7 @@ def _reach_an_expert(layer, x, weights):
 def test_any_sizes_equal_the_oracle(n, d, e, t, k, static):
     layer = DSelectK(e, (3, 2), t, min(k, e), static=static, dtype="float64")
     x = np.random.default_rng(n).normal(size=(n, d))
-    layer(x)
+    layer.build(x.shape)
     _, weights = _randomised(layer, 0.3)
     for output, wanted in zip(layer(x), _outputs(layer, x, weights), strict=True):
         np.testing.assert_allclose(_array(output), wanted, **ORACLE)
@@ -213,7 +213,7 @@ def test_a_gate_by_hand():
     """
     layer = DSelectK(4, 1, ["a"], 2, static=True, dtype="float64")
     x = np.zeros((2, 3))
-    layer(x)
+    layer.build(x.shape)
     layer.selector_logits.assign([[[1.0, -1.0], [0.25, 1.0]]])
     layer.mixing_logits.assign([[np.log(3.0), 0.0]])
     found = _array(layer.gate_weights(x))
@@ -227,7 +227,7 @@ def test_a_gate_by_hand():
 def test_gates_sum_to_1_for_powers_of_two(experts, static, spread):
     layer = DSelectK(experts, 3, 3, 2, static=static)
     x = np.random.default_rng(0).normal(size=(20, 6)).astype("float32")
-    layer(x)
+    layer.build(x.shape)
     _randomised(layer, spread)
     weights = _array(layer.gate_weights(x))
     assert weights.shape == (20, 3, experts)
@@ -242,7 +242,7 @@ def test_gates_of_settled_bits_weigh_at_most_k(experts, top_k, static):
     """Logits of 1 and more lie outside the step, whose width is 1."""
     layer = DSelectK(experts, 3, 2, top_k, static=static)
     x = np.array([[-2.0], [-1.0], [1.0], [3.0]], "float32")
-    layer(x)
+    layer.build(x.shape)
     rng = np.random.default_rng(2)
     for variable in layer.trainable_variables:
         if "selector" in variable.path:
@@ -259,7 +259,7 @@ def test_gates_of_settled_bits_weigh_at_most_k(experts, top_k, static):
 def test_every_expert_can_be_chosen():
     layer = DSelectK(8, 3, 8, 1, static=True)
     x = np.zeros((1, 3), "float32")
-    layer(x)
+    layer.build(x.shape)
     codes = list(itertools.product([-1.0, 1.0], repeat=3))
     layer.selector_logits.assign(np.array(codes)[:, None])
     np.testing.assert_array_equal(_array(layer.gate_weights(x))[0], np.eye(8))
@@ -293,7 +293,7 @@ def test_kernels_and_biases_of_gates_start_different():
 
 
 def _called(layer, x):
-    layer(x)
+    layer.build(x.shape)
     return x
 
 
@@ -319,7 +319,7 @@ def test_the_losses_alone_make_gates_choose(experts, static):
 def test_losses_are_means_over_the_rows_that_count():
     layer = DSelectK(5, 3, 2, 2, entropy_loss_weight=0.7, dtype="float64")
     x = np.random.default_rng(0).normal(size=(2, 3, 4))
-    layer(x)
+    layer.build(x.shape)
     _, weights = _randomised(layer, 0.1)
     selected = _selected(layer, x.reshape((6, 4)), weights)
     mask = np.array([[True, False, True], [True, False, False]])
@@ -364,7 +364,7 @@ def test_a_selector_that_has_left_gives_numbers():
     """All bits at 1 spell 7, which is no expert of 5: the weights are 0."""
     layer = DSelectK(5, 3, 1, 1, static=True, entropy_loss_weight=0.1, dtype="float64")
     x = np.random.default_rng(0).normal(size=(4, 6))
-    layer(x)
+    layer.build(x.shape)
     layer.selector_logits.assign(np.ones((1, 1, 3)))
     np.testing.assert_array_equal(_array(layer.gate_weights(x)), np.zeros((4, 1, 5)))
     whole = _WithLosses(layer)

@@ -84,7 +84,7 @@ def randomised(layer):
 def check(layer, *leading, training=False):
     """Outputs and all gradients of a layer are those of the oracle."""
     x = rows(*leading, D)
-    layer(x)
+    layer.build(x.shape)
     values = randomised(layer)
     # The statistics are read now: a call in training moves them.
     call, flat = oracle(layer, values, training), x.reshape(-1, D)
@@ -162,7 +162,7 @@ def test_by_hand():
             dtype="float64",
         )
         x = np.ones((1, 1))
-        layer(x)
+        layer.build(x.shape)
         layer.experts[0].kernels[0].assign([[[2.0]], [[-1.0]]])
         layer.experts[1].kernels[0].assign([[[4.0]], [[-4.0]], [[2.0]], [[1.0]]])
         layer.experts[1].biases[0].assign([[0.0], [0.0], [0.0], [1.0]])
@@ -348,7 +348,7 @@ def test_gates_sum_to_one_and_are_those_of_the_call():
     """With equal experts of all kinds only the sum of a gate counts: 1."""
     layer = HoME(2, 1, U, 3, groups=[[0, 2], [1]], **PLAIN)
     x = rows(5, D)
-    layer(x)
+    layer.build(x.shape)
     for experts in layer.experts:
         for weight in (*experts.kernels, *experts.biases):
             first = array(weight)[:1]
@@ -369,7 +369,7 @@ def test_gate_dropout_renormalises():
     """With experts that all give 1, any gates that sum to 1 give 1."""
     layer = HoME(1, 2, 1, 2, activation="linear", gate_dropout=0.6, seed=0, **PLAIN)
     x = rows(40, 3).astype("float32")
-    layer(x)
+    layer.build(x.shape)
     for experts in layer.experts:
         experts.kernels[0].assign(np.zeros(experts.kernels[0].shape))
         experts.biases[0].assign(np.ones(experts.biases[0].shape))

@@ -36,7 +36,7 @@ def _weights(layer):
 
 def _built(layer, rows=3):
     x = np.random.default_rng(0).normal(size=(rows, 6)).astype("float32")
-    layer(x)
+    layer.build(x.shape)
     return x
 
 
@@ -59,7 +59,7 @@ def test_outputs_and_all_gradients_equal_the_oracle(units, options):
     inputs = [rng.normal(size=(4, 3))]
     if separate_gates:
         inputs.append(rng.normal(size=(4, 2)))
-    layer(*inputs)
+    layer.build(*[x.shape for x in inputs])
     values, kernels, biases, gate_kernels = _weights(layer)
     cotangents = [rng.normal(size=(4, 5)) for _ in range(2)]
 
@@ -101,7 +101,7 @@ def test_outputs_and_all_gradients_equal_the_oracle(units, options):
 def test_any_sizes_equal_the_oracle(n, d, e, t, units):
     layer = MMoE(e, units, t, dtype="float64")
     x = np.random.default_rng(n).normal(size=(n, d))
-    layer(x)
+    layer.build(x.shape)
     _, kernels, biases, gate_kernels = _weights(layer)
     expected = oracles.mmoe(x, kernels, biases, gate_kernels)
     for output, wanted in zip(layer(x), expected, strict=True):
@@ -119,7 +119,7 @@ def test_by_hand():
     """
     layer = MMoE(2, 1, ["a", "b"], activation="linear", dtype="float64")
     x = np.array([[0.0], [np.log(3) / 2]])
-    layer(x)
+    layer.build(x.shape)
     layer.experts.kernels[0].assign([[[2.0]], [[-1.0]]])
     layer.experts.biases[0].assign([[0.0], [1.0]])
     layer.gates.kernels[0].assign([[[1.0, -1.0]], [[-1.0, 1.0]]])
@@ -192,7 +192,7 @@ def test_a_gate_learns_for_every_top_k(kind, top_k):
     """A single weight is not renormalised: it was always 1, with a gradient of 0."""
     layer = kind(5, 4, 2, top_k=top_k, dtype="float64")
     x = rows(6, 3)
-    layer(x)
+    layer.build(x.shape)
     by_weight, _ = backends.gradients(layer, [x], [np.ones((6, 4)), np.ones((6, 4))])
     by_path = dict(
         zip([w.path for w in layer.trainable_variables], by_weight, strict=True)

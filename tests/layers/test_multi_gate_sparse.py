@@ -75,7 +75,7 @@ def test_every_way_and_all_its_gradients_equal_the_oracle(
 def test_any_sizes_of_a_sparse_one_equal_the_oracle(n, e, k, t, units):
     layer = MMoE(e, units, t, top_k=min(k, e), dispatch="split", dtype="float64")
     x = rows(n, 3, seed=n)
-    layer(x)
+    layer.build(x.shape)
     values = checks.randomised(layer)
     expected = multitask_oracles.mmoe(
         x,
@@ -280,7 +280,7 @@ def test_auto_is_sparse_where_a_quarter_of_the_experts_would_be_idle(
 def test_gate_inputs_choose_the_experts_of_a_sparse_one():
     x, gate_x = rows(6, 3), rows(6, 4, seed=1)
     layer = _sparse(top_k=1)
-    layer(x, gate_x)
+    layer.build(x.shape, gate_x.shape)
     values = checks.randomised(layer)
     experts = checks.experts_of(layer.experts, values)
     gates = checks.mlps(layer.gates, values)
@@ -299,9 +299,9 @@ def test_all_experts_chosen_is_the_dense_mmoe(way):
     sparse = MMoE(
         4, (3, 2), 2, top_k=4, dispatch=dispatches.dispatch_of(way), dtype="float64"
     )
-    dense(x)
+    dense.build(x.shape)
     with dispatches.chosen(way):
-        sparse(x)
+        sparse.build(x.shape)
         sparse.set_weights(dense.get_weights())
         found = sparse(x)
     for a, b in zip(found, dense(x), strict=True):

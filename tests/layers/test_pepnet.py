@@ -75,7 +75,7 @@ def _check(layer, inputs, oracle, values):
 @pytest.mark.parametrize("options", [{}, {"hidden_units": 7, "scale": 0.5}])
 def test_gate_nu_equals_the_oracle(options):
     layer, inputs = GateNU(5, dtype="float64", **options), _inputs(D)
-    layer(*inputs)
+    layer.build(*[x.shape for x in inputs])
     values, by_variable = _randomised(layer)
     weights = _gate_weights(by_variable, layer)
     assert weights[0].shape == (D, options.get("hidden_units", 5))
@@ -92,7 +92,7 @@ def test_gate_nu_equals_the_oracle(options):
 def test_epnet_equals_the_oracle(options):
     """The embedding gets no gradient through the gate, which the oracle holds still."""
     layer, inputs = EPNet(dtype="float64", **options), _inputs(D, P)
-    layer(*inputs)
+    layer.build(*[x.shape for x in inputs])
     values, by_variable = _randomised(layer)
     weights, stopped = _gate_weights(by_variable, layer.gate), inputs[0].copy()
     scale = options.get("gate_scale", 2.0)
@@ -110,7 +110,7 @@ def test_epnet_equals_the_oracle(options):
 def test_ppnet_equals_the_oracle(units, prior, options):
     layer = PPNet(units, ["a", "b"], dtype="float64", **options)
     inputs = _inputs(D, Q) if prior else _inputs(D)
-    layer(*inputs)
+    layer.build(*[x.shape for x in inputs])
     values, by_variable = _randomised(layer)
     kernels, biases = _tower_weights(by_variable, layer)
     gates, stopped = _all_gate_weights(by_variable, layer), inputs[0].copy()
@@ -136,7 +136,7 @@ def test_pepnet_equals_the_oracle(prior):
     """Neither the embedding nor EPNet learns through the gates of the towers."""
     layer = PEPNet((6, 5), ["a", "b", "c"], gate_units=3, dtype="float64")
     inputs = _inputs(D, P, Q) if prior else _inputs(D, P)
-    layer(*inputs)
+    layer.build(*[x.shape for x in inputs])
     values, by_variable = _randomised(layer)
     kernels, biases = _tower_weights(by_variable, layer.ppnet)
     gates = _all_gate_weights(by_variable, layer.ppnet)
@@ -173,7 +173,7 @@ def test_pepnet_equals_the_oracle(prior):
 def test_any_sizes_equal_the_oracle(n, widths, t, units):
     layer = PPNet(units, t, dtype="float64")
     inputs = _inputs(*widths, rows=n)
-    layer(*inputs)
+    layer.build(*[x.shape for x in inputs])
     _, by_variable = _randomised(layer)
     expected = sharing_oracles.ppnet(
         *inputs,
@@ -202,7 +202,7 @@ def test_by_hand():
     """
     layer = PEPNet(1, ["a", "b"], gate_units=1, dtype="float64")
     inputs = [np.array([[3.0]]), np.array([[1.0]]), np.array([[2.0]])]
-    layer(*inputs)
+    layer.build(*[x.shape for x in inputs])
     layer.epnet.gate.hidden.kernel.assign([[1.0], [0.0]])  # Domain, embedding.
     layer.epnet.gate.gates.kernel.assign([[np.log(3)]])
     layer.ppnet.towers.kernels[0].assign([[[2.0]], [[-1.0]]])
@@ -224,7 +224,7 @@ def _open(gate):
 def test_gates_of_1_leave_separate_mlps():
     layer = PEPNet((6, 4, 5), ["a", "b"], dtype="float64")
     inputs = _inputs(D, P, Q)
-    layer(*inputs)
+    layer.build(*[x.shape for x in inputs])
     _, by_variable = _randomised(layer)
     for gate in (layer.epnet.gate, *layer.ppnet.gates):
         _open(gate)

@@ -50,11 +50,11 @@ def test_gradients_of_the_other_layers_equal_the_oracle():
         return values[::2], values[1::2]
 
     experts = MLPExperts(3, (4, 2), dtype="float64")
-    experts(x)
+    experts.build(x.shape)
     _gradient_check(experts, [x], lambda v: [oracles.mlp_experts(x, *pairs(v))])
 
     bottom = SharedBottom((4, 2), 2, dtype="float64")
-    bottom(x)
+    bottom.build(x.shape)
 
     def shared(values):
         kernels, biases = pairs([v[0] for v in values])
@@ -64,7 +64,7 @@ def test_gradients_of_the_other_layers_equal_the_oracle():
     _gradient_check(bottom, [x], shared)
 
     tower = Tower((4,), dtype="float64")
-    tower(x)
+    tower.build(x.shape)
     _gradient_check(
         tower, [x], lambda v: [oracles.mlp(x, *pairs(v), oracles.relu, oracles.linear)]
     )

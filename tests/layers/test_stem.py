@@ -28,7 +28,7 @@ def check(layer, *leading, task_inputs=True):
     inputs = [rows(*leading, D)]
     if task_inputs:
         inputs.append(rows(*leading, len(layer.tasks), D, seed=1))
-    layer(*inputs)
+    layer.build(*[x.shape for x in inputs])
     values = checks.randomised(layer)
     levels = checks.levels_of(layer, values)
     _, held = oracle(layer, inputs, levels)
@@ -98,7 +98,7 @@ def test_by_hand():
         dtype="float64",
     )
     inputs = [np.array([[1.0]]), np.array([[[2.0], [3.0]]])]
-    layer(*inputs)
+    layer.build(*[x.shape for x in inputs])
     layer.experts[0].kernels[0].assign([[[2.0]], [[-1.0]], [[1.0]]])
     layer.experts[0].biases[0].assign([[0.0], [0.0], [1.0]])
     for output in layer(*inputs).values():
@@ -125,7 +125,7 @@ def gradients_of_task(layer, inputs, task):
 def built(levels, t=3, m=2, s=2):
     layer = STEM(s, m, (4, 3), t, num_levels=levels, activation="tanh", dtype="float64")
     inputs = [rows(5, 4), rows(5, t, 4, seed=1)]
-    layer(*inputs)
+    layer.build(*[x.shape for x in inputs])
     checks.randomised(layer)
     return layer, inputs
 
@@ -206,7 +206,7 @@ def test_task_inputs_may_come_after_inputs_alone():
 def test_a_task_whose_name_begins_another_has_its_own_embeddings():
     layer = STEM(1, 1, 3, ["like_x", "like"], dtype="float64")
     inputs = [rows(4, 3), rows(4, 2, 3, seed=1)]
-    layer(*inputs)
+    layer.build(*[x.shape for x in inputs])
     # Flat outputs are in the order of the names: "like" comes first.
     found = backends.gradients(layer, inputs, [np.ones((4, 3)), np.zeros((4, 3))])
     by_tasks = found[1][1]
@@ -236,7 +236,7 @@ def test_experts_and_gates_start_different_from_one_seed():
 def test_gates_of_a_second_level_read_the_first_one():
     layer = STEM(1, 1, 3, 2, num_levels=2, dtype="float64")
     inputs = [rows(4, 5), rows(4, 2, 5, seed=1)]
-    layer(*inputs)
+    layer.build(*[x.shape for x in inputs])
     assert layer.gates[1].kernels[0].shape == (2, 3, 3)
     for first in (layer.experts[0], layer.gates[0], layer.shared_gates[0]):
         kernel = array(first.kernels[0]).copy()
@@ -270,7 +270,7 @@ def test_gate_dropout_renormalises():
     """With experts that all give 1, any gates that sum to 1 give 1."""
     layer = STEM(1, 1, 1, 2, activation="linear", gate_dropout=0.6, seed=0)
     x = rows(40, 3).astype("float32")
-    layer(x)
+    layer.build(x.shape)
     layer.experts[0].kernels[0].assign(np.zeros((3, 3, 1)))
     layer.experts[0].biases[0].assign(np.ones((3, 1)))
     assert (array(layer.gate_probabilities(layer.gates[0](x), True)) == 0).any()

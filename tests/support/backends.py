@@ -79,6 +79,22 @@ def _torch(layer, weights, inputs, cotangents):
     return outputs, [gradient(w) for w in weights], [gradient(x) for x in inputs]
 
 
+def call(layer, *inputs, **kwargs):
+    """Outputs of a layer, which is built first.
+
+    JAX compiles the call as one program: one by one, each operation would be compiled
+    for each shape, for seconds.
+    """
+    if not layer.built:
+        layer.build(*[x.shape for x in inputs])
+    if keras.backend.backend() != "jax":
+        return layer(*inputs, **kwargs)
+    import jax
+
+    run = jax.jit(lambda *inputs: layer(*inputs, **kwargs))
+    return run(*[ops.convert_to_tensor(x) for x in inputs])
+
+
 def compiled_calls(layer):
     """The layer as the backend's compilers run it, by the compiler's name."""
     backend = keras.backend.backend()

@@ -153,7 +153,7 @@ def check(
 
 def check_multi_gate(layer, x, **given):
     """Outputs and all gradients of a layer for x (..., d) are those of the oracle."""
-    layer(x)
+    layer.build(x.shape)
     values = randomised(layer)
     experts = experts_of(layer.experts, values)
     gates = mlps(layer.gates, values)
