@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
 from keras_moe.callbacks import CombinedMonitor
+from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
 from keras_moe.layers import CGC, MMoE, MoE, PEPNet, SharedBottom, Tower
 from keras_moe.multitask import MultiTaskModel, UncertaintyWeighting
 
