@@ -69,6 +69,15 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def seed(value: Any) -> int | None:
+    """Return a seed as an int, or None; raise ValueError for other values."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"`seed` must be an integer or None. Received: seed={value!r}")
+    return int(value)
+
+
 def last_dimension(layer: str, shape: Any) -> int:
     """Return the size of the last axis, which determines the weight shapes."""
     if isinstance(shape, dict):

@@ -49,19 +49,20 @@ class Layer(keras.layers.Layer):
     ) -> Any:
         """Return a variable that calls of the layer change and that is not a weight.
 
-        It is not saved, and no dtype policy casts it. In a training step on JAX a call
-        can only change the `variables` of layers, so it is one of them.
+        It is not saved, and no dtype policy casts it. On JAX a training step can only
+        change variables in `layer.variables`; the property below includes it.
         """
-        variable = keras.Variable(
-            initializer=initializer,
-            shape=shape,
-            dtype=dtype,
-            trainable=False,
-            autocast=False,
-            aggregation=aggregation,
-            synchronization=synchronization,
-            name=name,
-        )
+        with keras.name_scope(self.name):
+            variable = keras.Variable(
+                initializer=initializer,
+                shape=shape,
+                dtype=dtype,
+                trainable=False,
+                autocast=False,
+                aggregation=aggregation,
+                synchronization=synchronization,
+                name=name,
+            )
         if not hasattr(self, "_state"):
             self._state = Untracked()
         self._state.variables.append(variable)
@@ -69,13 +70,13 @@ class Layer(keras.layers.Layer):
 
     @property
     def variables(self) -> list[Any]:
-        """The weights, the states of random generators, and the variables above."""
+        """Weights, states of random generators, and variables made by `add_state`."""
         state = getattr(self, "_state", None)
         return [*super().variables, *(state.variables if state else [])]
 
     @property
-    def full_precision(self) -> str:
-        """The dtype of gates and router logits: float32 or, if asked for, float64."""
+    def precise_dtype(self) -> str:
+        """The dtype of gates and router logits: float32; float64 for such a layer."""
         return "float64" if self.compute_dtype == "float64" else "float32"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

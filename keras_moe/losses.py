@@ -199,6 +199,8 @@ def entropy(probs: Any) -> Any:
     >>> float(keras_moe.losses.entropy(np.array([1.0, 0.0]))) == 0
     True
     """
+    _checks.axes(probs=(probs, "...e"))
+    probs = ops.convert_to_tensor(probs)
     # About the smallest normal float32. At p = 0 the entropy is exact, and its
     # gradient, infinite in theory, is large and finite.
     return -ops.sum(probs * ops.log(ops.maximum(probs, 1e-37)), axis=-1)

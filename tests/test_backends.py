@@ -51,7 +51,7 @@ def _needs(backend):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_core_of_the_suite(run, tmp_path):
+def test_layers_on_another_backend(run, tmp_path):
     backend, names, flags = RUNS[run]
     _needs(backend)
     if not metadata.version(backend).startswith("0.10."):

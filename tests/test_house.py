@@ -1,4 +1,4 @@
-"""The order of the house: imports point down, the surface is what it says."""
+"""The structure of the library: levels of imports, sizes of files, public names."""
 
 import ast
 from pathlib import Path
@@ -36,7 +36,7 @@ FILES = sorted(
 )
 
 
-def _room(module: str) -> str:
+def _package(module: str) -> str:
     return module.removeprefix("keras_moe.").split(".")[0]
 
 
@@ -54,20 +54,22 @@ def _imports(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_down(path):
+def test_imports_point_to_lower_levels(path):
     relative = path.relative_to(ROOT).with_suffix("")
-    room = relative.parts[0]
-    assert room in LEVELS, f"{room} has no level in this test"
+    package = relative.parts[0]
+    assert package in LEVELS, f"{package} has no level in this test"
     for name in _imports(path):
-        other = _room(name)
-        assert other == room or LEVELS[other] < LEVELS[room], f"{room} -> {name}"
+        other = _package(name)
+        assert other == package or LEVELS[other] < LEVELS[package], (
+            f"{package} -> {name}"
+        )
 
 
 def test_dispatches_import_the_protocol_of_experts_alone():
     for path in (ROOT / "dispatch").glob("*.py"):
         for name in _imports(path):
-            assert _room(name) != "routers"
-            assert _room(name) != "experts" or name == "keras_moe.experts._protocol"
+            assert _package(name) != "routers"
+            assert _package(name) != "experts" or name == "keras_moe.experts._protocol"
 
 
 def _siblings(path: Path) -> set[str]:
@@ -84,12 +86,12 @@ def _siblings(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_has_no_circle_of_imports(package):
+def test_a_package_has_no_import_cycle(package):
     files = [p for p in (ROOT / package).glob("*.py") if p.stem != "__init__"]
     waiting = {path.stem: _siblings(path) for path in files}
     while waiting:
         ready = {name for name, others in waiting.items() if not others & {*waiting}}
-        assert ready, f"a circle among {sorted(waiting)}"
+        assert ready, f"an import cycle among {sorted(waiting)}"
         for name in ready:
             assert waiting.pop(name) <= {path.stem for path in files}
 
@@ -102,7 +104,7 @@ def test_no_file_is_long(package):
         assert lines <= 400 or name in FILLED_BY_ONE_PAPER, f"{name} has {lines} lines"
 
 
-def test_the_library_knows_no_example_and_no_test():
+def test_the_library_imports_no_examples_or_tests():
     for path in FILES:
         text = path.read_text()
         assert "recsys_examples" not in text
@@ -110,7 +112,7 @@ def test_the_library_knows_no_example_and_no_test():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_first_lines_say_what_room_it_is(path):
+def test_every_module_has_a_docstring(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 

@@ -246,13 +246,22 @@ def refused(name, message, **changes):
         getattr(losses, name)(**{**LEGAL[name], **changes})
 
 
+def test_entropy_of_any_leading_axes():
+    probs = np.array([[[0.5, 0.5], [1.0, 0.0]]])
+    found = ops.convert_to_numpy(losses.entropy(probs))
+    np.testing.assert_allclose(found, [[math.log(2), 0.0]], atol=1e-12)
+    with pytest.raises(ValueError, match=r"`probs` must have the shape \(..., e\)"):
+        losses.entropy(np.array(1.0))
+
+
 def test_every_public_loss_is_tested_for_its_shapes():
     public = {
         name
         for name, function in inspect.getmembers(losses, inspect.isfunction)
         if function.__module__ == losses.__name__ and not name.startswith("_")
     }
-    assert public == {*LEGAL, "auxiliary_losses"}  # That one takes a record.
+    # One takes a record, one any leading axes.
+    assert public == {*LEGAL, "auxiliary_losses", "entropy"}
     for name in LEGAL:
         assert [*inspect.signature(getattr(losses, name)).parameters] == [*LEGAL[name]]
 

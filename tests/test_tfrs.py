@@ -45,12 +45,6 @@ IMPORT = (
 )
 
 
-def test_importing_it_is_enough():
-    done = processes.run(["-c", IMPORT], cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("3.")
-
-
 @pytest.mark.parametrize(
     ("code", "environment", "message"),
     [

@@ -1,9 +1,9 @@
-"""Draw `architecture.svg`: one gate a task weighs shared experts for its tower.
+"""Draw `architecture.svg`: one gate per task weights shared experts.
 
     python docs/figures/architecture.py
 
-All text stands in filled boxes, and lines are of a middle grey or a task's colour: the
-picture reads on light and dark backgrounds. The gate weights in it are made up.
+All text is in filled boxes, and lines are of a middle grey or a task's colour: the
+picture is legible on light and dark backgrounds. The gate weights in it are made up.
 """
 
 from pathlib import Path

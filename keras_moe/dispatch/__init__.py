@@ -169,7 +169,7 @@ def checked_here(dispatch: str) -> str:
 def dropless_here(experts: Any) -> str:
     """Return the dispatch that "auto" selects for the graph that is being traced."""
     if not _backend.under_xla():
-        return "split"
+        return "split" if hasattr(experts, TABLE["split"].experts_need) else "dense"
     if not hasattr(experts, TABLE["blocked"].experts_need):
         return "dense"
     return "ragged" if _backend.has_grouped_matmul() else "blocked"

@@ -132,7 +132,7 @@ def block_sizes(num_rows: int | None, num_experts: int) -> tuple[int, ...]:
     of a full block.
     """
     whole = 16
-    if num_rows is None:
+    if not isinstance(num_rows, int):  # Unknown, or a symbol of JAX' export.
         return tuple(range(16, 129, 16))
     while whole < 256 and whole * num_experts <= num_rows:
         whole *= 2

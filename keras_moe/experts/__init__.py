@@ -11,7 +11,7 @@ by expert and calls one of three methods: `on_pieces`, `on_slots`, or `on_rows` 
 for stacked kernels). The protocols `Experts` and `GroupedExperts` describe them.
 """
 
-# `restored_axes` is imported for callers of its old address.
+# `restored_axes` keeps its old import path.
 from keras_moe._backend import restored_axes  # noqa: F401
 from keras_moe.experts._glu import GLUExperts
 from keras_moe.experts._layers import LayerExperts

@@ -12,11 +12,11 @@ from keras import ops
 
 from keras_moe import _backend, _checks
 from keras_moe.experts._protocol import GroupedMatmul
-from keras_moe.experts._stacked import StackedKernels
+from keras_moe.experts._stacked import StackedDense
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class GLUExperts(StackedKernels):
+class GLUExperts(StackedDense):
     """e gated linear units of one shape: y = (activation(x G) * (x U)) D.
 
     With the activation "silu" this is SwiGLU, with "gelu" GEGLU, with "sigmoid" GLU.

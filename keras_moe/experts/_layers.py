@@ -5,7 +5,7 @@ Axis letters: n rows, d input features, e experts, u output units, c slots per e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -45,10 +45,13 @@ class LayerExperts(Layer):
     True
     """
 
-    def __init__(self, layers: Sequence[keras.layers.Layer], **kwargs: Any) -> None:
+    def __init__(self, layers: Iterable[keras.layers.Layer], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
-        layers = list(layers) if isinstance(layers, list | tuple) else [layers]
+        alone = isinstance(layers, keras.layers.Layer) or not isinstance(
+            layers, Iterable
+        )
+        layers = [layers] if alone else list(layers)
         if not layers or not all(isinstance(x, keras.layers.Layer) for x in layers):
             raise ValueError(
                 "`layers` must be a sequence of at least one Keras layer. "

@@ -13,10 +13,10 @@ from keras import ops
 
 from keras_moe import _backend, _checks
 from keras_moe.experts._protocol import GroupedMatmul, Prologue
-from keras_moe.experts._stacked import StackedKernels, activation_function
+from keras_moe.experts._stacked import StackedDense, activation_function
 
 
-class StackedMLP(StackedKernels):
+class StackedMLP(StackedDense):
     """MLPs of one shape with stacked kernels: experts, gates or the towers of tasks."""
 
     def __init__(

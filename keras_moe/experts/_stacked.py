@@ -21,19 +21,11 @@ class StackedKernels(Layer):
     """The base class of layers with stacked kernels, such as experts of your own.
 
     A subclass defines `build`, `call` (every expert on every row), `on_rows` and
-    `compute_output_shape`; `on_slots` and `on_pieces` follow from `on_rows`. It is then
-    `GroupedExperts`, which every dispatch supports.
+    `compute_output_shape`; `on_slots` and `on_pieces` use `on_rows`. It then implements
+    the protocol `GroupedExperts`, which every dispatch supports.
 
     Args:
         num_experts: int, number of experts e.
-        activation: activation of the hidden units. Linear by default.
-        use_bias: bool, whether the matmuls add a bias.
-        dropout: float in [0, 1), dropout rate of the hidden units.
-        kernel_initializer: initializer of one expert's kernel.
-        bias_initializer: initializer of the biases.
-        kernel_regularizer: regularizer of every stacked kernel.
-        bias_regularizer: regularizer of every stacked bias.
-        seed: int, the seed of the dropout.
         **kwargs: arguments of `keras.layers.Layer`, such as `dtype` and `name`.
 
     Raises:
@@ -57,59 +49,16 @@ class StackedKernels(Layer):
     True
     """
 
-    on_rows: Callable[..., Any]
-    num_matmuls: int
-
-    def __init__(
-        self,
-        num_experts: int,
-        activation: Any = None,
-        use_bias: bool = True,
-        *,
-        dropout: float = 0.0,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        kernel_regularizer: Any = None,
-        bias_regularizer: Any = None,
-        seed: int | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, num_experts: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
         self.num_experts = _checks.positive_int("num_experts", num_experts)
-        self.activation = activation_function("activation", activation)
-        self.use_bias = _checks.flag("use_bias", use_bias)
-        self.dropout = _checks.rate("dropout", dropout)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
-        self.seed = seed
-        if self.dropout > 0.0:
-            self.seed_generator = keras.random.SeedGenerator(seed)
 
-    def _add_dense(
-        self, i: int, features: int, units: int, kernel: str, bias: str
-    ) -> tuple[Any, Any]:
-        """Add the kernel (e, in, out) and the bias (e, out), or None, of matmul i."""
-        # Streams: a kernel and a bias of one seed would start with the same values.
-        stacked_kernel = self.add_weight(
-            name=kernel,
-            shape=(self.num_experts, features, units),
-            initializer=PerExpert(self.kernel_initializer, stream=i),
-            regularizer=self.kernel_regularizer,
-            autocast=self.autocast,
-        )
-        if not self.use_bias:
-            return stacked_kernel, None
-        stacked_bias = self.add_weight(
-            name=bias,
-            shape=(self.num_experts, units),
-            initializer=PerExpert(self.bias_initializer, stream=self.num_matmuls + i),
-            regularizer=self.bias_regularizer,
-            autocast=self.autocast,
-        )
-        return stacked_kernel, stacked_bias
+    def on_rows(
+        self, rows: Any, matmul: GroupedMatmul, training: bool | None = None
+    ) -> Any:
+        """(m, d) -> (m, u): one expert per row, with `matmul` for all matmuls."""
+        raise NotImplementedError(f"{type(self).__name__} must define `on_rows`.")
 
     def on_slots(self, slots: Any, training: bool | None = None) -> Any:
         """(e, c, d) -> (e, c, u): each expert on its own slots."""
@@ -154,9 +103,70 @@ class StackedKernels(Layer):
         ]
 
     def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "num_experts": self.num_experts}
+
+
+class StackedDense(StackedKernels):
+    """A layer with stacked kernels whose matmuls add a bias: arguments and weights.
+
+    A subclass sets `num_matmuls`.
+    """
+
+    num_matmuls: int
+
+    def __init__(
+        self,
+        num_experts: int,
+        activation: Any,
+        use_bias: bool,
+        *,
+        dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_experts, **kwargs)
+        self.activation = activation_function("activation", activation)
+        self.use_bias = _checks.flag("use_bias", use_bias)
+        self.dropout = _checks.rate("dropout", dropout)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.seed = _checks.seed(seed)
+        if self.dropout > 0.0:
+            self.seed_generator = keras.random.SeedGenerator(self.seed)
+
+    def _add_dense(
+        self, i: int, features: int, units: int, kernel: str, bias: str
+    ) -> tuple[Any, Any]:
+        """Add the kernel (e, in, out) and the bias (e, out), or None, of matmul i."""
+        # A different stream per weight: with one seed, kernel and bias would otherwise
+        # start with equal values.
+        stacked_kernel = self.add_weight(
+            name=kernel,
+            shape=(self.num_experts, features, units),
+            initializer=PerExpert(self.kernel_initializer, stream=i),
+            regularizer=self.kernel_regularizer,
+            autocast=self.autocast,
+        )
+        if not self.use_bias:
+            return stacked_kernel, None
+        stacked_bias = self.add_weight(
+            name=bias,
+            shape=(self.num_experts, units),
+            initializer=PerExpert(self.bias_initializer, stream=self.num_matmuls + i),
+            regularizer=self.bias_regularizer,
+            autocast=self.autocast,
+        )
+        return stacked_kernel, stacked_bias
+
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "num_experts": self.num_experts,
             "activation": keras.activations.serialize(self.activation),
             "use_bias": self.use_bias,
             "dropout": self.dropout,

@@ -21,6 +21,7 @@ from keras_moe.export._ports import (
     tensor_specs,
 )
 from keras_moe.export._saved_model import export_saved_model
+from keras_moe.layers._parts import HasDispatch
 
 # The file extension of each format.
 FORMATS = {
@@ -115,7 +116,7 @@ def _exportable_dispatches(model: keras.Model, format: str) -> Iterator[None]:
     layers = [
         (layer, layer.dispatch)
         for layer in model._flatten_layers(include_self=False)
-        if getattr(layer, "dispatch", None) in substitutes
+        if isinstance(layer, HasDispatch) and layer.dispatch in substitutes
     ]
     try:
         for layer, dispatch in layers:
@@ -191,8 +192,13 @@ def _conversion_error(model: keras.Model, format: str, error: Exception) -> Valu
     return ValueError(
         f"`format` must support all operations of the model, but {format!r} has no "
         f"operation for: {reason}. Change these layers, or use "
-        'format="tf_saved_model".'
+        f'format="tf_saved_model". The converter says: {_first_line(error)}'
     )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else repr(error)
 
 
 def _described(layer: Any) -> str:

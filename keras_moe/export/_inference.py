@@ -12,7 +12,7 @@ from keras_moe.metrics import RoutingMetrics
 
 @contextmanager
 def without_metrics(model: keras.Model) -> Iterator[None]:
-    """Stop the updates of routing metrics, which a server would run and never read."""
+    """Stop the updates of routing metrics: a server has no use for them."""
     active = [
         metric
         for layer in model._flatten_layers()

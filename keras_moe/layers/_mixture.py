@@ -18,11 +18,20 @@ from keras_moe import _backend, _checks, routing
 from keras_moe.experts._mlp import StackedMLP
 from keras_moe.initializers import independent, is_seeded
 from keras_moe.layers._mlp_layer import TaskLayer
-from keras_moe.layers._parts import check_experts
+from keras_moe.layers._parts import (
+    check_experts,
+    checked_expert_units,
+    deserialized,
+    serialized,
+)
 
 
 class Gates(StackedMLP):
-    """The gates of a level: MLPs whose outputs are logits. Files hold this name."""
+    """The gates of a level: MLPs whose outputs are logits.
+
+    The name is part of `.keras` files: the path of a weight in a list of layers has the
+    name of the layer's class.
+    """
 
 
 class Mixture(TaskLayer):
@@ -37,7 +46,7 @@ class Mixture(TaskLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(tasks, **kwargs)
-        self.expert_units = expert_units
+        self.expert_units = checked_expert_units(expert_units)
         self._experts_given = experts
 
     def make_experts(
@@ -53,7 +62,7 @@ class Mixture(TaskLayer):
             return given
         return self.make_mlps(
             num_experts,
-            _checks.unit_sizes("expert_units", self.expert_units),
+            self.expert_units,
             name=_name_of_level("experts", level),
             kernel_initializer=_initializer_of_level(self.kernel_initializer, level),
             # seed + 1 is the seed of the gates' dropout.
@@ -102,25 +111,15 @@ class Mixture(TaskLayer):
         return experts.compute_output_spec(rows).shape[-1]
 
     def get_config(self) -> dict[str, Any]:
-        experts = self._experts_given
-        if isinstance(experts, list | tuple):
-            experts = [keras.saving.serialize_keras_object(layer) for layer in experts]
-        elif experts is not None:
-            experts = keras.saving.serialize_keras_object(experts)
         return {
             **super().get_config(),
             "expert_units": self.expert_units,
-            "experts": experts,
+            "experts": serialized(self._experts_given),
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
-        experts = config.get("experts")
-        if isinstance(experts, list | tuple):
-            experts = [keras.saving.deserialize_keras_object(part) for part in experts]
-        elif isinstance(experts, dict):
-            experts = keras.saving.deserialize_keras_object(experts)
-        return cls(**{**config, "experts": experts})
+        return cls(**{**config, "experts": deserialized(config.get("experts"))})
 
 
 class GatedMixture(Mixture):
@@ -164,7 +163,7 @@ class GatedMixture(Mixture):
         Gates of different widths in one level need different names.
         """
         initializer = _initializer_of_level(self.gate_kernel_initializer, level)
-        # With the experts' seed, gates of the same shape would start as their copies.
+        # With one seed, gates and experts of one shape would start with equal values.
         if name != "gates" or is_seeded(self.gate_kernel_initializer):
             initializer = independent(initializer, *name.encode())
         return Gates(
@@ -172,8 +171,8 @@ class GatedMixture(Mixture):
             (*self.gate_units, num_experts),
             use_bias=self.gate_use_bias,
             kernel_initializer=initializer,
-            dtype=self.full_precision,
-            autocast=False,  # No policy of an outer layer rounds the gates.
+            dtype=self.precise_dtype,
+            autocast=False,  # A mixed policy of the outer layer does not cast them.
             name=_name_of_level(name, level),
         )
 

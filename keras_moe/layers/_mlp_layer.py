@@ -10,6 +10,7 @@ import keras
 from keras_moe import _checks
 from keras_moe._layer import Layer
 from keras_moe.experts import MLPExperts
+from keras_moe.experts._stacked import activation_function
 from keras_moe.layers._tasks import Tasks
 
 # The arguments of `MLPLayer`, which a layer may pass on to another one.
@@ -39,15 +40,15 @@ class MLPLayer(Layer):
     ) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
-        self.activation = keras.activations.get(activation)
+        self.activation = activation_function("activation", activation)
         self.use_bias = _checks.flag("use_bias", use_bias)
         self.dropout = _checks.rate("dropout", dropout)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.seed = seed
+        self.seed = _checks.seed(seed)
 
     def make_mlps(
-        self, count: int, units: Sequence[int], name: str, **changes: Any
+        self, count: int, units: Any, name: str, **changes: Any
     ) -> MLPExperts:
         """Return `count` MLPs with stacked kernels, made with the layer's arguments."""
         arguments = {argument: getattr(self, argument) for argument in MLP_ARGUMENTS}
@@ -79,9 +80,9 @@ class TaskLayer(MLPLayer):
         return self._tasks.keys
 
     def make_mlps(
-        self, count: int, units: Sequence[int], name: str, **changes: Any
+        self, count: int, units: Any, name: str, **changes: Any
     ) -> MLPExperts:
-        """As above, with the activation also after the last layer."""
+        """`MLPLayer.make_mlps`, with the activation also after the last layer."""
         changes = {"final_activation": self.activation, **changes}
         return super().make_mlps(count, units, name, **changes)
 

@@ -6,7 +6,7 @@ supports its kind of choice; invalid combinations raise ValueError.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -61,7 +61,7 @@ def _check_router(router: Any, num_experts: int, top_k: int | None) -> None:
             f"num_experts={num_experts}, router={router!r} with "
             f"num_experts={getattr(router, 'num_experts', None)}"
         )
-    # Dense routers have no top_k.
+    # A router of another package may have no top_k if it has no choice.
     own = num_experts if router.choice == "all" else router.top_k
     if top_k not in (None, own):
         raise ValueError(
@@ -117,7 +117,7 @@ def check_capacity_factor(
     if not full or router.choice == "all":
         raise ValueError(
             '`capacity_factor` needs dispatch="capacity" or "auto" and a token-choice '
-            "router, or an expert-choice router. Received: "
+            "router, or an expert-choice router; else set it to None. Received: "
             f"capacity_factor={factor}, dispatch={dispatch!r}, "
             f"router={type(router).__name__}"
         )
@@ -147,13 +147,16 @@ def check_priority(
 
 def checked_loss_weights(router: Any, **weights: float | None) -> dict[str, float]:
     """Return the nonzero loss weights; None means the router's default."""
+    # Routers that are not subclasses of `Router` may lack these attributes.
+    defaults = getattr(router, "default_loss_weights", {})
+    supported: frozenset[str] = getattr(router, "supported_losses", frozenset())
     for name, weight in weights.items():
         if weight is None:
-            weights[name] = router.default_loss_weights.get(name, 0.0)
+            weights[name] = defaults.get(name, 0.0)
             continue
         argument = f"{name}_loss_weight"
         weights[name] = _checks.finite_number(argument, weight)
-        if weight != 0.0 and name not in router.supported_losses:
+        if weight != 0.0 and name not in supported:
             raise ValueError(
                 f"`{argument}` must be 0 for the router "
                 f"{type(router).__name__}, which does not support this loss. "
@@ -163,7 +166,7 @@ def checked_loss_weights(router: Any, **weights: float | None) -> dict[str, floa
 
 
 def make_metrics(
-    names: Sequence[str], router: Any, layer: Layer
+    names: Iterable[str], router: Any, layer: Layer
 ) -> RoutingMetrics | None:
     """Return a metric of the given figures for `layer`, or None if there are none."""
     if isinstance(names, str) or not isinstance(names, Iterable):
@@ -171,6 +174,7 @@ def make_metrics(
             "`routing_metrics` must be a sequence of names from "
             f"{sorted(RoutingMetrics.KNOWN)}. Received: routing_metrics={names!r}"
         )
+    names = tuple(names)
     if not names:
         return None
     unknown = [name for name in names if name not in RoutingMetrics.KNOWN]

@@ -17,7 +17,7 @@ def default_name(name: str) -> str:
     return name if count == 1 else f"{name}_{count - 1}"
 
 
-class Dispatches:
+class HasDispatch:
     """A layer whose `dispatch` can be changed after it was made."""
 
     @property
@@ -87,18 +87,50 @@ class Adaptable(Layer):
                 layer.enable_lora(**done["lora"])
 
 
-def expert_count(num_experts: Any, *parts: Any) -> int:
+def expert_count(num_experts: Any, experts: Any, router: Any = None) -> int:
     """Return `num_experts`, by default that of given experts or a given router."""
-    counts = [getattr(part, "num_experts", None) for part in parts]
+    if isinstance(experts, list | tuple):
+        raise ValueError(
+            "`experts` must be one layer: wrap several in "
+            f"keras_moe.experts.LayerExperts([...]). Received: experts={experts!r}"
+        )
+    if num_experts is not None:
+        return _checks.positive_int("num_experts", num_experts)
+    counts = [getattr(part, "num_experts", None) for part in (experts, router)]
     known = [count for count in counts if count is not None]
-    if num_experts is None and not known:
+    if not known:
         raise ValueError(
             "`num_experts` must be given, or `experts` with an attribute "
-            "`num_experts`. Received neither."
+            f"`num_experts`. Received: num_experts=None, experts={experts!r}"
         )
-    return _checks.positive_int(
-        "num_experts", known[0] if num_experts is None else num_experts
-    )
+    if len({*known}) > 1:
+        raise ValueError(
+            "`experts` and `router` must have the same number of experts. Received: "
+            f"experts.num_experts={known[0]}, router.num_experts={known[1]}"
+        )
+    return _checks.positive_int("num_experts", known[0])
+
+
+def checked_expert_units(expert_units: Any) -> tuple[int, ...] | None:
+    """Return the widths of an expert's layers; None for given experts."""
+    if expert_units is None:
+        return None
+    return _checks.unit_sizes("expert_units", expert_units)
+
+
+def serialized(parts: Any) -> Any:
+    """Return the config of a layer, of a sequence of layers, or None."""
+    if isinstance(parts, list | tuple):
+        return [keras.saving.serialize_keras_object(part) for part in parts]
+    return None if parts is None else keras.saving.serialize_keras_object(parts)
+
+
+def deserialized(parts: Any) -> Any:
+    """Return the layers of a config; layers stay as they are."""
+    if isinstance(parts, list | tuple):
+        return [deserialized(part) for part in parts]
+    is_config = isinstance(parts, dict)
+    return keras.saving.deserialize_keras_object(parts) if is_config else parts
 
 
 def check_experts(
@@ -127,8 +159,9 @@ def check_experts(
         )
     if not any_layer and not hasattr(experts, "on_slots"):
         raise ValueError(
-            f"`{argument}` must be a layer of keras_moe.experts; LayerExperts wraps "
-            f"other Keras layers. Received: {argument}={experts!r}"
+            f"`{argument}` must be a layer of keras_moe.experts, or have the methods "
+            "of the protocol keras_moe.experts.Experts; LayerExperts wraps other Keras "
+            f"layers. Received: {argument}={experts!r}"
         )
     if expert_units is not None:
         raise ValueError(

@@ -57,9 +57,9 @@ class DSelectK(Mixture):
             weight. (`entropy_weight`, its old name, is accepted too.)
         static: bool, whether a task's gate is the same for every row. By default it is
             linear in the inputs of the gates.
-        experts: a layer that maps `(..., d)` to `(..., e, u)`, instead of the
-            default `MLPExperts`. The expert arguments (from `activation` to
-            `kernel_regularizer`) are then ignored.
+        experts: a layer that maps `(..., d)` to `(..., e, u)` and that no other layer
+            uses, instead of the default `MLPExperts`. The expert arguments (from
+            `activation` to `kernel_regularizer`) are then ignored.
         activation: activation of every expert layer, the last one included.
         use_bias: bool, whether the expert layers add a bias.
         dropout: float in [0, 1), fraction of an expert's hidden units to drop.
@@ -124,7 +124,13 @@ class DSelectK(Mixture):
     ) -> None:
         name = name or default_name("dselect_k")
         # Its old name, also in the configs of old files.
-        entropy_loss_weight = kwargs.pop("entropy_weight", entropy_loss_weight)
+        if "entropy_weight" in kwargs:
+            if entropy_loss_weight != 0.0:
+                raise ValueError(
+                    "`entropy_weight`, the old name of `entropy_loss_weight`, must not "
+                    f"be given too. Received: entropy_weight={kwargs['entropy_weight']}"
+                )
+            entropy_loss_weight = kwargs.pop("entropy_weight")
         super().__init__(expert_units, tasks, name=name, **kwargs)
         self.num_experts = _checked_num_experts(
             expert_count(num_experts, self._experts_given)
@@ -158,7 +164,7 @@ class DSelectK(Mixture):
             units,
             kernel_initializer=initializer,
             bias_initializer=initializer,
-            dtype=self.full_precision,
+            dtype=self.precise_dtype,
             name=name,
         )
 
@@ -167,7 +173,8 @@ class DSelectK(Mixture):
         inputs_shape: tuple[int | None, ...],
         gate_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> None:
-        _checks.last_dimension(type(self).__name__, inputs_shape)
+        features = _checks.last_dimension(type(self).__name__, inputs_shape)
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
         # A symbolic call builds experts of any kind if they are not built yet.
         symbolic = self.experts(keras.KerasTensor(inputs_shape, self.compute_dtype))
         check_expert_outputs(symbolic, (*inputs_shape[:-1], self.num_experts))
@@ -195,7 +202,7 @@ class DSelectK(Mixture):
             name=name,
             shape=(self._tasks.count, *shape),
             initializer=PerExpert(initializer),
-            dtype=self.full_precision,
+            dtype=self.precise_dtype,
             autocast=False,
         )
 

@@ -89,8 +89,8 @@ class HoME(GatedMixture):
         self,
         num_shared_experts: int,
         num_task_experts: int,
-        expert_units: int | Sequence[int],
-        tasks: int | Sequence[str],
+        expert_units: int | Sequence[int] | None = None,
+        tasks: int | Sequence[str] | None = None,
         *,
         groups: Sequence[Sequence[str | int]] | None = None,
         expert_normalization: bool = True,
@@ -104,6 +104,8 @@ class HoME(GatedMixture):
                 "`experts` must be None: HoME makes its own experts. "
                 f"Received: experts={kwargs['experts']!r}"
             )
+        if expert_units is None:
+            raise ValueError("`expert_units` must be given. Received: None")
         super().__init__(
             expert_units, tasks, name=name or default_name("home"), **kwargs
         )
@@ -163,7 +165,8 @@ class HoME(GatedMixture):
             kernel_initializer=independent(
                 self.gate_kernel_initializer, level, *b"feature_gates"
             ),
-            dtype=self.dtype_policy,
+            dtype=self.precise_dtype,
+            autocast=False,
             name=f"feature_gates_{level}",
         )
 
@@ -298,7 +301,9 @@ class HoME(GatedMixture):
         experts, norm = self.experts[level], self.norms[level]
         if self.feature_gate_rank:
             slots = to_slots(streams, counts)
-            gates = 2.0 * ops.sigmoid(self.feature_gates[level].on_slots(slots))
+            feature_gates = self.feature_gates[level]
+            logits = feature_gates.on_slots(ops.cast(slots, feature_gates.dtype))
+            gates = ops.cast(2.0 * ops.sigmoid(logits), slots.dtype)
             outputs = experts.on_slots(slots * gates, training=training)
             outputs = from_slots(outputs, ops.shape(streams[0])[:-1])
         else:

@@ -22,15 +22,18 @@ from keras_moe.layers import _moe_inputs as flat
 from keras_moe.layers import _moe_parts as parts
 from keras_moe.layers._mlp_layer import MLPLayer
 from keras_moe.layers._parts import (
-    Dispatches,
+    HasDispatch,
     check_experts,
+    checked_expert_units,
     default_name,
+    deserialized,
     expert_count,
+    serialized,
 )
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class MoE(Dispatches, MLPLayer):
+class MoE(HasDispatch, MLPLayer):
     """Sparse Mixture-of-Experts: a router sends each token to a few experts.
 
     The layer has the parameters of all experts and the cost of `top_k` of them. It can
@@ -46,7 +49,8 @@ class MoE(Dispatches, MLPLayer):
             linear.
         router: a name from `keras_moe.routers.KNOWN`, or a router object that no other
             layer uses. Default: `TopKRouter`.
-        experts: a layer of `keras_moe.experts`, instead of the default `MLPExperts`.
+        experts: a layer of `keras_moe.experts` that no other layer uses, instead of
+            the default `MLPExperts`.
             The expert arguments (`activation`, and from `use_bias` to
             `kernel_regularizer`) are then ignored.
         dispatch: how tokens are sent to experts. All give the same result at different
@@ -82,7 +86,9 @@ class MoE(Dispatches, MLPLayer):
         routing_metrics: sequence of names from "expert_load", "load_cv",
             "dropped_fraction", "router_entropy" and "router_confidence", which `fit`
             reports (see `keras_moe.metrics.RoutingMetrics`). Calls with a `training`
-            argument update them, as in `fit` and `evaluate`; exports leave them out.
+            argument update them: `fit`, `evaluate` and `predict`. Exports leave them
+            out, except `model.export` of a subclassed model whose `call` has the
+            default `training=False`: use `training=None`.
         use_bias: bool, whether the expert layers add a bias.
         dropout: float in [0, 1), fraction of an expert's hidden units to drop.
         kernel_initializer: initializer of one expert's kernel.
@@ -152,7 +158,7 @@ class MoE(Dispatches, MLPLayer):
     ) -> None:
         super().__init__(name=name or default_name("moe"), **kwargs)
         self.num_experts = expert_count(num_experts, experts, router)
-        self.expert_units = expert_units
+        self.expert_units = checked_expert_units(expert_units)
         self.priority = _checks.one_of(
             "priority", priority, ("position", "probability")
         )
@@ -174,7 +180,9 @@ class MoE(Dispatches, MLPLayer):
         num_shared = _checks.count("num_shared_experts", num_shared_experts)
         self.num_shared_experts = num_shared
         self.shared_experts = parts.make_shared_experts(self.experts, num_shared)
-        self.capacity_factor = capacity_factor
+        if capacity_factor is not None:
+            _checks.positive_number("capacity_factor", capacity_factor)
+        self._capacity_factor = capacity_factor
         self.dispatch = dispatch
         self.loss_weights = parts.checked_loss_weights(
             self.router,
@@ -185,29 +193,38 @@ class MoE(Dispatches, MLPLayer):
             entropy=entropy_loss_weight,
         )
         self.routing_metrics = parts.make_metrics(routing_metrics, self.router, self)
-        self._metric_names = list(routing_metrics)
+        metrics = self.routing_metrics
+        self._metric_names = [] if metrics is None else list(metrics.show)
 
     def _make_experts(self) -> keras.layers.Layer:
         check_experts(self._experts_given, self.num_experts, self.expert_units)
         if self._experts_given is not None:
             return self._experts_given
-        units = _checks.unit_sizes("expert_units", self.expert_units)
-        return self.make_mlps(self.num_experts, units, name="experts")
+        return self.make_mlps(self.num_experts, self.expert_units, name="experts")
 
     @property
     def capacity_factor(self) -> float | None:
         """Slots per expert, as a multiple of the load at perfect balance.
 
         Can be changed like `dispatch`, which determines whether there is a capacity.
-        An expert-choice router keeps its original factor.
+        With an expert-choice router that the layer has made, it is the router's factor.
         """
+        if self._router_takes_factor:
+            return self.router.capacity_factor
         return self._capacity_factor
 
     @capacity_factor.setter
     def capacity_factor(self, factor: float | None) -> None:
         if factor is not None:
             _checks.positive_number("capacity_factor", factor)
-        self._capacity_factor = factor
+        if not self._router_takes_factor:
+            self._capacity_factor = factor
+        elif factor is not None:
+            self.router.capacity_factor = factor
+
+    @property
+    def _router_takes_factor(self) -> bool:
+        return self.router.choice == "expert" and self._router_given is not self.router
 
     def _check_dispatch(self, name: str) -> None:
         factor, router = self.capacity_factor, self.router
@@ -215,12 +232,17 @@ class MoE(Dispatches, MLPLayer):
         parts.check_capacity_factor(factor, name, router, self._router_given is router)
         parts.check_priority(self.priority, name, factor, router)
 
+    def _has_capacity(self) -> bool:
+        has_factor = self.capacity_factor is not None
+        return self.dispatch == "capacity" or (self.dispatch == "auto" and has_factor)
+
     def build(
         self,
         inputs_shape: tuple[int | None, ...],
         router_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> None:
         features = _checks.last_dimension(type(self).__name__, inputs_shape)
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
         tokens = keras.KerasTensor((None, features), self.compute_dtype)
         for experts in (self.experts, self.shared_experts):
             if experts is not None:
@@ -311,20 +333,18 @@ class MoE(Dispatches, MLPLayer):
     def get_config(self) -> dict[str, Any]:
         router = self._router_given
         if isinstance(router, keras.layers.Layer):
-            router = keras.saving.serialize_keras_object(router)
-        experts = self._experts_given
-        if experts is not None:
-            experts = keras.saving.serialize_keras_object(experts)
+            router = serialized(router)
         return {
             **super().get_config(),
             "num_experts": self.num_experts,
             "expert_units": self.expert_units,
             "top_k": self._top_k_given,
             "router": router,
-            "experts": experts,
+            "experts": serialized(self._experts_given),
             "dispatch": self.dispatch,
-            "capacity_factor": self.capacity_factor,
-            "priority": self.priority,
+            # Without an effect they would be refused, as in `__init__`.
+            "capacity_factor": self.capacity_factor if self._has_capacity() else None,
+            "priority": self.priority if self._has_capacity() else "position",
             "num_shared_experts": self.num_shared_experts,
             **{
                 f"{name}_loss_weight": self.loss_weights.get(name, 0.0)
@@ -336,11 +356,9 @@ class MoE(Dispatches, MLPLayer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MoE:
-        config = dict(config)
-        for part in ("router", "experts"):
-            if isinstance(config.get(part), dict):
-                config[part] = keras.saving.deserialize_keras_object(config[part])
-        return cls(**config)
+        made = {part: deserialized(config.get(part)) for part in ("router", "experts")}
+        # A subclass may have fixed one of them.
+        return cls(**{**config, **{k: v for k, v in made.items() if k in config}})
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
 from keras_moe.layers._mixture import GatedMixture
 from keras_moe.layers._parts import (
-    Dispatches,
+    HasDispatch,
     check_expert_outputs,
     check_leading_axes,
     checked_rows,
@@ -32,7 +32,7 @@ from keras_moe.layers.shared_bottom import SharedBottom as SharedBottom
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class MMoE(Dispatches, GatedMixture):
+class MMoE(HasDispatch, GatedMixture):
     """Multi-gate Mixture-of-Experts: shared experts with one gate per task.
 
     Every task has its own softmax gate over the shared experts, so related tasks can
@@ -63,9 +63,9 @@ class MMoE(Dispatches, GatedMixture):
             gate in training. The remaining weights are renormalized; if all would be
             dropped, none is. It reduces the polarization of gates on few experts
             (Zhao et al. 2019, section 4.4).
-        experts: a layer that maps `(..., d)` to `(..., e, u)`, instead of the
-            default `MLPExperts`. The expert arguments (from `activation` to
-            `kernel_regularizer`) are then ignored.
+        experts: a layer that maps `(..., d)` to `(..., e, u)` and that no other layer
+            uses, instead of the default `MLPExperts`. The expert arguments (from
+            `activation` to `kernel_regularizer`) are then ignored.
         activation: activation of every expert layer, the last one included.
         use_bias: bool, whether the expert layers add a bias.
         dropout: float in [0, 1), fraction of an expert's hidden units to drop.
@@ -149,7 +149,8 @@ class MMoE(Dispatches, GatedMixture):
         inputs_shape: tuple[int | None, ...],
         gate_inputs_shape: tuple[int | None, ...] | None = None,
     ) -> None:
-        _checks.last_dimension(type(self).__name__, inputs_shape)
+        features = _checks.last_dimension(type(self).__name__, inputs_shape)
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
         check_leading_axes("gate_inputs", gate_inputs_shape, inputs_shape)
         # A symbolic call builds experts of any kind if they are not built yet.
         symbolic = self.experts(keras.KerasTensor(inputs_shape, self.compute_dtype))

@@ -92,7 +92,7 @@ class GateNU(Adaptable):
             units,
             activation,
             kernel_initializer=independent(self.kernel_initializer, *name.encode()),
-            dtype=self.full_precision,
+            dtype=self.precise_dtype,
             name=name,
         )
 

@@ -20,7 +20,14 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe.initializers import independent
 from keras_moe.layers._mlp_layer import MLPLayer
-from keras_moe.layers._parts import check_experts, default_name, expert_count
+from keras_moe.layers._parts import (
+    check_experts,
+    checked_expert_units,
+    default_name,
+    deserialized,
+    expert_count,
+    serialized,
+)
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -107,7 +114,7 @@ class SoftMoE(MLPLayer):
         kwargs = {"activation": "gelu", **kwargs}
         super().__init__(name=name or default_name("soft_moe"), **kwargs)
         self.num_experts = expert_count(num_experts, experts)
-        self.expert_units = expert_units
+        self.expert_units = checked_expert_units(expert_units)
         self.slots_per_expert = _checks.positive_int(
             "slots_per_expert", slots_per_expert
         )
@@ -116,8 +123,7 @@ class SoftMoE(MLPLayer):
         self._experts_given = experts is not None
         check_experts(experts, self.num_experts, expert_units)
         if experts is None:
-            units = _checks.unit_sizes("expert_units", expert_units)
-            experts = self.make_mlps(self.num_experts, units, name="experts")
+            experts = self.make_mlps(self.num_experts, self.expert_units, "experts")
         self.experts = experts
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -155,7 +161,7 @@ class SoftMoE(MLPLayer):
         return ops.matmul(ops.cast(combine, outputs.dtype), outputs)
 
     def _logits(self, inputs: Any) -> Any:
-        dtype = self.full_precision
+        dtype = self.precise_dtype
         tokens, phi = ops.cast(inputs, dtype), ops.cast(self.phi, dtype)
         if self.scale is None:
             return ops.matmul(tokens, phi)
@@ -185,23 +191,19 @@ class SoftMoE(MLPLayer):
         return (*input_shape[:-1], units)
 
     def get_config(self) -> dict[str, Any]:
-        experts = keras.saving.serialize_keras_object(self.experts)
         return {
             **super().get_config(),
             "num_experts": self.num_experts,
             "expert_units": self.expert_units,
             "slots_per_expert": self.slots_per_expert,
-            "experts": experts if self._experts_given else None,
+            "experts": serialized(self.experts) if self._experts_given else None,
             "normalize": self.normalize,
             "phi_initializer": keras.initializers.serialize(self.phi_initializer),
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SoftMoE:
-        experts = config.get("experts")
-        if isinstance(experts, dict):
-            experts = keras.saving.deserialize_keras_object(experts)
-        return cls(**{**config, "experts": experts})
+        return cls(**{**config, "experts": deserialized(config.get("experts"))})
 
 
 def _mixtures(logits: Any, mask: Any) -> tuple[Any, Any, Any]:

@@ -63,12 +63,19 @@ class Tower(Adaptable):
         self.supports_masking = True
         self.units = _checks.unit_sizes("units", units, allow_empty=True)
         self.activation = keras.activations.get(activation)
+        is_layer = isinstance(hidden_activation, keras.layers.Layer)
+        if is_layer and len(self.units) > 1:
+            raise ValueError(
+                "`hidden_activation` must be a name or a function if there are several "
+                "hidden layers, which would share the weights of a layer. Received: "
+                f"hidden_activation={hidden_activation!r}, units={self.units}"
+            )
         self.hidden_activation = keras.activations.get(hidden_activation)
         self.dropout = _checks.rate("dropout", dropout)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.seed = seed
+        self.seed = seed = _checks.seed(seed)
         self.hidden = [
             self._dense(
                 i,
@@ -93,7 +100,7 @@ class Tower(Adaptable):
             1,
             self.activation,
             bias_initializer=self.bias_initializer,
-            dtype=self.full_precision,
+            dtype=self.precise_dtype,
             name="output_unit",
         )
 

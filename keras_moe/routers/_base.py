@@ -157,7 +157,7 @@ class LinearRouter(Router):
 
         Padding is set to zero, which keeps its NaN out of the gradients.
         """
-        tokens = ops.cast(tokens, self.full_precision)
+        tokens = ops.cast(tokens, self.precise_dtype)
         if mask is None:
             return tokens, None
         mask = ops.cast(mask, "bool")
@@ -165,9 +165,9 @@ class LinearRouter(Router):
         return ops.where(kept, tokens, ops.zeros_like(tokens)), mask
 
     def _logits(self, tokens: Any) -> Any:
-        logits = ops.matmul(tokens, ops.cast(self.kernel, self.full_precision))
+        logits = ops.matmul(tokens, ops.cast(self.kernel, self.precise_dtype))
         if self.bias is not None:
-            logits = logits + ops.cast(self.bias, self.full_precision)
+            logits = logits + ops.cast(self.bias, self.precise_dtype)
         return logits
 
     def get_config(self) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class ExpertChoiceRouter(LinearRouter):
         n = tokens.shape[0]
         c = None if n is None else self._capacity(n)
         by_expert, by_token = (self.num_experts, c), (n, self.num_experts)
-        dtype = self.full_precision
+        dtype = self.precise_dtype
         return routing.ExpertChoiceRouting(
             keras.KerasTensor(by_expert, "int32"),
             keras.KerasTensor(by_expert, dtype),

@@ -132,7 +132,7 @@ class HashRouter(Router):
                 ids, "int32"
             )  # `vocabulary_size` may exceed the dtype's range.
         indices = self._from_hash(ids) if self.table is None else self._from_table(ids)
-        weights = ops.ones_like(indices, dtype=self.full_precision) / self.top_k
+        weights = ops.ones_like(indices, dtype=self.precise_dtype) / self.top_k
         mask = None if mask is None else ops.cast(mask, "bool")
         return routing.Routing(indices, weights, mask=mask)
 

@@ -154,12 +154,12 @@ class HierarchicalRouter(LinearRouter):
 
     def _secondary_logits(self, tokens: Any) -> Any:
         """(n, d) -> (n, g, e / g), in one matmul."""
-        kernel = ops.cast(self.expert_kernel, self.full_precision)
+        kernel = ops.cast(self.expert_kernel, self.precise_dtype)
         kernel = ops.transpose(kernel, (1, 0, 2))  # (d, g, e / g)
         kernel = ops.reshape(kernel, (tokens.shape[-1], self.num_experts))
         logits = ops.matmul(tokens, kernel)
         if self.expert_bias is not None:
-            bias = ops.cast(self.expert_bias, self.full_precision)
+            bias = ops.cast(self.expert_bias, self.precise_dtype)
             logits = logits + ops.reshape(bias, (-1,))
         return ops.reshape(logits, (-1, self.num_groups, self.experts_per_group))
 

@@ -119,10 +119,10 @@ class NoisyTopKRouter(LinearRouter):
             )
             return record._replace(choice_probs=chosen)
         scale = ops.softplus(
-            ops.matmul(tokens, ops.cast(self.noise_kernel, self.full_precision))
+            ops.matmul(tokens, ops.cast(self.noise_kernel, self.precise_dtype))
         )
         noise = keras.random.normal(
-            ops.shape(clean), dtype=self.full_precision, seed=self.seed_generator
+            ops.shape(clean), dtype=self.precise_dtype, seed=self.seed_generator
         )
         noisy = clean + noise * scale
         # k + 1 logits: the (k+1)-th is the threshold for the chosen experts.

@@ -105,7 +105,7 @@ class TopKRouter(LinearRouter):
                 ops.shape(tokens),
                 1.0 - self.jitter,
                 1.0 + self.jitter,
-                dtype=self.full_precision,
+                dtype=self.precise_dtype,
                 seed=self.seed_generator,
             )
         logits = self._logits(tokens)

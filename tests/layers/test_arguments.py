@@ -170,3 +170,112 @@ def test_layers_of_mlps_take_the_same_arguments(layer):
     assert (made.name, made.compute_dtype) == ("mine", "float64")
     with pytest.raises(ValueError, match="`use_bias` must be True or False"):
         layer(3, TASKS, use_bias="yes")
+
+
+def _reloaded(layer, tmp_path):
+    inputs = keras.Input((5,))
+    model = keras.Model(inputs, layer(inputs))
+    model.save(tmp_path / "model.keras")
+    return model, keras.models.load_model(tmp_path / "model.keras")
+
+
+def _split_with_a_factor():
+    layer = MoE(4, 3, dispatch="split")
+    layer.capacity_factor = 2.0
+    return layer
+
+
+def _priority_without_a_factor():
+    layer = MoE(4, 3, capacity_factor=0.5, priority="probability")
+    layer.capacity_factor = None
+    return layer
+
+
+def _factor_of_the_router():
+    layer = MoE(4, 3, router="expert_choice", capacity_factor=0.5)
+    layer.capacity_factor = 1.5
+    assert layer.router.capacity_factor == 1.5
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        _split_with_a_factor,
+        _priority_without_a_factor,
+        _factor_of_the_router,
+        lambda: MoE(4, np.array([6, 3])),
+        lambda: MMoE(4, range(6, 3, -1), 1),
+        lambda: PLE(1, 1, 1, (u for u in (6, 3)), 1),
+    ],
+    ids=["split", "priority", "expert_choice", "array", "range", "generator"],
+)
+def test_what_can_be_set_can_be_saved_and_loaded(layer, tmp_path):
+    model, loaded = _reloaded(layer(), tmp_path)
+    for found, expected in zip(
+        keras.tree.flatten(loaded(X)), keras.tree.flatten(model(X)), strict=True
+    ):
+        np.testing.assert_allclose(
+            keras.ops.convert_to_numpy(found),
+            keras.ops.convert_to_numpy(expected),
+            rtol=1e-6,
+        )
+
+
+@pytest.mark.parametrize("layer", [MMoE, DSelectK])
+def test_a_list_of_experts_is_to_be_wrapped(layer):
+    with pytest.raises(ValueError, match=r"`experts` must be one layer: wrap several"):
+        layer(tasks=TASKS, experts=[keras.layers.Dense(3), keras.layers.Dense(3)])
+
+
+def test_experts_and_a_router_of_other_sizes_are_named():
+    with pytest.raises(ValueError, match=r"experts.num_experts=4, router.num_exp.*=8"):
+        MoE(experts=_experts(4), router=TopKRouter(8, 2))
+
+
+def test_home_makes_its_own_experts():
+    with pytest.raises(ValueError, match="`experts` must be None: HoME makes its own"):
+        HoME(1, 1, tasks=TASKS, experts=_experts())
+    with pytest.raises(ValueError, match="`expert_units` must be given"):
+        HoME(1, 1, tasks=TASKS)
+
+
+@pytest.mark.parametrize("layer", [MoE, MMoE, DSelectK])
+def test_a_wrong_width_is_that_of_the_layer_itself(layer):
+    options = {} if layer is MoE else {"tasks": TASKS}
+    made = layer(num_experts=4, expert_units=3, name="mine", **options)
+    made(X)
+    with pytest.raises(ValueError, match="layer 'mine' is incompatible"):
+        made(X[:, :4])
+
+
+@pytest.mark.parametrize("seed", ["abc", 1.5, True])
+def test_a_seed_is_an_integer(seed):
+    for layer in (MLPExperts, lambda units, **kw: MMoE(2, units, TASKS, **kw)):
+        with pytest.raises(ValueError, match="`seed` must be an integer or None"):
+            layer(3, units=3, seed=seed) if layer is MLPExperts else layer(3, seed=seed)
+    assert MMoE(2, 3, TASKS, seed=np.int64(3)).seed == 3
+
+
+def test_a_layer_as_a_router_needs_its_kind_of_choice_alone():
+    class FirstTwo(keras.layers.Layer):
+        choice, num_experts, top_k = "token", 4, 2
+
+        def call(self, tokens, mask=None, training=None):
+            return TopKRouter(4, 2, kernel_initializer="zeros")(tokens, mask=mask)
+
+    assert MoE(router=FirstTwo(), expert_units=3).loss_weights == {}
+
+
+def test_experts_of_slots_alone_are_computed_densely_where_rows_are_split():
+    class Slots(keras.layers.Layer):
+        num_experts = 2
+
+        def call(self, inputs):
+            return keras.ops.stack([inputs, 2.0 * inputs], axis=-2)
+
+        def on_slots(self, slots, training=None):
+            return keras.ops.stack([slots[0], 2.0 * slots[1]])
+
+    layer = MoE(experts=Slots(), top_k=1)
+    assert layer(X).shape == X.shape

@@ -421,7 +421,7 @@ def test_bad_experts_are_named(experts, message):
 
 
 def test_units_beside_experts_are_refused():
-    with pytest.raises(ValueError, match=r"`expert_units` must be None.*=4"):
+    with pytest.raises(ValueError, match=r"`expert_units` must be None.*4"):
         CGC(1, 1, 4, 2, experts=MLPExperts(3, 4))
 
 

@@ -79,7 +79,7 @@ BAD = [
             experts=keras.layers.Dense(U)),
     refused("`num_experts` must be the number.*=4, experts.num_experts=3", E,
             experts=glu(3)),
-    refused("`expert_units` must be None.*`experts`.*=8", E, 8, experts=glu(E)),
+    refused("`expert_units` must be None.*`experts`.*8", E, 8, experts=glu(E)),
     refused("`num_shared_experts`.*-1", E, U, num_shared_experts=-1),
     refused("`num_shared_experts` needs.*=1.*LayerExperts", 2, experts=layers_of(2),
             num_shared_experts=1),
@@ -102,7 +102,7 @@ def test_bad_arguments_are_named(arguments, kwargs, message):
         MoE(*arguments, **kwargs)
 
 
-def test_top_k_is_that_of_a_router_that_was_given():
+def test_top_k_comes_from_a_given_router():
     router = routers.TopKRouter(E, 3)
     assert MoE(E, U, router=router).top_k == 3
     assert MoE(E, U, 3, router=routers.TopKRouter(E, 3)).top_k == 3

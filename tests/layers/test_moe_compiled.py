@@ -71,7 +71,7 @@ def test_eager_graph_and_xla_give_the_same_output_and_gradients(way):
 
 
 @only_tensorflow
-def test_the_blocks_as_shipped_whatever_the_routing():
+def test_default_blocks_under_xla_for_any_routing():
     """One compiled program serves them: also all tokens on one expert, or NaN."""
     import tensorflow as tf
 
@@ -125,7 +125,7 @@ print(json.dumps(found))
 
 
 @only_tensorflow
-def test_xla_compiles_once_for_a_batch_shape_whatever_the_routing(tmp_path):
+def test_xla_compiles_once_for_a_batch_shape(tmp_path):
     """XLA writes down each program that it compiles: MoE, with a capacity, and MMoE.
 
     The last batch is one row shorter, and shows that what is counted can grow.
@@ -138,7 +138,7 @@ def test_xla_compiles_once_for_a_batch_shape_whatever_the_routing(tmp_path):
 
 @only_tensorflow
 @pytest.mark.parametrize("dispatch", ["split", "blocked", "capacity", "dense"])
-def test_a_training_graph_asks_no_host(dispatch):
+def test_a_training_graph_has_no_python_operation(dispatch):
     """No Python in the graph, and no value that Python would have to wait for."""
     import tensorflow as tf
 
@@ -154,7 +154,7 @@ def test_a_training_graph_asks_no_host(dispatch):
     assert not operations & asking
 
 
-def test_split_under_xla_says_what_to_do():
+def test_split_under_xla_raises():
     layer = MoE(E, U, dispatch="split")
     calls = backends.compiled_calls(layer)
     if not calls:
@@ -179,7 +179,7 @@ print(json.dumps([serve(tf.constant(x[:n]))["output_0"].numpy().tolist()
 
 
 @pytest.mark.parametrize("router", ["top_k", "expert_choice"])
-def test_fit_compiled_or_not_gives_the_same_model_and_serves_it(router, tmp_path):
+def test_fit_with_and_without_xla_gives_the_same_served_model(router, tmp_path):
     """The layer is told nothing of compilers, and a server need not have it."""
     if dispatches.BACKEND == "jax" and router == "expert_choice":
         pytest.skip("a model of any batch size has no capacity there")

@@ -27,7 +27,7 @@ def test_the_dispatch_may_be_changed_after_training(way):
         np.testing.assert_allclose(array(again(x)), expected, **OUTPUTS)
 
 
-def test_auto_obeys_a_capacity_also_if_all_experts_are_chosen():
+def test_auto_keeps_a_capacity_if_all_experts_are_chosen():
     layer, x = moe(num_experts=2, top_k=2, capacity_factor=0.5), tokens(8)
     layer.build(x.shape)
     layer.router.kernel.assign(np.zeros((D, 2)))

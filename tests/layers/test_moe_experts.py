@@ -32,7 +32,7 @@ from tests.support.moe_layers import (
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_every_kind_of_experts_by_every_way(name):
+def test_every_kind_of_experts_with_every_dispatch(name):
     experts = EXPERTS[name]()
     stacked = hasattr(experts, "on_rows")
     names = WITH_DROPS if stacked else [*dispatches.UNSTACKED, "dropping"]
@@ -86,7 +86,7 @@ def test_one_expert_is_a_plain_mlp(router):
 
 
 @pytest.mark.parametrize("n", [1, 11])
-def test_everything_on_one_expert(n):
+def test_all_tokens_on_one_expert(n):
     """Expert 2 has all rows, the others none and no gradient."""
     layer, x = moe(top_k=1), tokens(n)
     layer.build(x.shape)
@@ -136,7 +136,7 @@ def test_shared_experts_see_every_token():
     check(layer, names, x, expected, values, mask=mask)
 
 
-def test_shared_experts_start_unlike_the_others():
+def test_shared_experts_are_initialized_differently():
     for initializer in (keras.initializers.GlorotUniform(seed=1), "glorot_uniform"):
         layer = MoE(2, (4, U), num_shared_experts=2, kernel_initializer=initializer)
         layer.build((None, D))

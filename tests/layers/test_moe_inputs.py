@@ -33,7 +33,7 @@ def test_ids_have_the_leading_axes(shape):
         np.testing.assert_allclose(found.reshape(6, U), flat, **OUTPUTS)
 
 
-def test_a_router_may_see_something_else():
+def test_router_inputs_may_have_other_features():
     x, other = tokens(2, 3), np.random.default_rng(5).normal(size=(2, 3, 7))
     layer = moe()
     layer(x, router_inputs=other)
@@ -48,7 +48,7 @@ def test_a_router_may_see_something_else():
 
 
 @pytest.mark.parametrize("router", ["top_k", "hash"])
-def test_the_mask_of_an_embedding_is_found(router):
+def test_the_mask_of_an_embedding_is_used(router):
     """Keras hands it over itself only where a call has no second tensor."""
     ids = keras.Input((3,), dtype="int32")
     embedded = keras.layers.Embedding(10, D, mask_zero=True)(ids)
@@ -90,7 +90,7 @@ class ByParity(routers.Router):
         return Routing(indices, ops.ones_like(indices, dtype="float32"), mask=mask)
 
 
-def test_the_attributes_of_a_router_of_ones_own_are_read():
+def test_attributes_of_a_custom_router_are_used():
     layer, x, ids = moe(ByParity(E, 1)), tokens(5), np.array([0, 1, 3, 2, 4])
     with pytest.raises(ValueError, match=r"`router_inputs` must be given.*ByParity"):
         layer(x)

@@ -18,7 +18,7 @@ from tests.support.moe_layers import (
 )
 
 
-def test_the_losses_have_their_weights():
+def test_losses_are_weighted():
     x = tokens(9)
     mask = np.ones(9, bool)
     mask[4] = False
@@ -56,7 +56,7 @@ def test_the_losses_have_their_weights():
         ("dense", set()),
     ],
 )
-def test_the_losses_of_a_router_by_default(router, names):
+def test_default_losses_of_each_router(router, names):
     layer = MoE(E, U, router=router)
     assert set(layer.loss_weights) == names
     given = {"router_inputs": np.arange(5)} if router == "hash" else {}

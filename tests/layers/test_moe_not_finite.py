@@ -62,7 +62,7 @@ def test_a_row_that_is_not_finite_changes_no_other_row(router):
 @pytest.mark.parametrize("router", ["top_k", "noisy_top_k", "bias_balanced", "sinkhorn",
                                     "expert_choice", "dense"])  # fmt: skip
 @pytest.mark.parametrize("broken", ["a row", "a column"])
-def test_what_the_router_cannot_read_is_the_same_in_every_dispatch(router, broken):
+def test_not_finite_router_inputs_in_every_dispatch(router, broken):
     """The experts see finite features. "dense" gave zeros for an expert choice."""
     layer = moe(router, top_k=None if router == "dense" else 2)
     x = tokens(12)
@@ -120,7 +120,7 @@ COMPETING = {
 
 @not_on_jax
 @pytest.mark.parametrize("name", COMPETING)
-def test_a_row_that_is_not_finite_is_padding_to_those_it_competes_with(name):
+def test_a_row_that_is_not_finite_counts_as_padding(name):
     options, training = COMPETING[name]
     layer, x = moe(**options), tokens(12)
     layer.build(x.shape)
@@ -137,7 +137,7 @@ def test_a_row_that_is_not_finite_is_padding_to_those_it_competes_with(name):
 
 @pytest.mark.parametrize("way", dispatches.TOKEN_CHOICE)
 @pytest.mark.parametrize("kind", ["three layers", "GLU", "layers"])
-def test_nan_in_padding_reaches_nothing(kind, way):
+def test_nan_in_padding_reaches_no_output_or_gradient(kind, way):
     if kind == "layers" and way not in dispatches.UNSTACKED:
         pytest.skip("no kernels to multiply together")
     experts = EXPERTS[kind]()

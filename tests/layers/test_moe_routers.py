@@ -97,7 +97,7 @@ ROUTERS = {
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_every_router_by_every_way(name):
+def test_every_router_with_every_dispatch(name):
     check_router(*ROUTERS[name], few=name != "top-2")
 
 
@@ -165,7 +165,7 @@ ALL_EXPERTS = {
 @not_on_jax
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("name", ALL_EXPERTS)
-def test_all_experts_and_one_token_by_every_router(name, n):
+def test_all_experts_chosen_with_every_router(name, n):
     check_router(*ALL_EXPERTS[name], n=n)
 
 
@@ -213,7 +213,7 @@ def test_an_expert_choice_of_any_size(n, e, share, factor, seed):
         np.testing.assert_allclose(a, b, **GRADIENTS)
 
 
-def test_a_hash_by_every_way():
+def test_a_hash_router_with_every_dispatch():
     layer, x, ids = moe("hash", top_k=2), tokens(9), np.arange(9)
     layer.build(x.shape, ids.shape)
     values = randomised(layer)

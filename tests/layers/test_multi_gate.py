@@ -152,7 +152,7 @@ def test_gates_and_experts_start_different():
     keras.backend.backend() != "tensorflow", reason="reads TensorFlow's graph"
 )
 @pytest.mark.parametrize("num_experts", [2, 16])
-def test_few_large_matmuls_however_many_experts(num_experts):
+def test_the_number_of_matmuls_does_not_grow_with_experts(num_experts):
     """Two expert layers, the gates and the mixture: four, forward."""
     import tensorflow as tf
 

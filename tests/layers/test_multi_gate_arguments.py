@@ -37,7 +37,7 @@ from keras_moe.layers import MMoE
         ({"experts": MLPExperts(3, 4)}, "`expert_units` must be None"),
         (
             {"experts": [MLPExperts(3, 4)], "expert_units": None},
-            "`experts` must be a Keras layer",
+            "`experts` must be one layer",
         ),
         ({"dispatch": "fast"}, "`dispatch` must be one of.*'blocked'.*'fast'"),
         ({"dispatch": "capacity"}, "`dispatch` must be one of.*'capacity'"),

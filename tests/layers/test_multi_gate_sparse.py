@@ -328,7 +328,7 @@ def test_an_export_serves_any_batch_size(experts, tmp_path):
             np.testing.assert_allclose(output, array(wanted[name]), **checks.OUTPUTS)
 
 
-def test_split_under_a_compiler_says_what_to_do():
+def test_split_under_a_compiler_raises():
     layer = MMoE(6, 2, 2, top_k=1, dispatch="split")
     calls = backends.compiled_calls(layer)
     if not calls:

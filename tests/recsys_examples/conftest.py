@@ -1,5 +1,7 @@
 """A tiny MovieLens data set, on which a ranker trains in seconds."""
 
+import functools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -75,3 +77,21 @@ def trained(windows, settings):
     from recsys_examples.movielens.pipeline import run_ranker
 
     return run_ranker(windows, settings, verbose=0)
+
+
+@pytest.fixture
+def eager_training(monkeypatch):
+    """Train without graphs, in tests of what a command does with its results.
+
+    Tracing a graph takes seconds, and tiny data sets have few steps. Other tests train
+    with graphs.
+    """
+    import keras
+
+    compile_for_graphs = keras.Model.compile
+
+    @functools.wraps(compile_for_graphs)
+    def compile_eagerly(self, *args, **kwargs):
+        compile_for_graphs(self, *args, **{**kwargs, "run_eagerly": True})
+
+    monkeypatch.setattr(keras.Model, "compile", compile_eagerly)

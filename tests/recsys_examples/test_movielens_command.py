@@ -394,6 +394,7 @@ class TestBadInput:
 
 
 class TestInterruption:
+    @pytest.mark.usefixtures("eager_training")
     def test_nothing_is_written(self, movielens, tmp_path, monkeypatch, command):
         """The interrupt comes late, when the plots are drawn."""
         folder = write_csv(tmp_path / "ml", movielens, users=5)
@@ -460,6 +461,7 @@ def test_a_terminated_run_leaves_no_files(data_dir, tmp_path):
 
 
 class TestStudy:
+    @pytest.mark.usefixtures("eager_training")
     def test_results_are_reused(self, movielens, tmp_path, monkeypatch, command):
         folder = write_csv(tmp_path / "ml", movielens, users=12)
         out = tmp_path / "out"

@@ -158,6 +158,7 @@ class TestLatency:
 
 
 class TestStudy:
+    @pytest.mark.usefixtures("eager_training")
     def test_resume(self, data_dir, tmp_path, monkeypatch, command):
         arguments = [
             *("--study", "--seeds", "1", *SMALL),
@@ -277,6 +278,7 @@ class TestBadInput:
         assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("eager_training")
 def test_nothing_is_written_when_interrupted(data_dir, tmp_path, monkeypatch, command):
     def draw(*_):
         raise KeyboardInterrupt

@@ -91,7 +91,7 @@ def test_the_bias_moves_once_for_all_batches_of_a_step():
     assert array(router.expert_bias).tolist() == [0.0, 0.25, 1.0, 0.0]
 
 
-def test_a_bias_that_somebody_assigns_begins_a_step():
+def test_assigning_the_bias_begins_a_step():
     router = on_logits(make("bias_balanced", top_k=1, bias_update_rate=0.125))
     x = 4 * np.eye(4)[[0, 0, 1, 0, 2]]
     router(x, training=True)
@@ -100,7 +100,7 @@ def test_a_bias_that_somebody_assigns_begins_a_step():
     assert array(router.expert_bias).tolist() == [0.125, 0.125, 0.125, 0.375]
 
 
-def test_the_bias_follows_every_call_where_the_kernel_is_not_trained():
+def test_the_bias_follows_every_call_if_the_kernel_is_frozen():
     router = on_logits(make("bias_balanced", top_k=1, bias_update_rate=0.125))
     router.kernel.trainable = False
     x = 4 * np.eye(4)[[0, 0, 1, 0, 2]]
@@ -109,7 +109,7 @@ def test_the_bias_follows_every_call_where_the_kernel_is_not_trained():
     assert array(router.expert_bias).tolist() == [-0.25, 0.25, 0.25, 0.25]
 
 
-def test_what_is_known_of_a_step_is_no_weight():
+def test_variables_of_a_step_are_not_weights():
     router = on_logits(make("bias_balanced"))
     assert [v.name for v in router.weights] == ["kernel", "expert_bias"]
     assert len(router.variables) == 6

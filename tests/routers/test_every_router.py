@@ -39,7 +39,7 @@ EVERY = [
 ]
 
 
-def test_the_table_of_routers_is_coherent():
+def test_the_table_of_routers_is_consistent():
     every = {"load_balancing", "importance", "load", "router_z", "entropy"}
     for name, router in routers.KNOWN.items():
         assert router.choice in ("token", "expert", "all")
@@ -303,7 +303,7 @@ def test_a_single_renormalised_weight_is_for_inference(name, arguments):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_router_stands_in_a_functional_model(name):
+def test_a_router_in_a_functional_model(name):
     router = make(name)
     shape, dtype = ((), "int32") if name == "hash" else ((5,), "float32")
     inputs = keras.Input(shape, dtype=dtype)
@@ -326,7 +326,7 @@ def test_a_router_stands_in_a_functional_model(name):
 @pytest.mark.parametrize(
     ("name", "field"), [("noisy_top_k", "choice_probs"), ("expert_choice", "invalid")]
 )
-def test_a_mask_that_comes_later_moves_no_field(name, field):
+def test_a_mask_added_later_keeps_the_order_of_fields(name, field):
     """A functional model takes the fields of a record by their places."""
     router = make(name)
     inputs = keras.Input((5,))

@@ -32,13 +32,13 @@ def test_get_takes_a_class_a_config_and_an_object():
     [None, "top-k", 3, keras.layers.Dense, keras.layers.Dense(4), lambda x: x],
     ids=["None", "misspelt", "number", "class", "layer", "function"],
 )
-def test_get_refuses_what_is_no_router(value):
+def test_get_rejects_other_values(value):
     message = r"`identifier` must be one of.*'top_k'.*Received: identifier="
     with pytest.raises(ValueError, match=message):
         routers.get(value, num_experts=4)
 
 
-def test_get_leaves_out_only_what_another_router_has():
+def test_get_rejects_arguments_that_no_router_has():
     with pytest.raises((TypeError, ValueError), match="topk"):
         routers.get("top_k", num_experts=4, topk=2)
     with pytest.raises(ValueError, match="`top_k` must not exceed"):

@@ -8,7 +8,7 @@ from tests.support.router_cases import MASK, array
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_a_vocabulary_is_dealt_evenly(k):
+def test_a_vocabulary_is_divided_evenly(k):
     router = routers.HashRouter(4, k, vocabulary_size=103, seed=2)
     chosen = array(router(np.arange(103)).expert_indices)
     for choice in chosen.T:
@@ -21,7 +21,7 @@ def test_a_vocabulary_is_dealt_evenly(k):
     assert (array(other(np.arange(103)).expert_indices) != chosen).any()
 
 
-def test_ids_outside_the_vocabulary_go_where_their_remainder_goes():
+def test_ids_outside_the_vocabulary_are_taken_modulo_its_size():
     router = routers.HashRouter(4, 2, vocabulary_size=10)
     inside = array(router(np.array([3, 9, 0])).expert_indices)
     outside = array(router(np.array([13, -1, 10])).expert_indices)
@@ -31,7 +31,7 @@ def test_ids_outside_the_vocabulary_go_where_their_remainder_goes():
     assert array(found) == array(large(np.array([200])).expert_indices)
 
 
-def test_a_hash_is_the_same_everywhere():
+def test_hashes_never_change():
     """Numbers written down once: no backend, process or version may change them."""
     router = routers.HashRouter(7, 3, seed=1)
     ids = np.array([0, 1, 2, 3, 1_000_000, 2**31 - 1, -1, -(2**31)])
@@ -66,7 +66,7 @@ def test_hash_weights_and_shapes():
     assert (np.sort(everything, axis=1) == [0, 1, 2]).all()
 
 
-def test_a_hash_wants_ids():
+def test_a_hash_router_needs_ids():
     with pytest.raises(ValueError, match=r"`router_inputs`.*float32"):
         routers.HashRouter(4)(np.ones(3, "float32"))
     with pytest.raises(ValueError, match=r"\(n,\) or \(n, 1\).*\(3, 2\)"):

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-# Runs first in the process and refuses the packages that it is told of.
+# Runs first in the process and blocks imports of the packages in BLOCKED.
 _BLOCKER = """
 import sys
 
@@ -23,7 +23,7 @@ for package in BLOCKED:
 """
 
 
-def run(arguments, cwd, timeout=300, **environment):
+def run(arguments, cwd, timeout=300, python=sys.executable, **environment):
     """Run Python with these arguments, free of this process's paths and workers."""
     inherited = {
         name: value
@@ -31,7 +31,7 @@ def run(arguments, cwd, timeout=300, **environment):
         if not name.startswith(("PYTHON", "PYTEST", "KERAS_BACKEND"))
     }
     return subprocess.run(
-        [sys.executable, *arguments],
+        [python, *arguments],
         cwd=cwd,
         env={**inherited, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
         capture_output=True,

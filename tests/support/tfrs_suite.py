@@ -32,6 +32,11 @@ def test_the_docstring_example_runs():
     assert doctest.testmod(keras_moe.tfrs, extraglobs=names) == (0, 4)
 
 
+def test_importing_it_first_makes_tf_keras_keras_2():
+    assert keras.__version__.startswith("3.")
+    assert tf.keras.Model is tf_keras.Model
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     keras.utils.set_random_seed(0)
