@@ -5,7 +5,8 @@ Layers: `keras_moe.layers`. Sparse: MoE, HierarchicalMoE, SoftMoE. Multi-task:
         PEPNet (with its parts EPNet, PPNet, GateNU), and Tower, a task head.
 Parts:  `keras_moe.routers` (assign tokens to experts), `keras_moe.experts` (expert
         networks), `keras_moe.losses` (auxiliary losses of routers), `keras_moe.metrics`
-        (task and routing metrics), `keras_moe.initializers` (PerExpert).
+        (ranking, calibration, routing), `keras_moe.initializers` (PerExpert),
+        `keras_moe.callbacks` (one figure for several tasks).
 Models: `keras_moe.multitask` (MultiTaskModel, UncertaintyWeighting),
         `keras_moe.upcycling` (convert a trained MLP to a MoE), `keras_moe.export`
         (SavedModel with one signature per task, ONNX, LiteRT, OpenVINO).
@@ -14,6 +15,7 @@ Plots:  `keras_moe.plots` (gate heatmap, expert usage), not imported by default 
 """
 
 from keras_moe import (
+    callbacks,
     experts,
     export,
     initializers,
@@ -28,6 +30,7 @@ from keras_moe._version import __version__
 
 __all__ = [
     "__version__",
+    "callbacks",
     "experts",
     "export",
     "initializers",

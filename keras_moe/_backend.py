@@ -228,3 +228,13 @@ def sum_over_replicas(value: Any) -> Any:
     if context is None:
         return value
     return context.all_reduce(tf.distribute.ReduceOp.SUM, value)
+
+
+def gather_over_replicas(value: Any) -> Any:
+    """Return the rows (first axis) of all `tf.distribute` replicas, in their order."""
+    if num_replicas() == 1:
+        return value
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    return value if context is None else context.all_gather(value, axis=0)

@@ -17,12 +17,12 @@ ROOT = Path(__file__).parent.parent
 DISPATCH = ("test_dispatch.py",)
 OTHERS = (
     "layers",
+    "metrics",
     "multitask",
     "routers",
     "test_experts.py",
     "test_initializers.py",
     "test_losses.py",
-    "test_metrics.py",
     "test_remat.py",
     "test_routing.py",
     "test_upcycling.py",

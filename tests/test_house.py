@@ -20,6 +20,7 @@ LEVELS = {
     "routers": 2,
     "dispatch": 3,
     "metrics": 3,
+    "callbacks": 3,
     "layers": 4,
     "multitask": 5,
     "export": 6,
@@ -27,7 +28,7 @@ LEVELS = {
     "tfrs": 6,
     "upcycling": 6,
 }
-PACKAGES = ["routing", "routers", "experts", "dispatch", "export"]
+PACKAGES = ["routing", "routers", "experts", "dispatch", "metrics", "export"]
 # These may have more than 400 lines.
 FILLED_BY_ONE_PAPER = ["keras_moe/layers/pepnet.py"]
 FILES = sorted(

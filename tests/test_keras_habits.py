@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_moe.callbacks import CombinedMonitor
 from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
 from keras_moe.layers import CGC, MMoE, MoE, PEPNet, SharedBottom, Tower
 from keras_moe.multitask import MultiTaskModel, UncertaintyWeighting
@@ -275,6 +276,41 @@ def test_keras_tuner_searches_experts_units_and_top_k(tmp_path):
     best.compile(loss=dict.fromkeys(TASKS, "mse"))
     found = best.evaluate(*data["validation_data"], verbose=0, return_dict=True)
     assert found["loss"] == pytest.approx(trials[0].score, rel=1e-5)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:keras_tuner",
+    "ignore:Skipping variable loading for optimizer:UserWarning",
+)
+def test_keras_tuner_chooses_by_a_figure_for_several_tasks(tmp_path):
+    keras_tuner = pytest.importorskip("keras_tuner")
+
+    def build(hp):
+        inputs = keras.Input((6,))
+        shared = MMoE(hp.Int("num_experts", 2, 3), 4, TASKS)(inputs)
+        model = MultiTaskModel(
+            inputs, {task: Tower(())(shared[task]) for task in TASKS}
+        )
+        model.compile("adam", dict.fromkeys(TASKS, "mse"), jit_compile=False)
+        return model
+
+    tuner = keras_tuner.RandomSearch(
+        build,
+        objective=keras_tuner.Objective("val_combined", "max"),
+        max_trials=2,
+        directory=tmp_path,
+    )
+    monitor = CombinedMonitor(
+        {f"val_{task}_loss": -1.0 for task in TASKS}, name="val_combined"
+    )
+    labels = {task: Y[task][:32] for task in TASKS}
+    tuner.search(
+        X[:32], labels, validation_data=(X[:32], labels), callbacks=[monitor], **SILENT
+    )
+    for trial in tuner.oracle.get_best_trials(2):
+        measured = trial.metrics.get_last_value
+        total = sum(measured(f"val_{task}_loss") for task in TASKS)
+        assert trial.score == pytest.approx(-total, rel=1e-5)
 
 
 # Features in front

@@ -56,3 +56,11 @@ def test_a_bias_follows_the_load_of_all_replicas(found):
     assert np.ptp(one["bias"]) > 0.05
     for a, b in zip(one["weights"], two["weights"], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_are_those_of_the_rows_of_all_replicas(found):
+    one, two = found["metrics"]
+    assert one.keys() == two.keys()
+    assert 0 < one["gauc"] < 1
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, rtol=1e-5, err_msg=name)

@@ -27,6 +27,7 @@ MODULES = (
     "routing",
     "losses",
     "metrics",
+    "callbacks",
     "initializers",
     "upcycling",
     "export",

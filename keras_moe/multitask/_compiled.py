@@ -74,8 +74,12 @@ def update_metrics(
     y_defined: dict[str, Any],
     y_pred: dict[str, Any],
     weights: dict[str, Any],
+    features: dict[str, Any],
 ) -> None:
-    """Update metrics with labels `y`, and weighted metrics with `y_defined`."""
+    """Update metrics with labels `y`, and weighted metrics with `y_defined`.
+
+    A metric with an attribute `group` also gets the feature of this name.
+    """
     if not compiled.built:
         compiled.build(y, y_pred)
     kinds = (
@@ -86,7 +90,24 @@ def update_metrics(
         order = compiled._resolved_output_names or list(y_pred)
         # Not strict: Keras 3.12 has an empty list if there are no metrics.
         for metric, task in zip(metrics, order, strict=False):
-            if metric:
-                metric.update_state(
-                    labels[task], y_pred[task], weight[task] if weight else None
+            # A list of metrics for each output.
+            for part in metric.metrics if metric else ():
+                part.update_state(
+                    labels[task],
+                    y_pred[task],
+                    weight[task] if weight else None,
+                    **_groups(part, features),
                 )
+
+
+def _groups(metric: Any, features: dict[str, Any]) -> dict[str, Any]:
+    """Return the argument `groups` of metrics by group."""
+    group = getattr(metric, "group", None)
+    if group is None:
+        return {}
+    if group not in features:
+        raise ValueError(
+            f"`group` of the metric {metric.name!r} must be the name of an input. "
+            f"Received: group={group!r}; the inputs are {sorted(features)}"
+        )
+    return {"groups": features[group]}

@@ -275,8 +275,16 @@ class MultiTaskModel(keras.Model):
                 task: _by_task.replace_undefined(label, defined[task])
                 for task, label in y.items()
             }
-            update_metrics(self._compile_metrics, y, known, y_pred, weights)
+            features = self._features(x)
+            update_metrics(self._compile_metrics, y, known, y_pred, weights, features)
         return self.get_metrics_result()
+
+    def _features(self, x: Any) -> dict[str, Any]:
+        """Return the inputs by name, those of a dict as they are."""
+        if isinstance(x, dict):
+            return x
+        names = [tensor.name for tensor in keras.tree.flatten(self.input)]
+        return dict(zip(names, keras.tree.flatten(x), strict=False))
 
     def get_config(self) -> dict[str, Any]:
         functional = keras.Model(self.input, self.output, name=self.name)

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_moe import metrics
 from keras_moe.layers import MMoE, MoE, Tower
 from keras_moe.multitask import MultiTaskModel, UncertaintyWeighting
 from keras_moe.routers import BiasBalancedRouter
@@ -125,6 +126,38 @@ def run_one_sided(strategy: tf.distribute.Strategy) -> dict:
     return {"history": history, "weights": weights}
 
 
+def run_metrics(strategy: tf.distribute.Strategy) -> dict:
+    """Metrics of rows that differ between the replicas, with groups across both."""
+    rng = np.random.default_rng(2)
+    x = {
+        "features": rng.normal(size=(4 * ROWS, 6)).astype("float32"),
+        "user": rng.integers(0, 5, 4 * ROWS).astype("int32"),
+    }
+    y = {"click": (x["features"][:, :1] > 0).astype("float32")}
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        inputs = {
+            "features": keras.Input((6,), name="features"),
+            "user": keras.Input((), name="user", dtype="int32"),
+        }
+        click = Tower((), "sigmoid", name="click")(inputs["features"])
+        model = MultiTaskModel(inputs, {"click": click})
+        model.compile(
+            keras.optimizers.SGD(0.1),
+            "binary_crossentropy",
+            weighted_metrics={
+                "click": [
+                    metrics.GAUC(group="user", max_rows=4 * ROWS),
+                    metrics.XAUC(max_rows=4 * ROWS),
+                    metrics.RankAUC(),
+                    metrics.PCOC(),
+                    metrics.ExpectedCalibrationError(),
+                ]
+            },
+        )
+    return model.evaluate(x, y, batch_size=2 * ROWS, verbose=0, return_dict=True)
+
+
 def main() -> None:
     processor = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(
@@ -141,6 +174,7 @@ def main() -> None:
         for router in ("top_k", "bias_balanced")
     }
     found["one-sided"] = [run_one_sided(strategy) for strategy in both]
+    found["metrics"] = [run_metrics(strategy) for strategy in both]
     found["halves"] = [run_halves(strategy) for strategy in both]
     json.dump(found, sys.stdout)
 
