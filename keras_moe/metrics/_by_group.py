@@ -25,9 +25,9 @@ class GAUC(BufferedMetric):
     rows; the others have no AUC and are left out. Exact.
 
     Args:
-        group: str, name of the model's input that holds the group of a row, an integer
-            id. A `MultiTaskModel` passes it; elsewhere call `update_state` with
-            `groups`.
+        group: str, name of the feature in `x` that holds the group of a row, an integer
+            id; it need not be an input of the model. A `MultiTaskModel` passes it;
+            elsewhere call `update_state` with `groups`.
         group_weight: w_g: "rows" (the weight of the group's rows, the impressions of
             Zhou et al.), "positives" or "uniform".
         max_rows: int, the number of rows of an epoch that are kept (16 bytes each).
@@ -165,9 +165,9 @@ class ByGroup(BufferedMetric):
         metric: a metric with `update_state(y_true, y_pred, sample_weight)` of lists,
             `(g, l)`, in which shorter lists are padded with labels of -1 and weights of
             0, as in `keras_rs.metrics`. It is used by this metric alone.
-        group: str, name of the model's input that holds the group of a row, an integer
-            id. A `MultiTaskModel` passes it; elsewhere call `update_state` with
-            `groups`.
+        group: str, name of the feature in `x` that holds the group of a row, an integer
+            id; it need not be an input of the model. A `MultiTaskModel` passes it;
+            elsewhere call `update_state` with `groups`.
         max_rows: int, the number of rows of an epoch that are kept (16 bytes each).
             Above it the result is NaN, with a warning.
         name: str, name of the metric. Default: that of `metric`.

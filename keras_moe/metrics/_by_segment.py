@@ -24,8 +24,9 @@ class BySegment(keras.metrics.Metric):
             result. It is copied for every segment by its config.
         segments: int, the number of segments s, or a sequence of s names. The segment
             of a row is an integer in [0, s).
-        group: str, name of the model's input that holds the segments. A
-            `MultiTaskModel` passes it; elsewhere call `update_state` with `groups`.
+        group: str, name of the feature in `x` that holds the segments; it need not be
+            an input of the model. A `MultiTaskModel` passes it; elsewhere call
+            `update_state` with `groups`.
         name: str, name of the metric.
 
     Call arguments:

@@ -57,7 +57,7 @@ def flat_groups(groups: Any, y_pred: Any) -> Any:
     if groups is None:
         raise ValueError(
             "`groups` must be given: one integer id per row. In a MultiTaskModel name "
-            "the input feature that holds it: metric(..., group='user_id')."
+            "the feature in `x` that holds it: metric(..., group='user_id')."
         )
     groups = ops.convert_to_tensor(groups)
     # With several replicas Keras first traces with float64 in place of every input.

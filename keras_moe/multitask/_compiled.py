@@ -107,7 +107,7 @@ def _groups(metric: Any, features: dict[str, Any]) -> dict[str, Any]:
         return {}
     if group not in features:
         raise ValueError(
-            f"`group` of the metric {metric.name!r} must be the name of an input. "
-            f"Received: group={group!r}; the inputs are {sorted(features)}"
+            f"`group` of the metric {metric.name!r} must be the name of a feature in "
+            f"`x`. Received: group={group!r}; the features are {sorted(features)}"
         )
     return {"groups": features[group]}

@@ -130,6 +130,17 @@ class MultiTaskModel(keras.Model):
             return super().metrics
         return [*super().metrics, *self._task_losses.trackers]
 
+    def call(
+        self, inputs: Any, training: bool | None = None, mask: Any = None, **kwargs: Any
+    ) -> Any:
+        """Call the model on its inputs; further features are for metrics alone."""
+        expected = self.input
+        if isinstance(inputs, dict) and isinstance(expected, dict):
+            inputs = {name: inputs[name] for name in inputs if name in expected}
+            if isinstance(mask, dict):
+                mask = {name: mask[name] for name in mask if name in expected}
+        return super().call(inputs, training=training, mask=mask, **kwargs)
+
     def compile(
         self,
         optimizer: Any = "rmsprop",

@@ -35,11 +35,7 @@ COMPILERS = (False,) if keras.backend.backend() == "torch" else (False, True)
 
 
 def _model():
-    inputs = {
-        "features": keras.Input((4,), name="features"),
-        "user": keras.Input((), name="user", dtype="int32"),
-        "page": keras.Input((), name="page", dtype="int32"),
-    }
+    inputs = {"features": keras.Input((4,), name="features")}
     shared = SharedBottom(8, ["click", "stars"])(inputs["features"])
     outputs = {
         "click": Tower((), "sigmoid", name="click")(shared["click"]),
@@ -87,7 +83,7 @@ def test_fit_and_evaluate_give_the_figures_of_all_rows(jit):
         assert logs[name] == [pytest.approx(value, rel=1e-4)], name
 
 
-def test_a_group_that_is_no_input_is_an_error():
+def test_a_group_that_is_no_feature_is_an_error():
     model = _model()
     model.compile("sgd", "mse", metrics={"click": [GAUC(group="session")]})
     with pytest.raises(ValueError, match=r"`group` of.*'gauc'.*'session'.*'user'"):

@@ -136,10 +136,7 @@ def run_metrics(strategy: tf.distribute.Strategy) -> dict:
     y = {"click": (x["features"][:, :1] > 0).astype("float32")}
     with strategy.scope():
         keras.utils.set_random_seed(0)
-        inputs = {
-            "features": keras.Input((6,), name="features"),
-            "user": keras.Input((), name="user", dtype="int32"),
-        }
+        inputs = {"features": keras.Input((6,), name="features")}
         click = Tower((), "sigmoid", name="click")(inputs["features"])
         model = MultiTaskModel(inputs, {"click": click})
         model.compile(
