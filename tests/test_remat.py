@@ -9,8 +9,8 @@ from keras_moe.layers import MoE, SoftMoE
 from keras_moe.routers import BiasBalancedRouter
 
 ON_JAX = keras.backend.backend() == "jax"
-# In a graph of TensorFlow about 1 of 60 runs with recomputation has other gradients, also
-# those of plain Dense layers (Keras 3.15, TensorFlow 2.21).
+# In a graph of TensorFlow about 1 of 60 runs with recomputation has other gradients,
+# also those of plain Dense layers (Keras 3.15, TensorFlow 2.21).
 EAGER = keras.backend.backend() == "tensorflow"
 X = np.random.default_rng(0).normal(size=(32, 6)).astype("float32")
 

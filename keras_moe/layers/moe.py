@@ -121,10 +121,10 @@ class MoE(HasDispatch, MLPLayer):
 
     `keras.remat` recomputes the layer with the same routing if its router draws no
     noise. Keras 3.15 has four limits there: on TensorFlow, losses added inside get no
-    gradient, and a step in graph mode sometimes has other gradients (about 1 of 60 short
-    runs, also of plain Dense layers; `run_eagerly=True` avoids it); on JAX, losses and
-    other state raise an error; dropout is drawn again. A "bias_balanced" router needs
-    no loss.
+    gradient, and a step in graph mode sometimes has other gradients (about 1 of 60
+    short runs, also of plain Dense layers; `run_eagerly=True` avoids it); on JAX,
+    losses and other state raise an error; dropout is drawn again. A "bias_balanced"
+    router needs no loss.
 
     NaN and infinity affect only the row of their token. Where tokens compete for slots
     (capacity, expert choice, Sinkhorn in training), such a token counts as padding and
