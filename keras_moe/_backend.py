@@ -238,3 +238,84 @@ def gather_over_replicas(value: Any) -> Any:
 
     context = tf.distribute.get_replica_context()
     return value if context is None else context.all_gather(value, axis=0)
+
+
+class StackedGradients:
+    """The gradients of a variable by t tasks, stacked on a new first axis.
+
+    Args:
+        values: `(t, ...)`.
+        indices: None, or the rows of the variable that `values`, `(t, rows, ...)`,
+            are for.
+        shape: the shape of the variable, for sparse gradients.
+    """
+
+    def __init__(self, values: Any, indices: Any = None, shape: Any = None) -> None:
+        self.values = values
+        self.indices = indices
+        self.shape = shape
+
+    def weighted_sum(self, weights: Any) -> Any:
+        """(t,) -> sum_i weights_i values_i, sparse if the gradients are."""
+        # As t is small, a sum is faster than a product with a matrix of one row.
+        parts = zip(ops.unstack(weights), ops.unstack(self.values), strict=True)
+        total: Any = sum(weight * value for weight, value in parts)
+        if self.indices is None:
+            return total
+        import tensorflow as tf
+
+        return tf.IndexedSlices(total, self.indices, self.shape)
+
+
+def stack_gradients(gradients: Sequence[Any]) -> StackedGradients:
+    """Stack the gradients of one variable by task; zeros for None.
+
+    Sparse gradients (`tf.IndexedSlices`, of an embedding) stay sparse without XLA,
+    which has no operation for a data-dependent number of rows.
+    """
+    first = next(gradient for gradient in gradients if gradient is not None)
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        sparse = [isinstance(g, tf.IndexedSlices) for g in gradients if g is not None]
+        if all(sparse) and not under_xla() and num_replicas() == 1:
+            return _stack_sparse(gradients)
+        # A sum over replicas needs dense gradients, too.
+        gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+        replicas = num_replicas()
+        gradients = [
+            None if g is None else sum_over_replicas(g) / replicas for g in gradients
+        ]
+        first = next(gradient for gradient in gradients if gradient is not None)
+    zeros = ops.zeros_like(first)
+    return StackedGradients(ops.stack([zeros if g is None else g for g in gradients]))
+
+
+def _stack_sparse(gradients: Sequence[Any]) -> StackedGradients:
+    """Sum repeated rows of each task, so that inner products of tasks are exact."""
+    import tensorflow as tf
+
+    known = [g for g in gradients if g is not None]
+    ids, positions = tf.unique(tf.concat([g.indices for g in known], axis=0))
+    rows = tf.shape(ids)[0]
+    sizes = [tf.shape(g.indices)[0] for g in known]
+    parts = iter(tf.split(positions, sizes, num=len(known)))
+    width = known[0].values.shape[1:]
+    values = [
+        tf.zeros((rows, *width), known[0].values.dtype)
+        if g is None
+        else tf.math.unsorted_segment_sum(g.values, next(parts), rows)
+        for g in gradients
+    ]
+    return StackedGradients(tf.stack(values), ids, known[0].dense_shape)
+
+
+def add_gradients(first: Any, second: Any) -> Any:
+    """Return the sum of two gradients of one variable, either of which may be None."""
+    if first is None or second is None:
+        return second if first is None else first
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        first, second = tf.convert_to_tensor(first), tf.convert_to_tensor(second)
+    return first + second

@@ -98,11 +98,12 @@ def last_dimension(layer: str, shape: Any) -> int:
     return shape[-1]
 
 
-def count(name: str, value: Any) -> int:
-    """Return `value` if it is an int of at least 0, else raise ValueError."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+def count(name: str, value: Any, least: int = 0) -> int:
+    """Return `value` if it is an int of at least `least`, else raise ValueError."""
+    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not integral or value < least:
         raise ValueError(
-            f"`{name}` must be an integer >= 0. Received: {name}={value!r}"
+            f"`{name}` must be an integer >= {least}. Received: {name}={value!r}"
         )
     return int(value)
 

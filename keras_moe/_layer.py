@@ -32,10 +32,12 @@ class Layer(keras.layers.Layer):
     Class attributes:
         least_rank: the minimum rank of the first input.
         rank_reason: why, for the message of a wrong rank.
+        takes_dict: whether the input is a dict of tensors, which the layer checks.
     """
 
     least_rank: ClassVar[int] = 2
     rank_reason: ClassVar[str] = ""
+    takes_dict: ClassVar[bool] = False
 
     def add_state(
         self,
@@ -81,6 +83,8 @@ class Layer(keras.layers.Layer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer; raise ValueError for an unsupported input."""
+        if self.takes_dict:
+            return super().__call__(*args, **kwargs)
         places = _inputs_of(type(self))  # type: ignore[arg-type]
         given = {name: args[i] for name, i in places.items() if i < len(args)}
         given |= {name: kwargs[name] for name in places if name in kwargs}

@@ -14,12 +14,13 @@ from keras_moe.layers._parts import Adaptable
 
 @keras.saving.register_keras_serializable("keras_moe")
 class Tower(Adaptable):
-    """A task head: an MLP with one output unit.
+    """A task head: an MLP that ends in one output unit, or a few.
 
     Args:
         units: int or sequence of ints, widths of the hidden layers; `()` for none.
-        activation: activation of the output unit: None for a logit or a
+        activation: activation of the output units: None for a logit or a
             regression, "sigmoid" for a probability.
+        output_units: int, the number o of output units.
         hidden_activation: activation of the hidden layers.
         dropout: float in [0, 1), fraction of each hidden layer's units to drop.
         kernel_initializer: initializer of the kernels, drawn independently per layer.
@@ -33,7 +34,7 @@ class Tower(Adaptable):
         training: bool, whether dropout is active.
 
     Returns:
-        A tensor of shape `(..., 1)`, in float32 even under a half-precision dtype
+        A tensor of shape `(..., o)`, in float32 even under a half-precision dtype
         policy, for accurate losses and metrics.
 
     Raises:
@@ -51,6 +52,7 @@ class Tower(Adaptable):
         units: int | Sequence[int],
         activation: Any = None,
         *,
+        output_units: int = 1,
         hidden_activation: Any = "relu",
         dropout: float = 0.0,
         kernel_initializer: Any = "glorot_uniform",
@@ -63,6 +65,7 @@ class Tower(Adaptable):
         self.supports_masking = True
         self.units = _checks.unit_sizes("units", units, allow_empty=True)
         self.activation = keras.activations.get(activation)
+        self.output_units = _checks.positive_int("output_units", output_units)
         is_layer = isinstance(hidden_activation, keras.layers.Layer)
         if is_layer and len(self.units) > 1:
             raise ValueError(
@@ -97,7 +100,7 @@ class Tower(Adaptable):
         ]
         self.output_unit = self._dense(
             len(self.units),
-            1,
+            self.output_units,
             self.activation,
             bias_initializer=self.bias_initializer,
             dtype=self.precise_dtype,
@@ -132,13 +135,14 @@ class Tower(Adaptable):
     def compute_output_shape(
         self, input_shape: tuple[int | None, ...]
     ) -> tuple[int | None, ...]:
-        return (*input_shape[:-1], 1)
+        return (*input_shape[:-1], self.output_units)
 
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "units": self.units,
             "activation": keras.activations.serialize(self.activation),
+            "output_units": self.output_units,
             "hidden_activation": keras.activations.serialize(self.hidden_activation),
             "dropout": self.dropout,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),

@@ -9,63 +9,141 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+from keras import ops
+
+from keras_moe import _backend
+from keras_moe.multitask import _by_task
 
 
-class TaskLosses:
-    """The loss of each task, with the semantics of Keras' `compile`.
+class CompiledTasks:
+    """The tasks of a model whose losses and metrics are given to `compile`.
 
     Args:
         tasks: the names of all tasks.
+        tracks: bool, whether the mean loss of every task is a metric. Keras has these
+            metrics as well, except with a loss weighting.
     """
 
-    def __init__(self, tasks: list[str]) -> None:
+    def __init__(self, tasks: list[str], tracks: bool) -> None:
+        self._tasks = tasks
         # Created with the model, to be in the scope of its distribution strategy.
         self._trackers = {
-            task: keras.metrics.Mean(name=f"{task}_loss") for task in tasks
+            task: keras.metrics.Mean(name=f"{task}_loss") for task in tasks if tracks
         }
-        self._with_loss: list[str] = []
+        self.with_loss: list[str] = []
+        self._with_metrics: set[str] = set()
 
-    def compile(
-        self, compiled: Any, loss: Any, output_names: Any, with_loss: list[str]
-    ) -> None:
-        """Set the losses to the argument `loss` of the model's `compile`.
+    def compile(self, compiled: Any, output_names: Any, given: dict[str, Any]) -> None:
+        """Set losses and metrics to the arguments of the model's `compile`.
 
         Args:
-            compiled: Keras' unbuilt compiled loss.
-            loss: the argument of `compile`.
+            compiled: Keras' unbuilt compiled loss, or None.
             output_names: output names of the model.
-            with_loss: the tasks that have a loss.
+            given: the arguments by name.
         """
-        # A separate object: the model's own would report each task loss twice.
-        self._compiled = type(compiled)(loss, None, output_names=output_names)
-        self._with_loss = with_loss
+        self.with_loss = _tasks_with_value(given.get("loss"), self._tasks)
+        self._with_metrics = {
+            task
+            for argument in ("metrics", "weighted_metrics")
+            for task in _tasks_with_value(given.get(argument), self._tasks)
+        }
+        if compiled is not None:
+            # A separate object: the model's own would report each task loss twice.
+            self._compiled = type(compiled)(
+                given["loss"], None, output_names=output_names
+            )
 
     @property
     def trackers(self) -> list[keras.metrics.Mean]:
         """The mean-loss metric of every task that has a loss."""
-        return [self._trackers[task] for task in self._with_loss]
+        return [self._trackers[t] for t in self.with_loss if t in self._trackers]
 
-    def __call__(
-        self,
-        y: dict[str, Any],
-        y_pred: dict[str, Any],
-        weights: dict[str, Any],
-        replicas: int,
-    ) -> dict[str, Any]:
-        """Return the losses by task, without division by the number of replicas."""
+    def aligned(
+        self, y: Any, y_pred: dict[str, Any], sample_weight: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Return labels, weights and masks of defined rows for the losses, by task."""
+        y, weights, defined = _by_task.aligned(y, y_pred, sample_weight, self.with_loss)
+        y = {
+            # Keras requires a label for each output, even without a loss.
+            task: _by_task.replace_undefined(label, defined[task])
+            if task in self.with_loss
+            else y_pred[task]
+            for task, label in y.items()
+        }
+        return y, weights, defined
+
+    def losses(
+        self, y: Any, y_pred: dict[str, Any], sample_weight: Any
+    ) -> tuple[dict[str, Any], Any]:
+        """Return the losses by task, not divided by the number of replicas; a mask.
+
+        The mask is `(t,)`, True for tasks with a loss and a defined row; None if all
+        are.
+        """
+        y, weights, defined = self.aligned(y, y_pred, sample_weight)
         if not self._compiled.built:
             self._compiled.build(y, y_pred)
+        replicas = _backend.num_replicas()
         found: dict[str, Any] = {}
         for path, loss, _, _ in self._compiled._flat_losses:
             task = path[0]
             with keras.name_scope(self._compiled.name):  # For names such as "_loss".
                 value = loss(y[task], y_pred[task], weights[task])
-            value = keras.ops.cast(value, self._compiled.dtype) * replicas
+            value = ops.cast(value, self._compiled.dtype) * replicas
             found[task] = found[task] + value if task in found else value
         for task, value in found.items():
-            rows = keras.ops.shape(y_pred[task])[0]
+            rows = ops.shape(y_pred[task])[0]
             self._trackers[task].update_state(value, sample_weight=rows)
-        return found
+        # `y_pred` may be in another order: JAX and torch sort it by name.
+        in_order = {task: defined[task] for task in self._tasks}
+        return found, _tasks_defined(in_order, self.with_loss)
+
+    def update_metrics(
+        self,
+        compiled: Any,
+        y: Any,
+        y_pred: dict[str, Any],
+        sample_weight: Any,
+        features: dict[str, Any],
+    ) -> None:
+        """Update metrics with all rows, and weighted metrics with the defined ones."""
+        y, weights, defined = _by_task.aligned(
+            y, y_pred, sample_weight, self._with_metrics
+        )
+        known = {
+            task: _by_task.replace_undefined(label, defined[task])
+            for task, label in y.items()
+        }
+        update_metrics(compiled, y, known, y_pred, weights, features)
+
+
+def _tasks_with_value(value: Any, tasks: list[str]) -> list[str]:
+    """Return the tasks that have a value in an argument of `compile`.
+
+    As in Keras, it is None, a dict, or the values of all outputs.
+    """
+    if value is None:
+        return []
+    if isinstance(value, list | tuple) and len(value) == len(tasks) > 1:
+        # One for each output, in Keras' order.
+        value = keras.tree.pack_sequence_as(dict.fromkeys(tasks), list(value))
+    if isinstance(value, dict):
+        return [task for task in tasks if value.get(task) is not None]
+    return tasks
+
+
+def _tasks_defined(defined: dict[str, Any], with_loss: list[str]) -> Any:
+    """Return a (t,) bool mask of tasks with a loss and a defined row; None if all."""
+    if len(with_loss) == len(defined) and all(d is None for d in defined.values()):
+        return None
+    rows_of = [
+        ops.convert_to_tensor(float(task in with_loss), "float32")
+        if rows is None or task not in with_loss
+        else ops.cast(ops.any(rows), "float32")
+        for task, rows in defined.items()
+    ]
+    # A task defined on one replica is defined in the global batch.
+    return _backend.sum_over_replicas(ops.stack(rows_of)) > 0
 
 
 def update_metrics(

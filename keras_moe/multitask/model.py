@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_moe import _backend
+from keras_moe import _backend, _checks
 from keras_moe.layers._tasks import Tasks
-from keras_moe.multitask import _by_task
-from keras_moe.multitask._compiled import TaskLosses, update_metrics
+from keras_moe.multitask import _by_task, gradients, weighting
+from keras_moe.multitask._compiled import CompiledTasks
+from keras_moe.multitask._declared import DeclaredTasks
+from keras_moe.multitask._per_task import PerTaskTraining
+from keras_moe.multitask._train_steps import LossParts
+from keras_moe.multitask.task import Task
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class MultiTaskModel(keras.Model):
+class MultiTaskModel(PerTaskTraining):
     """A functional Keras model with one output per task.
 
-    Compile, fit, evaluate, predict, save and export it like any Keras model; losses
-    and metrics are dicts by task name. An output whose loss is missing or None in
-    `loss` is only predicted and needs no labels.
+    Fit, evaluate, predict, save and export it like any Keras model. Losses and metrics
+    are either declared with `tasks`, and `compile` needs only an optimizer, or given to
+    `compile` as dicts by task name. An output without a loss is only predicted.
 
-    If a task is not defined on some rows (a rating exists only for watched movies),
-    give these rows a sample weight of 0; their labels may be NaN or infinite. To
-    exclude them exactly, use a loss with `reduction="mean_with_sample_weight"`, which
-    divides by the sum of the weights, and list the task's metrics under
-    `weighted_metrics`: those under `metrics` count every row, as in Keras, and a NaN
-    label makes them NaN. Tasks missing in a dict of sample weights have weights of 1.
+    With `tasks`, a `Task` says on which rows it is defined. Without, if a task is not
+    defined on some rows (a rating exists only for watched movies), give these rows a
+    sample weight of 0; their labels may be NaN or infinite. To exclude them exactly,
+    use a loss with `reduction="mean_with_sample_weight"`, which divides by the sum of
+    the weights, and list the task's metrics under `weighted_metrics`: those under
+    `metrics` count every row, as in Keras, and a NaN label makes them NaN. Tasks
+    missing in a dict of sample weights have weights of 1.
 
     `keras.models.clone_model` returns a plain functional model without
     `loss_weighting`; `MultiTaskModel.from_config(model.get_config())` keeps both.
@@ -35,22 +41,29 @@ class MultiTaskModel(keras.Model):
     Args:
         inputs: the input tensors, in any structure that `keras.Model` accepts.
         outputs: dict of output tensors by task name.
-        loss_weighting: None for the sum of the losses (times `loss_weights` of
-            `compile`), or a layer that maps the task losses, shape `(t,)` in the order
-            of `outputs`, to the total loss, such as
-            `keras_moe.multitask.UncertaintyWeighting()`. If its call has an argument
-            `mask`, that is True for tasks with a loss and a defined row in the batch;
-            the loss of other tasks is 0. With learned weights the total (`loss` and
-            `val_loss` in the logs) is not comparable between epochs and may be
-            negative: evaluate models by the loss or metric of a task, such as
-            `val_click_loss`.
+        loss_weighting: how the tasks are combined. None: the sum of the losses (times
+            `loss_weights` of `compile`). A name or layer of
+            `keras_moe.multitask.weighting`, or another layer that maps the losses,
+            shape `(t,)` in the order of `outputs`, to the total loss: if its call has
+            an argument `mask`, that is True for tasks with a loss and a defined row in
+            the batch; the loss of other tasks is 0. A name or layer of
+            `keras_moe.multitask.gradients`: a gradient is computed for every task, and
+            they are combined on the shared variables; `loss` in the logs is then the
+            sum of the losses. With learned weights the total (`loss` and `val_loss`) is
+            not comparable between epochs and may be negative: evaluate models by the
+            loss or metric of a task, such as `val_click_loss`.
+        tasks: None, or a sequence of `keras_moe.multitask.Task`, one for each output
+            with a loss or metrics. Labels in `y` are a dict by the tasks' keys.
+        shared_layers: None, or the names of the layers whose variables are shared, for
+            `keras_moe.multitask.gradients`. None: in each batch, the variables that the
+            gradients of at least two tasks reach.
         **kwargs: passed on to `keras.Model`.
 
     Raises:
-        ValueError: if `outputs` is not a dict by valid task names, or
-            `loss_weighting` is not a layer; in `compile`, if a dict has a key that is
-            not a task, or if `loss_weighting` is combined with `loss_weights` or with
-            no loss; in training, if labels or weights do not match the tasks.
+        ValueError: if an argument is invalid; in `compile`, if a dict has a key that is
+            not a task, if `loss_weighting` is combined with `loss_weights` or with no
+            loss, or `tasks` with `loss`; in training, if labels or weights do not match
+            the tasks, or, in arrays, labels are not valid for the head of their task.
 
     Example:
 
@@ -83,7 +96,10 @@ class MultiTaskModel(keras.Model):
         self,
         inputs: Any,
         outputs: dict[str, Any],
-        loss_weighting: keras.layers.Layer | None = None,
+        loss_weighting: Any = None,
+        *,
+        tasks: Sequence[Task] | None = None,
+        shared_layers: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(outputs, dict):
@@ -91,27 +107,29 @@ class MultiTaskModel(keras.Model):
                 "`outputs` must be a dict of output tensors by task name. "
                 f"Received: {outputs!r}"
             )
-        tasks = Tasks(list(outputs))
-        if loss_weighting is not None and not isinstance(
-            loss_weighting, keras.layers.Layer
-        ):
-            raise ValueError(
-                "`loss_weighting` must be None or a layer that maps the task losses "
-                f"to the total loss. Received: {loss_weighting!r}"
-            )
+        names = Tasks(list(outputs))
+        loss_weighting = _loss_weighting(loss_weighting)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
-        self._tasks = tasks
+        self._tasks = names
         self.loss_weighting = loss_weighting
-        self._weighting_takes_mask = loss_weighting is not None and (
-            "mask" in inspect.signature(loss_weighting.call).parameters
-        )
+        self.shared_layers = _shared_layers(shared_layers, self)
         if loss_weighting is not None:
+            self._weighting_takes = set(
+                inspect.signature(loss_weighting.call).parameters
+            ) & {"mask", "training"}
             if not loss_weighting.built:
-                loss_weighting.build((tasks.count,))
+                # A Gramian is (t, t).
+                axes = 2 if self.per_task_gradients else 1
+                loss_weighting.build((names.count,) * axes)
             # Keras 3.12 does not track layers added to a functional model later.
             if all(layer is not loss_weighting for layer in self.layers):
                 self._layers.append(loss_weighting)
-            self._task_losses = TaskLosses(self.task_names)
+        self._declared = (
+            None if tasks is None else DeclaredTasks(tasks, self.task_names)
+        )
+        self._compiled_tasks = CompiledTasks(
+            self.task_names, tracks=loss_weighting is not None
+        )
 
     @property
     def tasks(self) -> tuple[Any, ...]:
@@ -124,11 +142,21 @@ class MultiTaskModel(keras.Model):
         return list(self.tasks)
 
     @property
+    def declared_tasks(self) -> list[Task]:
+        """The argument `tasks`; empty if it was None."""
+        return [] if self._declared is None else list(self._declared.tasks)
+
+    @property
+    def _source(self) -> DeclaredTasks | CompiledTasks:
+        """Where losses and metrics come from."""
+        return self._compiled_tasks if self._declared is None else self._declared
+
+    @property
     def metrics(self) -> list[Any]:
         """The metrics of Keras, and the loss of every task."""
-        if self.loss_weighting is None or not self.compiled:
+        if not self.compiled:
             return super().metrics
-        return [*super().metrics, *self._task_losses.trackers]
+        return [*super().metrics, *self._source.trackers]
 
     def call(
         self, inputs: Any, training: bool | None = None, mask: Any = None, **kwargs: Any
@@ -149,33 +177,67 @@ class MultiTaskModel(keras.Model):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        bound = inspect.signature(super().compile).bind(
-            optimizer, loss, loss_weights, *args, **kwargs
+        given = (
+            inspect.signature(super().compile)
+            .bind(optimizer, loss, loss_weights, *args, **kwargs)
+            .arguments
         )
-        given = bound.arguments
-        for argument in ("loss", "loss_weights", "metrics", "weighted_metrics"):
-            _by_task.check_keys(argument, given.get(argument), self.task_names)
-        if self.loss_weighting is not None and loss_weights is not None:
-            raise ValueError(
-                "`loss_weights` must be None with a `loss_weighting`. "
-                f"Received: loss_weights={loss_weights!r}"
+        given |= given.pop("kwargs", {})
+        self._check_compile(given)
+        derived = dict(given)
+        if self._declared is not None:
+            own = given.get("weighted_metrics") or {}
+            derived["weighted_metrics"] = {**self._declared.metrics, **own}
+            # Keras would look for an output of each weight in its own losses.
+            derived["loss_weights"] = None
+        super().compile(**derived)
+        self._loss_weights = [
+            (loss_weights or {}).get(name, 1.0) if self._declared else 1.0
+            for name in self.tasks
+        ]
+        self._compile_arguments = given
+        if self._declared is None:
+            separate = self.loss_weighting is not None
+            self._compiled_tasks.compile(
+                self._compile_loss if separate else None, self.output_names, given
             )
-        super().compile(optimizer, loss, loss_weights, *args, **kwargs)
-        # As in Keras, `loss` is None, a dict, or the losses of all outputs.
-        self._with_loss = _tasks_with_value(loss, self.task_names)
-        if self.loss_weighting is not None:
-            if not self._with_loss:
+            if separate and not self._compiled_tasks.with_loss:
                 raise ValueError(
                     "`loss` must give at least one task a loss if `loss_weighting` is "
                     f"set. Received: loss={loss!r}"
                 )
-            self._task_losses.compile(
-                self._compile_loss, loss, self.output_names, self._with_loss
+
+    def _check_compile(self, given: dict[str, Any]) -> None:
+        for argument in ("loss", "loss_weights", "metrics", "weighted_metrics"):
+            _by_task.check_keys(argument, given.get(argument), self.task_names)
+        weights = given.get("loss_weights")
+        if self.loss_weighting is not None and weights is not None:
+            raise ValueError(
+                "`loss_weights` must be None with a `loss_weighting`. "
+                f"Received: loss_weights={weights!r}"
             )
-        self._with_metrics = {
-            task
-            for argument in ("metrics", "weighted_metrics")
-            for task in _tasks_with_value(given.get(argument), self.task_names)
+        if self._declared is None:
+            return
+        if given.get("loss") is not None:
+            raise ValueError(
+                "`loss` must be None for a model with `tasks`, which have their "
+                f"losses. Received: loss={given['loss']!r}"
+            )
+        for argument in ("loss_weights", "metrics", "weighted_metrics"):
+            value = given.get(argument)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(
+                    f"`{argument}` must be a dict by task name for a model with "
+                    f"`tasks`. Received: {argument}={value!r}"
+                )
+
+    def get_compile_config(self) -> dict[str, Any]:
+        if not self.compiled or self._declared is None:
+            return super().get_compile_config()
+        # What the tasks declare is derived again.
+        return {
+            key: keras.saving.serialize_keras_object(value)
+            for key, value in self._compile_arguments.items()
         }
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
@@ -183,43 +245,12 @@ class MultiTaskModel(keras.Model):
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
-    def fit(self, *args: Any, **kwargs: Any) -> Any:
-        return super().fit(**self._fill_sample_weight(super().fit, args, kwargs))
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        return super().evaluate(
-            **self._fill_sample_weight(super().evaluate, args, kwargs)
-        )
-
-    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
-        return super().train_on_batch(
-            **self._fill_sample_weight(super().train_on_batch, args, kwargs)
-        )
-
-    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
-        return super().test_on_batch(
-            **self._fill_sample_weight(super().test_on_batch, args, kwargs)
-        )
-
-    def _fill_sample_weight(
-        self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Return the arguments by name, with missing sample weights set to 1.
-
-        Keras requires a weight for every label before it calls `compute_loss`.
-        """
-        arguments = dict(inspect.signature(method).bind(*args, **kwargs).arguments)
-        arguments |= arguments.pop("kwargs", {})
-        if arguments.get("sample_weight") is not None:
-            arguments["sample_weight"] = _by_task.fill_sample_weight(
-                arguments["sample_weight"], arguments.get("y"), self.output
-            )
-        held_out = arguments.get("validation_data")
-        if isinstance(held_out, list | tuple) and len(held_out) == 3:
-            x, y, weight = held_out
-            weight = _by_task.fill_sample_weight(weight, y, self.output)
-            arguments["validation_data"] = x, y, weight
-        return arguments
+    def complete_weights(self, y: Any, sample_weight: Any) -> Any:
+        if self._declared is not None:
+            return self._declared.complete_weights(y, sample_weight, self.output)
+        if sample_weight is None:
+            return None
+        return _by_task.fill_sample_weight(sample_weight, y, self.output)
 
     def compute_loss(
         self,
@@ -229,65 +260,49 @@ class MultiTaskModel(keras.Model):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Any:
-        if self._compile_loss is None:
+        if self._declared is None and self.loss_weighting is None:
+            if self._compile_loss is not None:
+                y, weights, _ = self._compiled_tasks.aligned(y, y_pred, sample_weight)
+                sample_weight = None if sample_weight is None else weights
             return super().compute_loss(x, y, y_pred, sample_weight, training)
-        # Before any sync with other replicas, whose calls clear these losses.
-        further = [self._aggregate_additional_loss(loss) for loss in self.losses]
-        y, weights, defined = _by_task.aligned(
-            y, y_pred, sample_weight, self._with_loss
-        )
-        y = {
-            # Keras requires a label for each output, even without a loss.
-            task: _by_task.replace_undefined(label, defined[task])
-            if task in self._with_loss
-            else y_pred[task]
-            for task, label in y.items()
-        }
-        if self.loss_weighting is None:
-            given = sample_weight is not None
-            return super().compute_loss(
-                x, y, y_pred, weights if given else None, training
-            )
-        total = self._weighted_loss(y, y_pred, weights, defined)
-        return sum(further, start=total)
+        if not self.compiled or (self._declared is None and self._compile_loss is None):
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        total, parts = self.loss_and_parts(x, y, y_pred, sample_weight, training)
+        self.last_parts = parts if training else None
+        return total
 
-    def _weighted_loss(
-        self,
-        y: dict[str, Any],
-        y_pred: dict[str, Any],
-        weights: dict[str, Any],
-        defined: dict[str, Any],
-    ) -> Any:
-        """Return the weighted loss of a replica's batch, scaled as in Keras.
+    def loss_and_parts(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any, training: bool
+    ) -> tuple[Any, LossParts]:
+        """Return the total loss of a replica's batch and its parts.
 
         Keras divides losses by the number of replicas, since the optimizer sums their
         gradients. The weighting gets undivided losses, and its total is divided.
         """
-        replicas = _backend.num_replicas()
-        found = self._task_losses(y, y_pred, weights, replicas)
-        zero = ops.zeros_like(found[self._with_loss[0]])
+        # Before any sync with other replicas, whose calls clear these losses.
+        rest = [self._aggregate_additional_loss(loss) for loss in self.losses]
+        found, mask = self._source.losses(y, y_pred, sample_weight)
+        zero = ops.zeros_like(next(iter(found.values())))
         # `y_pred` may be in another order: JAX and torch sort it by name.
-        task_losses = [found.get(task, zero) for task in self.task_names]
-        weighting: Any = self.loss_weighting
-        arguments = {}
-        if self._weighting_takes_mask:
-            rows = {task: defined[task] for task in self.task_names}
-            arguments["mask"] = _tasks_defined(rows, self._with_loss)
-        return weighting(ops.stack(task_losses), **arguments) / replicas
+        losses = ops.stack([found.get(task, zero) for task in self.tasks])
+        parts = LossParts(losses, mask, sum(rest, start=ops.zeros_like(zero)))
+        total = self._total(parts, training) / _backend.num_replicas()
+        return total + parts.rest, parts
+
+    def _total(self, parts: LossParts, training: bool) -> Any:
+        if self.loss_weighting is None or self.per_task_gradients:
+            return ops.sum(parts.losses * ops.convert_to_tensor(self._loss_weights))
+        known: dict[str, Any] = {"mask": parts.mask, "training": training}
+        arguments = {name: known[name] for name in self._weighting_takes}
+        return self.loss_weighting(parts.losses, **arguments)
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
     ) -> dict[str, Any]:
         if self._compile_metrics is not None:
-            y, weights, defined = _by_task.aligned(
-                y, y_pred, sample_weight, self._with_metrics
+            self._source.update_metrics(
+                self._compile_metrics, y, y_pred, sample_weight, self._features(x)
             )
-            known = {
-                task: _by_task.replace_undefined(label, defined[task])
-                for task, label in y.items()
-            }
-            features = self._features(x)
-            update_metrics(self._compile_metrics, y, known, y_pred, weights, features)
         return self.get_metrics_result()
 
     def _features(self, x: Any) -> dict[str, Any]:
@@ -299,9 +314,14 @@ class MultiTaskModel(keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         functional = keras.Model(self.input, self.output, name=self.name)
+        serialize = keras.saving.serialize_keras_object
         return {
             "functional": functional.get_config(),
-            "loss_weighting": keras.saving.serialize_keras_object(self.loss_weighting),
+            "loss_weighting": serialize(self.loss_weighting),
+            "tasks": None
+            if self._declared is None
+            else [serialize(task) for task in self._declared.tasks],
+            "shared_layers": self.shared_layers,
             "trainable": self.trainable,
         }
 
@@ -310,37 +330,39 @@ class MultiTaskModel(keras.Model):
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> MultiTaskModel:
         functional = keras.Model.from_config(config["functional"], custom_objects)
-        weighting = keras.saving.deserialize_keras_object(config["loss_weighting"])
+        deserialize = keras.saving.deserialize_keras_object
+        tasks = config.get("tasks")
         return cls(
             functional.input,
             functional.output,
-            loss_weighting=weighting,
+            loss_weighting=deserialize(config["loss_weighting"]),
+            tasks=None if tasks is None else [deserialize(task) for task in tasks],
+            shared_layers=config.get("shared_layers"),
             name=functional.name,
             trainable=config["trainable"],
         )
 
 
-def _tasks_with_value(value: Any, tasks: list[str]) -> list[str]:
-    """Return the tasks that have a value in an argument of `compile`."""
-    if value is None:
-        return []
-    if isinstance(value, list | tuple) and len(value) == len(tasks) > 1:
-        # One for each output, in Keras' order.
-        value = keras.tree.pack_sequence_as(dict.fromkeys(tasks), list(value))
-    if isinstance(value, dict):
-        return [task for task in tasks if value.get(task) is not None]
-    return tasks
+def _loss_weighting(identifier: Any) -> Any:
+    """Return None or a layer."""
+    if isinstance(identifier, str):
+        known = {**weighting.KNOWN, **gradients.KNOWN}
+        return known[_checks.one_of("loss_weighting", identifier, known)]()
+    if identifier is not None and not isinstance(identifier, keras.layers.Layer):
+        raise ValueError(
+            "`loss_weighting` must be None, a name, or a layer that maps the task "
+            f"losses to the total loss. Received: {identifier!r}"
+        )
+    return identifier
 
 
-def _tasks_defined(defined: dict[str, Any], with_loss: list[str]) -> Any:
-    """Return a (t,) bool mask of tasks with a loss and a defined row; None if all."""
-    if len(with_loss) == len(defined) and all(d is None for d in defined.values()):
+def _shared_layers(names: Any, model: keras.Model) -> list[str] | None:
+    if names is None:
         return None
-    rows_of = [
-        ops.convert_to_tensor(float(task in with_loss), "float32")
-        if rows is None or task not in with_loss
-        else ops.cast(ops.any(rows), "float32")
-        for task, rows in defined.items()
-    ]
-    # A task defined on one replica is defined in the global batch.
-    return _backend.sum_over_replicas(ops.stack(rows_of)) > 0
+    known = [layer.name for layer in model.layers]
+    if isinstance(names, str) or not all(name in known for name in names):
+        raise ValueError(
+            f"`shared_layers` must be names of layers of the model, {known}. "
+            f"Received: shared_layers={names!r}"
+        )
+    return list(names)

@@ -1,0 +1,73 @@
+"""What a head is: the last activation of a task, its loss, and its valid labels.
+
+Axis letters: n rows, o output units, w label columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import keras
+import numpy as np
+
+
+class Head:
+    """The output form of a task, without weights.
+
+    A subclass sets the attributes, and defines `loss` and `valid`.
+
+    Attributes:
+        activation: the last activation, for `keras.activations.get`.
+        output_units: int, the number o of units of the task's output.
+        rule: the labels that are valid, for error messages.
+        filler: a label that the loss can take, for rows without a valid one.
+    """
+
+    activation: ClassVar[Any] = None
+    output_units: int = 1
+    rule: ClassVar[str] = ""
+    filler: ClassVar[float] = 0.0
+
+    def loss(self) -> keras.losses.Loss:
+        """Return a new loss, a mean over the weights of the defined rows."""
+        raise NotImplementedError
+
+    def prediction(self, outputs: Any) -> Any:
+        """(n, o) -> what metrics compare with the labels: the outputs by default."""
+        return outputs
+
+    def loss_weights(self, weights: Any) -> Any:
+        """Return the weights of the terms of the loss from those of the labels."""
+        return weights
+
+    def valid(self, labels: np.ndarray) -> np.ndarray:
+        """Return a bool array, True where a label is valid."""
+        raise NotImplementedError
+
+    def get_config(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Head:
+        return cls(**config)
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"
+
+
+MEAN = "mean_with_sample_weight"
+
+
+class HeadLoss(keras.losses.Loss):
+    """A loss per row whose mean is over the sum of the sample weights."""
+
+    def __init__(self, name: str, reduction: str = MEAN, dtype: Any = None) -> None:
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+
+
+def like(labels: Any, outputs: Any) -> Any:
+    """Return the labels with the rank of the outputs: (n,) -> (n, 1)."""
+    if len(labels.shape) < len(outputs.shape):
+        return keras.ops.expand_dims(labels, -1)
+    return labels

@@ -1,0 +1,271 @@
+"""The declaration of one task: its head, labels, rows, loss and metrics.
+
+Axis letters: n rows, and in `(n, ...)` the further axes of a sequence or list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe import _backend, _checks
+from keras_moe.layers import Tower
+from keras_moe.layers._tasks import Tasks
+from keras_moe.multitask import heads
+from keras_moe.multitask.joint_loss import JointLoss, Rows
+
+# Metrics that Keras chooses by the shape of the output.
+_BY_SHAPE = ("accuracy", "acc", "crossentropy", "ce")
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class Task:
+    """A task of a `MultiTaskModel`, declared once.
+
+    The model derives from it what `compile` needs. A row on which the task is not
+    defined adds exactly nothing to its loss, metrics and gradients, whatever its label
+    is, NaN included. If no row of a batch is defined, the loss is 0; the metric
+    `<name>_defined`, the share of defined rows, is then 0 as well.
+
+    Args:
+        name: str, the key of the model's output.
+        head: "binary", "regression", "ziln", "ranking", or a head of
+            `keras_moe.multitask.heads`, such as `Ordinal(5)`: the form of the output.
+        label: the key of the labels in `y`. Several keys give the product of these
+            labels, which is 0 if one is 0, even if another is NaN: with
+            ("click", "conversion"), a row without a click is a row without a
+            conversion. Default: `name`.
+        defined: the rows on which the task is defined: None for all; the key of a label
+            that must be above 0 (a rating exists where `"watched"` is 1); or a
+            registered function from the dict of labels to a bool tensor. Rows of
+            sample weight 0 are never defined.
+        skip_missing: bool, whether a NaN label also makes a row undefined. By default
+            it makes the loss NaN, as a defined row must have a label.
+        loss: "head" for the loss of the head; None if the task is only predicted and
+            measured; a loss of Keras (one with `reduction="mean_with_sample_weight"`
+            excludes undefined rows exactly; others divide by their number too); or a
+            `JointLoss`.
+        metrics: Keras metrics or their names. They get the defined rows, the sample
+            weights, and the head's `prediction` (for `ZILN` the expected amount).
+
+    Raises:
+        ValueError: if an argument is invalid.
+
+    Example:
+
+    >>> inputs = keras.Input((8,))
+    >>> tasks = [
+    ...     keras_moe.multitask.Task("watched", metrics=["auc"]),
+    ...     keras_moe.multitask.Task(
+    ...         "stars", keras_moe.multitask.heads.Ordinal(5), defined="watched"
+    ...     ),
+    ... ]
+    >>> shared = keras_moe.layers.SharedBottom(16, [t.name for t in tasks])(inputs)
+    >>> outputs = {t.name: t.tower((8,))(shared[t.name]) for t in tasks}
+    >>> model = keras_moe.multitask.MultiTaskModel(inputs, outputs, tasks=tasks)
+    >>> model.compile("adam")
+    >>> labels = {"watched": np.array([1, 0]), "stars": np.array([4, np.nan])}
+    >>> history = model.fit(np.ones((2, 8)), labels, verbose=0)
+    """
+
+    def __init__(
+        self,
+        name: str,
+        head: Any = "binary",
+        *,
+        label: str | Sequence[str] | None = None,
+        defined: str | Callable[[dict[str, Any]], Any] | None = None,
+        skip_missing: bool = False,
+        loss: Any = "head",
+        metrics: Sequence[Any] = (),
+    ) -> None:
+        self.name = Tasks([name]).keys[0]
+        self.head = heads.get(head)
+        self.label_keys = _keys(self.name if label is None else label)
+        if (
+            defined is not None
+            and not isinstance(defined, str)
+            and not callable(defined)
+        ):
+            raise ValueError(
+                "`defined` must be None, the key of a label, or a function of the "
+                f"labels. Received: defined={defined!r} for the task {name!r}"
+            )
+        self.defined = defined
+        self.skip_missing = _checks.flag("skip_missing", skip_missing)
+        self.loss = _loss(loss, self)
+        self._default_loss = loss == "head" if isinstance(loss, str) else False
+        if isinstance(metrics, str) or not isinstance(metrics, Sequence):
+            raise ValueError(
+                "`metrics` must be a sequence of metrics. "
+                f"Received: metrics={metrics!r} for the task {name!r}"
+            )
+        self.metrics = [_metric(metric) for metric in metrics]
+
+    def tower(self, units: int | Sequence[int] = (), **kwargs: Any) -> Tower:
+        """Return a `Tower` whose output has the form of the head.
+
+        Args:
+            units: widths of the hidden layers.
+            **kwargs: further arguments of `keras_moe.layers.Tower`.
+        """
+        kwargs.setdefault("name", f"{self.name}_tower")
+        return Tower(
+            units,
+            self.head.activation,
+            output_units=self.head.output_units,
+            **kwargs,
+        )
+
+    @property
+    def sometimes_undefined(self) -> bool:
+        """Whether the labels decide on which rows the task is defined."""
+        return self.defined is not None or self.skip_missing
+
+    @property
+    def keys(self) -> set[str]:
+        """The keys of `y` that the task needs."""
+        return {*self.label_keys} | (
+            {self.defined} if isinstance(self.defined, str) else set()
+        )
+
+    def rows(self, labels: dict[str, Any], outputs: Any, weights: Any = None) -> Rows:
+        """Return the labels and weights of the task, undefined rows replaced.
+
+        Args:
+            labels: dict of labels by key.
+            outputs: the output of the task, `(n, ..., o)`.
+            weights: None, or the sample weights, `(n,)` or `(n, ...)`.
+        """
+        label = _product([_per_row(labels[key], outputs) for key in self.label_keys])
+        rank = len(outputs.shape) - 1
+        mask = _backend.keras_mask(outputs)
+        conditions = [] if mask is None else [ops.cast(mask, "bool")]
+        if self.defined is not None:
+            flags = (
+                self.defined(labels)
+                if callable(self.defined)
+                else ops.convert_to_tensor(labels[self.defined]) > 0
+            )
+            conditions.append(_per_row(flags, outputs))
+        if self.skip_missing:
+            present = ops.logical_not(ops.isnan(label))
+            axes = tuple(range(rank, len(label.shape)))
+            conditions.append(ops.all(present, axis=axes) if axes else present)
+        if weights is not None:
+            weights = ops.cast(_per_row(weights, outputs), "float32")
+            conditions.append(ops.not_equal(weights, 0))
+        if not conditions:
+            return Rows(label, None)
+        # Of the rank of the label, so that they broadcast against each other.
+        shape = ops.shape(label)[:rank]
+        defined = ops.ones(shape, "bool")
+        for condition in conditions:
+            defined = ops.logical_and(defined, _with_rank(condition, rank))
+        weight = ops.cast(defined, "float32")
+        if weights is not None:
+            weight = ops.where(defined, _with_rank(weights, rank) * weight, 0.0)
+        filler = ops.cast(self.head.filler, label.dtype)
+        return Rows(
+            ops.where(_with_rank(defined, len(label.shape)), label, filler), weight
+        )
+
+    def check(self, rows: Rows) -> None:
+        """Raise ValueError if a label of a defined row is not valid."""
+        if not self._default_loss:
+            return
+        labels = np.asarray(ops.convert_to_numpy(rows.labels), "float64")
+        wrong = ~self.head.valid(labels)
+        if rows.weights is not None:
+            defined = np.asarray(ops.convert_to_numpy(rows.weights)) != 0
+            wrong &= defined.reshape(defined.shape + (1,) * (wrong.ndim - defined.ndim))
+        if wrong.any():
+            row = tuple(int(i[0]) for i in np.nonzero(wrong))
+            raise ValueError(
+                f"the labels of the task {self.name!r} must be {self.head.rule} on "
+                f"rows where it is defined. Received: {labels[row]} in row {row[0]}"
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        serialize = keras.saving.serialize_keras_object
+        named = self.defined is None or isinstance(self.defined, str)
+        return {
+            "name": self.name,
+            "head": serialize(self.head),
+            "label": list(self.label_keys),
+            "defined": self.defined if named else serialize(self.defined),
+            "skip_missing": self.skip_missing,
+            "loss": "head" if self._default_loss else serialize(self.loss),
+            "metrics": [serialize(metric) for metric in self.metrics],
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Task:
+        deserialize = keras.saving.deserialize_keras_object
+        config = dict(config)
+        for key in ("head", "defined", "loss"):
+            if isinstance(config[key], dict):
+                config[key] = deserialize(config[key])
+        config["metrics"] = [deserialize(metric) for metric in config["metrics"]]
+        return cls(**config)
+
+    def __repr__(self) -> str:
+        return f"Task({self.name!r}, {self.head!r})"
+
+
+def _keys(label: Any) -> tuple[str, ...]:
+    keys = (label,) if isinstance(label, str) else tuple(label)
+    if not keys or not all(isinstance(key, str) for key in keys):
+        raise ValueError(
+            "`label` must be the key of a label or a sequence of keys. "
+            f"Received: label={label!r}"
+        )
+    return keys
+
+
+def _loss(loss: Any, task: Task) -> Any:
+    if isinstance(loss, str) and loss == "head":
+        return task.head.loss()
+    if loss is None or isinstance(loss, JointLoss):
+        return loss
+    return keras.losses.get(loss)
+
+
+def _metric(metric: Any) -> Any:
+    if not isinstance(metric, str) or metric in _BY_SHAPE:
+        return metric
+    found = keras.metrics.get(metric)
+    if isinstance(found, keras.metrics.Metric):
+        found.name = metric  # Keras numbers the names: "auc_1".
+    return found
+
+
+def _per_row(values: Any, outputs: Any) -> Any:
+    """(n, ..., 1) -> (n, ...) for outputs (n, ..., o)."""
+    values = ops.convert_to_tensor(values)
+    if len(values.shape) == len(outputs.shape) and values.shape[-1] == 1:
+        return ops.squeeze(values, axis=-1)
+    return values
+
+
+def _product(labels: list[Any]) -> Any:
+    """Return the product; 0 where a label is 0, even if another one is NaN."""
+    if len(labels) == 1:
+        return labels[0]
+    labels = [ops.cast(label, "float32") for label in labels]
+    zero = ops.zeros_like(labels[0])
+    product, any_zero = labels[0], ops.equal(labels[0], 0)
+    for label in labels[1:]:
+        product = product * label
+        any_zero = ops.logical_or(any_zero, ops.equal(label, 0))
+    return ops.where(any_zero, zero, product)
+
+
+def _with_rank(values: Any, rank: int) -> Any:
+    while len(values.shape) < rank:
+        values = ops.expand_dims(values, -1)
+    return values
