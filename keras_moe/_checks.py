@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from keras import backend, ops
@@ -60,6 +60,38 @@ def positive_number(name: str, value: Any) -> float:
             f"`{name}` must be a finite number > 0. Received: {name}={value!r}"
         )
     return float(value)
+
+
+def non_negative_number(name: str, value: Any) -> float:
+    """Return `value` if it is a finite number of at least 0, else raise ValueError."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0.0 <= float(value) < float("inf"):
+        raise ValueError(
+            f"`{name}` must be a finite number >= 0. Received: {name}={value!r}"
+        )
+    return float(value)
+
+
+def each(name: str, value: Any, check: Callable[[str, Any], Any]) -> list[Any]:
+    """Return the checked elements of a sequence with at least one."""
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | dict):
+        raise ValueError(
+            f"`{name}` must be a sequence of numbers, one for each task. "
+            f"Received: {name}={value!r}"
+        )
+    found = [check(f"{name}[{i}]", element) for i, element in enumerate(value)]
+    if not found:
+        raise ValueError(f"`{name}` must not be empty. Received: {name}={value!r}")
+    return found
+
+
+def one_per_task(name: str, values: list[Any], tasks: int) -> None:
+    """Raise ValueError unless there is one value for each task."""
+    if len(values) != tasks:
+        raise ValueError(
+            f"`{name}` must have one element for each of the {tasks} tasks. "
+            f"Received: {name}={values!r}"
+        )
 
 
 def flag(name: str, value: Any) -> bool:

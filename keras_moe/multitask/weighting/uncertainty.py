@@ -11,11 +11,11 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe._layer import Layer
+from keras_moe.multitask.weighting._base import LossWeighting
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class UncertaintyWeighting(Layer):
+class UncertaintyWeighting(LossWeighting):
     """Weights each task's loss by a learned noise variance.
 
     total = 1/2 sum_t (exp(-s_t) loss_t + s_t), with s_t = log sigma_t^2 learned from 0.
@@ -32,6 +32,7 @@ class UncertaintyWeighting(Layer):
         task_losses: tensor of shape `(t,)`.
         mask: bool tensor of shape `(t,)`, False for a task that is not defined on any
             row of the batch: its term is 0, and its s_t gets no gradient.
+        training: not used.
 
     Returns:
         The total loss, a scalar.
@@ -53,13 +54,6 @@ class UncertaintyWeighting(Layer):
           for Scene Geometry and Semantics](https://arxiv.org/abs/1705.07115)
     """
 
-    least_rank = 1
-
-    def __init__(self, **kwargs: Any) -> None:
-        # Autocast would round the losses to half precision under a mixed policy.
-        super().__init__(autocast=False, **kwargs)
-        self.supports_masking = True
-
     def build(self, input_shape: tuple[int, ...]) -> None:
         self.log_variances = self.add_weight(
             name="log_variances",
@@ -68,7 +62,7 @@ class UncertaintyWeighting(Layer):
             autocast=False,
         )
 
-    def call(self, task_losses: Any, mask: Any = None) -> Any:
+    def call(self, task_losses: Any, mask: Any = None, training: Any = None) -> Any:
         s = ops.convert_to_tensor(self.log_variances)
         task_losses = ops.cast(task_losses, s.dtype)
         _checks.axes(task_losses=(task_losses, "t"), mask=(mask, "t?"))
@@ -79,10 +73,3 @@ class UncertaintyWeighting(Layer):
         if mask is not None:
             terms = ops.where(mask, terms, ops.zeros_like(terms))
         return 0.5 * ops.sum(terms)
-
-    def compute_mask(self, inputs: Any, mask: Any = None) -> None:
-        """Return None: the total covers all tasks."""
-        return None
-
-    def compute_output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
-        return ()
