@@ -11,8 +11,9 @@ gives the curve b(r) = (r^2 - 1) / sqrt(2)):
     conversion logit  s_z = a_z + signal (p g_y(x) + sqrt(1 - p^2) c(x)) + confounding u
     c(x) = (g_z(x) + b(r(x))) / sqrt(2),  p the correlation
 
-Without shift and confounding, corr(s_y, s_z) = p. Conversion labels are drawn for all
-rows, and observed where a row was clicked.
+Without shift and confounding, corr(s_y, s_z) = p; with p = 1 or -1, conversions do not
+depend on r, and a shift has no effect. Conversion labels are drawn for all rows, and
+observed where a row was clicked.
 
 There are two kinds of selection bias, which are easily confused:
 

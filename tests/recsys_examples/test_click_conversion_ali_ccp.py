@@ -1,5 +1,6 @@
 """Ali-CCP: values by hand from files of the published format, the join, every error."""
 
+import tempfile
 import threading
 import tracemalloc
 
@@ -153,6 +154,16 @@ class TestJoin:
         write(tmp_path)
         message = fault(tmp_path, index_dir=tmp_path / "nowhere")
         assert message == "nowhere: the folder of the index does not exist"
+
+    def test_a_temporary_index_is_removed(self, tmp_path, monkeypatch):
+        write(tmp_path / "data")
+        (tmp_path / "temporary").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+        reader = read_ali_ccp(tmp_path / "data", "train", batch_size=1)
+        next(reader)
+        assert len(list(tmp_path.glob("temporary/*/*.sqlite"))) == 1
+        reader.close()
+        assert not list((tmp_path / "temporary").iterdir())
 
     def test_threads_take_turns(self, tmp_path):
         write(tmp_path)
