@@ -173,6 +173,20 @@ class TestCovariateShift:
             found.append(loss.mean())
         return found
 
+    def test_clicks_follow_a_direction_with_which_conversions_bend(self):
+        settings = replace(DEFAULT, covariate_shift=4.0, correlation=0.0)
+        rows = sample_impressions(settings, 2)
+        click, conversion = (logit(rows.truth[k]) for k in (P_CLICK, P_CONVERSION))
+        assert np.corrcoef(click, conversion)[0, 1] == pytest.approx(0, abs=0.05)
+        # 4^2 of the variance of 4^2 + 1.5^2 is linear: 0.88.
+        x = inputs(rows)
+        w = np.linalg.lstsq(x, click - click.mean(), rcond=None)[0]
+        assert np.var(x @ w) / np.var(click) > 0.85
+        # The bend is half of the variance of the conversion logit.
+        direction = x @ w / np.std(x @ w)
+        found = np.corrcoef(direction**2, conversion)[0, 1]
+        assert found == pytest.approx(np.sqrt(0.5), abs=0.1)
+
     def test_shift_harms_a_simple_model_and_weights_help(self):
         naive, weighted = self.losses(0.0)
         assert weighted == pytest.approx(naive, abs=0.01)
