@@ -1,0 +1,1 @@
+"""Click and conversion: multi-task models where the second label needs the first."""
