@@ -21,6 +21,9 @@ STUDIES = ("movielens", "two_stage", "census_income", "task_correlation")
 MODULES = (
     "layers",
     "multitask",
+    "multitask.heads",
+    "multitask.weighting",
+    "multitask.gradients",
     "routers",
     "experts",
     "dispatch",
