@@ -37,8 +37,14 @@ def test_examples_run(name):
     "public",
     [
         getattr(module, name)
-        for module in (keras_moe.layers, keras_moe.multitask)
+        for module in (
+            keras_moe.layers,
+            keras_moe.multitask,
+            keras_moe.multitask.gradients,
+            keras_moe.multitask.weighting,
+        )
         for name in module.__all__
+        if name != "KNOWN"
     ],
     ids=lambda public: public.__name__,
 )

@@ -10,7 +10,7 @@ import keras_moe.experts
 import keras_moe.layers
 import keras_moe.multitask
 from keras_moe import routers
-from keras_moe.multitask import UncertaintyWeighting
+from keras_moe.multitask import weighting
 from tests.contracts import ROWS, Case
 from tests.support.layer_cases import CASES
 
@@ -46,11 +46,22 @@ ROUTERS = [
         kwargs={"num_experts": 4, "vocabulary_size": 10},
     ),
 ]
-WEIGHTING = Case(
-    "UncertaintyWeighting", UncertaintyWeighting, shapes=((),), float32_output=True
-)
-# Base classes, and a model.
-OTHERS = {"MultiTaskModel", "Router", "StackedKernels"}
+WEIGHTINGS = [
+    Case(kind.__name__, kind, shapes=((),), kwargs=kwargs, float32_output=True)
+    for kind, kwargs in (
+        (weighting.DWA, {"steps": 2}),
+        (
+            weighting.DecayingWeighting,
+            {"weights": [1.0] * ROWS, "decay": [0.5] * ROWS, "steps": 2},
+        ),
+        (weighting.FAMO, {}),
+        (weighting.FixedWeighting, {"weights": [0.5] * ROWS}),
+        (weighting.RLW, {"seed": 1}),
+        (weighting.UncertaintyWeighting, {}),
+    )
+]
+# Base classes, a model, and a layer of square matrices.
+OTHERS = {"MultiTaskModel", "Router", "StackedKernels", "LossWeighting", "GradNorm"}
 
 
 # Keras' own training warns of these: it shuffles a generator, and trains a router by
@@ -58,7 +69,7 @@ OTHERS = {"MultiTaskModel", "Router", "StackedKernels"}
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")
 @pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
 @pytest.mark.parametrize(
-    "case", [*CASES, *ROUTERS, WEIGHTING], ids=lambda case: case.name
+    "case", [*CASES, *ROUTERS, *WEIGHTINGS], ids=lambda case: case.name
 )
 def test_run_layer_test_of_keras(case):
     layer = case.layer()
@@ -76,7 +87,7 @@ def test_run_layer_test_of_keras(case):
         names = list(inspect.signature(layer.call).parameters)
         inputs = {f"{n}_shape": s for n, s in zip(names, shapes, strict=False)}
         options["run_training_check"] = False
-    if isinstance(layer, UncertaintyWeighting):
+    if isinstance(layer, weighting.LossWeighting):
         options["run_training_check"] = False  # It has no batch.
     if case.float32_output:
         options["run_mixed_precision_check"] = False  # The contract has its own.
@@ -101,6 +112,7 @@ def test_every_public_layer_is_checked():
             keras_moe.experts,
             keras_moe.routers,
             keras_moe.multitask,
+            weighting,
         )
         for name, value in vars(module).items()
         if isinstance(value, type)
@@ -108,5 +120,5 @@ def test_every_public_layer_is_checked():
         and value.__module__.startswith("keras_moe.")
         and not name.startswith("_")
     }
-    checked = {type(case.layer()).__name__ for case in (*CASES, *ROUTERS, WEIGHTING)}
+    checked = {type(case.layer()).__name__ for case in (*CASES, *ROUTERS, *WEIGHTINGS)}
     assert known - OTHERS - {"Layer"} == checked

@@ -87,6 +87,8 @@ class GradientWeighting(WeightingLayer):
             if training:
                 update = ops.logical_and(finite, all_finite(task_losses))
         count = ops.sum(ops.cast(mask, gramian.dtype))
+        largest = ops.max(ops.diagonal(gramian))  # Before the sum, which may overflow.
+        gramian = gramian / ops.where(largest > 0, largest, 1.0)
         scale = ops.sum(ops.diagonal(gramian)) / ops.maximum(count, 1.0)
         gramian = gramian / ops.where(scale > 0, scale, 1.0)
         weights = self.weights_of(gramian, task_losses, mask, update)

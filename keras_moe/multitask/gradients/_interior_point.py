@@ -51,13 +51,12 @@ def minimize(
         if on_simplex:
             # Changes of x have the sum 0: the added 1 has no effect but to make the
             # Hessian of a homogeneous function regular.
-            matrix = matrix + 1.0
-            both = ops.solve(matrix, ops.stack([right, ones], axis=-1))
+            both = ops.solve(matrix + 1.0, ops.stack([right, ones], axis=-1))
             dx, by_v = both[..., 0], both[..., 1]
             excess = ops.sum(x + dx, axis=-1, keepdims=True) - 1.0
             dx = dx - excess / ops.sum(by_v, axis=-1, keepdims=True) * by_v
         else:
-            dx = ops.solve(matrix, right)
+            dx = ops.solve(matrix, right[..., None])[..., 0]
         by_x = dx / x
         by_s = aim / gap - 1.0 - by_x
         fastest = ops.max(-ops.minimum(by_x, by_s), axis=-1, keepdims=True)

@@ -15,7 +15,8 @@ from keras_moe.multitask.gradients._base import GradientWeighting
 from keras_moe.multitask.gradients._gramian import mean_over, times
 from keras_moe.multitask.gradients._interior_point import minimize
 
-# Added to |g_w|^2, as in the paper's code: the norm has no gradient at 0.
+# Added to |g_w|^2, since the norm has no gradient at 0. The paper's code adds 1e-8,
+# which changes the weights of much smaller gradients.
 _SMOOTHING = 1e-12
 
 
@@ -68,7 +69,8 @@ class CAGrad(GradientWeighting):
         mean = mean_over(mask, gramian.dtype)
         by_mean = times(gramian, mean)  # g_i . g_0
         radius = self.c * ops.sqrt(ops.maximum(ops.sum(mean * by_mean), 0.0))
-        linear = by_mean + ops.where(mask, 0.0, 4.0 * t)
+        # The last term keeps the weights outside the mask at 0.
+        linear = by_mean + 4.0 * t * (1.0 - ops.cast(mask, gramian.dtype))
 
         def norm(w: Any, products: Any) -> Any:
             return ops.sqrt(ops.maximum(ops.sum(w * products), 0.0) + _SMOOTHING)

@@ -60,7 +60,7 @@ class MGDA(GradientWeighting):
     def weights_of(self, gramian: Any, task_losses: Any, mask: Any, update: Any) -> Any:
         t = gramian.shape[0]
         # More than any gradient of the objective within the mask: no weight outside.
-        outside = ops.where(mask, 0.0, 2.0 * t)
+        outside = 2.0 * t * (1.0 - ops.cast(mask, gramian.dtype))
 
         def derivatives(w: Any) -> tuple[Any, Any]:
             return times(gramian, w) + outside, gramian

@@ -59,7 +59,7 @@ class UPGrad(GradientWeighting):
     def weights_of(self, gramian: Any, task_losses: Any, mask: Any, update: Any) -> Any:
         unit, norms, active = correlations(gramian)
         # Zero gradients must not enter the projection of another.
-        linear = unit + ops.where(active, 0.0, 1.0)
+        linear = unit + 1.0 - ops.cast(active, unit.dtype)
 
         # Row i of x: for the projection of u_i, v = x + (1 in place i).
         def derivatives(x: Any) -> tuple[Any, Any]:

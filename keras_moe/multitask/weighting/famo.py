@@ -131,10 +131,9 @@ class FAMO(LossWeighting):
         )
         mask = task_mask(mask, old_losses)
         both = ops.where(mask, ops.stack([old_losses, new_losses]), 0.0)
-        (old_losses, new_losses), finite = self.observed(both)
-        decrease = ops.log(self._excess(old_losses, mask)) - ops.log(
-            self._excess(new_losses, mask)
-        )
+        both, finite = self.observed(both)
+        logs = ops.log(self._excess(both, mask))
+        decrease = logs[0] - logs[1]
         valid = ops.logical_and(finite, all_finite(decrease))
         shares = self._shares(mask)
         gradient = shares * (decrease - ops.sum(shares * decrease))
