@@ -158,7 +158,11 @@ def check_multi_gate(layer, x, **given):
     experts = experts_of(layer.experts, values)
     gates = mlps(layer.gates, values)
     flat = x.reshape(-1, x.shape[-1])
-    options = {"temperature": layer.gate_temperature, "top_k": layer.top_k}
+    options = {
+        "temperature": layer.gate_temperature,
+        "top_k": layer.top_k,
+        "shared_top_k": layer.shared_top_k,
+    }
 
     def expected():
         if isinstance(layer, OMoE):

@@ -76,6 +76,18 @@ CASES = [
         MMoE,
         kwargs={"num_experts": 12, "expert_units": (8, 5), "tasks": 2, "top_k": 2},
     ),
+    Case(
+        "MMoE-joint-budget",
+        MMoE,
+        kwargs={
+            "num_experts": 12,
+            "expert_units": (8, 5),
+            "tasks": TASKS,
+            "shared_top_k": 2,
+            "top_k": 1,
+            "load_balancing_loss_weight": 0.01,
+        },
+    ),
     Case("OMoE", OMoE, kwargs={"num_experts": 4, "expert_units": 5, "tasks": TASKS}),
     Case(
         "CGC",
