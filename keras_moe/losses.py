@@ -69,6 +69,59 @@ def load_balancing_loss(
     return num_experts * ops.sum(chosen_share * mean_probs)
 
 
+def multi_gate_load_balancing_loss(
+    gate_probs: Any, gate_weights: Any, mask: Any = None
+) -> Any:
+    """Load balancing loss over the union of several gates' choices; 1 if balanced.
+
+    `e * sum_e f_e P_e`. With c_e the number of tokens for which at least one of the t
+    gates chose expert e (the expert is computed once for such a token),
+    `f_e = c_e / sum_e c_e`; P_e is the mean probability of e over tokens and gates. For
+    one gate it is `load_balancing_loss`. The gradient flows through P alone.
+
+    Args:
+        gate_probs: `(n, t, e)` float, each gate's softmax over all experts.
+        gate_weights: `(n, t, e)` float, 0 where a gate has not chosen an expert.
+        mask: `(n,)` bool, False for ignored tokens. All tokens count by default.
+
+    Returns:
+        A scalar: 1 if f or P is uniform, e if all gates choose the same single expert
+        with probability 1.
+
+    Raises:
+        ValueError: if a shape is wrong, or the shapes differ.
+
+    Example:
+
+    >>> probs = np.array([[[0.9, 0.1], [0.2, 0.8]]])
+    >>> weights = np.array([[[1.0, 0.0], [0.0, 1.0]]])
+    >>> float(keras_moe.losses.multi_gate_load_balancing_loss(probs, weights))
+    1.0
+
+    References:
+        - [Zhang et al., 2026: SMES: Towards Scalable Multi-Task Recommendation via
+          Expert Sparsity](https://arxiv.org/abs/2602.09386), for balance over the
+          aggregated choices of all gates
+        - [Fedus et al., 2021: Switch Transformers: Scaling to Trillion Parameter Models
+          with Simple and Efficient Sparsity](https://arxiv.org/abs/2101.03961)
+    """
+    _checks.axes(
+        gate_probs=(gate_probs, "nte"),
+        gate_weights=(gate_weights, "nte"),
+        mask=(mask, "n?"),
+    )
+    mask = _bool_mask(mask)
+    probs = ops.convert_to_tensor(gate_probs)
+    num_gates, num_experts = probs.shape[-2:]
+    # NaN counts as chosen, as in `routing.union`.
+    chosen = ops.any(ops.convert_to_tensor(gate_weights) != 0, axis=1)  # (n, e)
+    probs = _masked(ops.sum(probs, axis=1) / num_gates, mask)  # (n, e)
+    counts = ops.sum(_masked(ops.cast(chosen, probs.dtype), mask), axis=0)  # c
+    share = counts / ops.maximum(ops.sum(counts), 1.0)  # f
+    mean_probs = ops.sum(probs, axis=0) / _number_of_tokens(probs, mask)  # P
+    return num_experts * ops.sum(share * mean_probs)
+
+
 def importance_loss(gate_weights: Any, mask: Any = None) -> Any:
     """CV² of the experts' importance, the sum of an expert's gates over the tokens.
 

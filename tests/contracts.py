@@ -27,6 +27,7 @@ class Case:
     shapes: tuple[tuple[int, ...], ...] = ((6,),)
     float32_output: bool = False
     rows_compete: bool = False  # For places in experts, so a batch is not its rows.
+    scenarios: int = 0  # If not 0, the last input, of shape (), is ids below it.
     kwargs: dict = field(default_factory=dict)
 
     def layer(self, **kwargs) -> keras.layers.Layer:
@@ -40,12 +41,39 @@ class Case:
     def inputs(self, *leading: int, dtype="float32") -> list[np.ndarray]:
         rng = np.random.default_rng(7)
         return [
-            rng.normal(size=(*leading, *shape)).astype(dtype) for shape in self.shapes
+            rng.integers(self.scenarios, size=leading).astype(kind)
+            if kind == "int32"
+            else rng.normal(size=(*leading, *shape)).astype(dtype)
+            for shape, kind in zip(self.shapes, self.dtypes, strict=True)
+        ]
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The type of each input."""
+        given = ["float32"] * len(self.shapes)
+        return [*given[:-1], "int32"] if self.scenarios else given
+
+    def symbolic(self) -> list[keras.KerasTensor]:
+        return [
+            keras.Input(shape, dtype=dtype)
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
         ]
 
     def model(self, layer) -> keras.Model:
-        inputs = [keras.Input(shape) for shape in self.shapes]
+        inputs = self.symbolic()
         return keras.Model(inputs, layer(*inputs))
+
+
+class Call(keras.layers.Layer):
+    """A built layer that is called with its inputs and, each time, with `given`."""
+
+    def __init__(self, layer, **given):
+        super().__init__(dtype=layer.dtype_policy)
+        self.layer, self.given = layer, given
+        self.built = True
+
+    def call(self, *inputs):
+        return self.layer(*inputs, **self.given)
 
 
 def flat(outputs) -> list[np.ndarray]:
@@ -88,7 +116,7 @@ def output_shape(case: Case) -> None:
         inputs = case.inputs(*leading)
         found = keras.tree.map_structure(lambda o: tuple(o.shape), layer(*inputs))
         assert found == layer.compute_output_shape(*[x.shape for x in inputs])
-    symbolic = case.layer()(*[keras.Input(shape) for shape in case.shapes])
+    symbolic = case.layer()(*case.symbolic())
     for tensor in keras.tree.flatten(symbolic):
         assert tensor.shape[0] is None
         assert None not in tensor.shape[1:]
@@ -142,7 +170,10 @@ def gradients_reach_every_weight(case: Case) -> None:
     outputs = keras.tree.flatten(keras.tree.map_shape_structure(np.zeros, shapes))
     rng = np.random.default_rng(3)
     cotangents = [rng.normal(size=o.shape).astype("float32") for o in outputs]
-    by_weight, by_input = backends.gradients(layer, inputs, cotangents)
+    call = layer
+    if case.scenarios:  # Ids have no gradient.
+        call = Call(layer, scenario=inputs.pop())
+    by_weight, by_input = backends.gradients(call, inputs, cotangents)
     assert by_weight
     for variable, gradient in zip(layer.trainable_variables, by_weight, strict=True):
         assert np.isfinite(gradient).all(), variable.path
@@ -177,7 +208,10 @@ def mask_is_passed_on(case: Case) -> None:
 def another_width_is_refused(case: Case) -> None:
     layer = case.built()
     for factor in (2, 3):
-        wider = [np.concatenate([x] * factor, axis=-1) for x in case.inputs(4)]
+        wider = [
+            np.concatenate([x] * factor, axis=-1) if x.ndim > 1 else x
+            for x in case.inputs(4)
+        ]
         with pytest.raises(ValueError, match="axis -1"):
             layer(*wider)
 

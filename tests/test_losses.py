@@ -230,6 +230,11 @@ LEGAL = {
         "expert_indices": INDICES,
         "mask": MASK,
     },
+    "multi_gate_load_balancing_loss": {
+        "gate_probs": np.stack([PROBS, PROBS[::-1]], axis=1),
+        "gate_weights": np.stack([PROBS > 0.3, PROBS > 0.5], axis=1) * 0.5,
+        "mask": MASK,
+    },
     "importance_loss": {"gate_weights": PROBS, "mask": MASK},
     "load_loss": {"choice_probs": PROBS, "mask": MASK},
     "router_z_loss": {"router_logits": PROBS, "mask": MASK},
@@ -238,7 +243,14 @@ LEGAL = {
 }
 AXES = {"expert_indices": "(n, k)", "mask": "(n,)", "values": "(e,)"}
 ARGUMENTS = [(name, argument) for name in LEGAL for argument in LEGAL[name]]
+OF_SEVERAL_GATES = "multi_gate_load_balancing_loss"
 MASKED = [name for name in LEGAL if "mask" in LEGAL[name]]
+
+
+def axes_of(name, argument):
+    if name == OF_SEVERAL_GATES and argument != "mask":
+        return "(n, t, e)"
+    return AXES.get(argument, "(n, e)")
 
 
 def refused(name, message, **changes):
@@ -268,7 +280,7 @@ def test_every_public_loss_is_tested_for_its_shapes():
 
 @pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
 def test_other_ranks_are_refused(name, argument):
-    legal, axes = LEGAL[name][argument], AXES.get(argument, "(n, e)")
+    legal, axes = LEGAL[name][argument], axes_of(name, argument)
     for other in (legal[0], legal[None], legal[..., None]):
         message = (
             f"`{argument}` must have the shape {axes}. "
@@ -281,7 +293,7 @@ def test_other_ranks_are_refused(name, argument):
 def test_a_missing_argument_is_named(name, argument):
     if argument == "mask":
         return
-    axes = AXES.get(argument, "(n, e)")
+    axes = axes_of(name, argument)
     message = f"`{argument}` must have the shape {axes}. Received: {argument}=None"
     refused(name, message, **{argument: None})
 
@@ -309,7 +321,8 @@ def test_swapped_arguments_are_refused():
     refused("load_balancing_loss", message, **changes)
     for name in MASKED[1:]:
         first = next(iter(LEGAL[name]))
-        message = f"`{first}` must have the shape (n, e). Received: {first} of shape"
+        axes = axes_of(name, first)
+        message = f"`{first}` must have the shape {axes}. Received: {first} of shape"
         refused(name, message, **{first: MASK, "mask": PROBS})
 
 

@@ -186,28 +186,39 @@ class GatedMixture(Mixture):
         return on_streams(gates, streams, [1] * len(streams))
 
     def gate_probabilities(
-        self, logits: Any, training: bool | None, top_k: int | None = None
+        self,
+        logits: Any,
+        training: bool | None,
+        top_k: int | None = None,
+        shared_top_k: int = 0,
     ) -> Any:
         """Return the softmax of `logits` over the last axis, in the dtype of `logits`.
 
-        With `top_k`, all but the k largest are 0 and the rest is renormalized to sum
-        to 1. With `top_k=1` it is not, as a renormalized single weight is always 1 and
-        has no gradient; it stays the softmax over all experts (Switch Transformer).
+        With `top_k`, only the `shared_top_k` experts that the gates of a row choose
+        together, and the k largest others of each gate, are not 0. The weights of a
+        gate are renormalized to sum to 1. If it has only one they are not, as a
+        renormalized single weight is always 1 and has no gradient; it stays the
+        softmax over all experts (Switch Transformer).
         """
         if logits.shape[-1] == 1:
             # Avoids Keras' warnings on a softmax of size 1 and on missing gradients.
             return 1.0 + 0.0 * logits
         logits = logits / self.gate_temperature
+        remaining = logits
         if training and self.gate_dropout > 0.0:
-            logits = self._drop_experts(logits)
+            remaining = self._drop_experts(logits)
         if top_k is None:
-            return ops.softmax(logits, axis=-1)
-        chosen = routing.top_k(logits, top_k)
-        kept = ops.sum(ops.one_hot(chosen, logits.shape[-1]), axis=-2) > 0
-        if top_k == 1:
-            gates = ops.softmax(logits, axis=-1)
+            return ops.softmax(remaining, axis=-1)
+        kept = _chosen(remaining, top_k, shared_top_k)
+        if shared_top_k and remaining is not logits:
+            # The other gates may have chosen only experts that this gate has dropped.
+            usable = ops.logical_and(kept, ops.isfinite(remaining))
+            usable = ops.any(usable, axis=-1, keepdims=True)
+            remaining = ops.where(usable, remaining, logits)
+        if top_k + shared_top_k == 1:
+            gates = ops.softmax(remaining, axis=-1)
             return ops.where(kept, gates, ops.zeros_like(gates))
-        return ops.softmax(ops.where(kept, logits, -float("inf")), axis=-1)
+        return ops.softmax(ops.where(kept, remaining, -float("inf")), axis=-1)
 
     def _drop_experts(self, logits: Any) -> Any:
         """Mask logits before the softmax, which renormalizes the remaining gates."""
@@ -227,6 +238,24 @@ class GatedMixture(Mixture):
                 self.gate_kernel_initializer
             ),
         }
+
+
+def _chosen(logits: Any, top_k: int, shared_top_k: int) -> Any:
+    """(..., g, e) -> bool (..., g, e): the choices of all gates, and of each gate."""
+    if not shared_top_k:
+        return _is_top(logits, top_k)
+    scores = ops.sum(ops.softmax(logits, axis=-1), axis=-2, keepdims=True)
+    shared = _is_top(scores, shared_top_k)  # (..., 1, e)
+    if not top_k:
+        return ops.broadcast_to(shared, ops.shape(logits))
+    others = ops.where(shared, -float("inf"), logits)
+    return ops.logical_or(shared, _is_top(others, top_k))
+
+
+def _is_top(scores: Any, k: int) -> Any:
+    """Whether each of `scores` (..., e) is one of the k largest of the last axis."""
+    chosen = routing.top_k(scores, k)
+    return ops.sum(ops.one_hot(chosen, scores.shape[-1]), axis=-2) > 0
 
 
 def on_streams(

@@ -4,6 +4,12 @@ Axis letters: n rows, d input features, e experts, t tasks, u expert output unit
 
 With experts f_k and gates g_t (Ma et al. 2018, equations 6 and 7):
 y_t = sum_k g_t(x)_k f_k(x),  g_t(x) = softmax(W_t x).
+
+A joint budget of experts (Zhang et al. 2026) keeps, with p_t the softmax above,
+S = the s experts with the largest sum_t p_t(x)_k,  the same for all tasks,
+P_t = the k largest of p_t(x) outside of S,
+and g_t(x) is p_t(x) restricted to the union of S and P_t, renormalized. At most
+s + t k experts are computed for a row, and s of them serve every task.
 """
 
 from __future__ import annotations
@@ -14,9 +20,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _backend, _checks
+from keras_moe import _backend, _checks, losses
 from keras_moe import dispatch as dispatch_lib
 from keras_moe import routing as routing_lib
+from keras_moe._layer import given_or_attached
 from keras_moe.layers._mixture import GatedMixture
 from keras_moe.layers._parts import (
     HasDispatch,
@@ -48,7 +55,15 @@ class MMoE(HasDispatch, GatedMixture):
         top_k: int, if given, each gate keeps its k largest weights and renormalizes
             them. With k = 1 the weight is not renormalized: it would always be 1 and
             have no gradient. Only experts chosen by at least one gate of a row are
-            computed, once each, so the cost falls with k.
+            computed, once each, so the cost falls with k. With `shared_top_k`, the
+            number of experts that a task chooses beside the shared ones; may be 0.
+        shared_top_k: int, if given, all tasks together choose so many experts s for a
+            row, those with the largest sum of gate probabilities over the tasks. Each
+            task weights them by its own gate, and adds its `top_k` best others. A row
+            then needs at most s + t k experts (equations at the top of the module).
+        load_balancing_loss_weight: float, weight of the load balancing loss over the
+            union of the tasks' choices,
+            `keras_moe.losses.multi_gate_load_balancing_loss`. Needs `top_k`.
         dispatch: how rows are sent to experts with `top_k`: "dense" (every expert on
             every row), "split" (chosen experts only; not for XLA), "blocked" (the same
             for XLA), "ragged" (the same with `jax.lax.ragged_dot`, on a TPU under
@@ -80,6 +95,8 @@ class MMoE(HasDispatch, GatedMixture):
         gate_inputs: tensor of shape `(..., g)` with the leading axes of `inputs`,
             the inputs of the gates. Default: `inputs`.
         training: bool, whether dropout is active.
+        mask: bool tensor of the leading axes, False for rows to exclude from the
+            load balancing loss.
 
     Returns:
         One tensor of shape `(..., u)` for each task: a dict by task name if `tasks`
@@ -101,11 +118,18 @@ class MMoE(HasDispatch, GatedMixture):
 
     Gates are computed in float32 under any dtype policy, then cast once.
 
+    `shared_top_k` is the expert selection of SMES. Here every task counts the same in
+    the joint choice, weights are renormalized over a task's shared and private experts,
+    and a single one keeps its probability (`shared_top_k=1, top_k=0`), as with
+    `top_k=1`. The loss is not scaled by the number of experts chosen.
+
     References:
         - [Ma et al., 2018: Modeling Task Relationships in Multi-task Learning with
           Multi-gate Mixture-of-Experts](https://doi.org/10.1145/3219819.3220007)
         - [Zhao et al., 2019: Recommending What Video to Watch Next: A Multitask
           Ranking System](https://doi.org/10.1145/3298689.3346997)
+        - [Zhang et al., 2026: SMES: Towards Scalable Multi-Task Recommendation via
+          Expert Sparsity](https://arxiv.org/abs/2602.09386)
     """
 
     def __init__(
@@ -115,7 +139,9 @@ class MMoE(HasDispatch, GatedMixture):
         tasks: int | Sequence[str] | None = None,
         *,
         top_k: int | None = None,
+        shared_top_k: int | None = None,
         dispatch: str = "auto",
+        load_balancing_loss_weight: float = 0.0,
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -123,7 +149,18 @@ class MMoE(HasDispatch, GatedMixture):
             expert_units, tasks, name=name or default_name("mmoe"), **kwargs
         )
         self.num_experts = expert_count(num_experts, self._experts_given)
-        self.top_k = None if top_k is None else _checks.top_k(top_k, self.num_experts)
+        self.top_k, self.shared_top_k = _checked_choices(
+            top_k, shared_top_k, self.num_experts
+        )
+        self.load_balancing_loss_weight = _checks.finite_number(
+            "load_balancing_loss_weight", load_balancing_loss_weight
+        )
+        if self.load_balancing_loss_weight and self.top_k is None:
+            raise ValueError(
+                "`load_balancing_loss_weight` must be 0 with top_k=None: every expert "
+                "is computed for every row. Received: "
+                f"load_balancing_loss_weight={load_balancing_loss_weight!r}"
+            )
         self.experts = self.make_experts(self.num_experts, any_layer=True)
         self.gates = self.make_gates(self.num_gates, self.num_experts)
         self.dispatch = dispatch
@@ -158,13 +195,20 @@ class MMoE(HasDispatch, GatedMixture):
         self.gates.build(gate_inputs_shape or inputs_shape)
 
     def call(
-        self, inputs: Any, gate_inputs: Any = None, training: bool | None = None
+        self,
+        inputs: Any,
+        gate_inputs: Any = None,
+        training: bool | None = None,
+        mask: Any = None,
     ) -> dict[str, Any] | list[Any]:
         if gate_inputs is None:
             gate_inputs = inputs
         else:
             gate_inputs = checked_rows("gate_inputs", gate_inputs, inputs)
-        gates = self._gate(gate_inputs, training)  # (..., g, e)
+        logits = self.gate_logits(self.gates, gate_inputs)
+        gates = self._gates_of(logits, training)  # (..., g, e)
+        if self.load_balancing_loss_weight:
+            self._add_balance_loss(logits, gates, given_or_attached(mask, inputs))
         dispatch = self._resolve_dispatch()
         if dispatch == "dense":
             expert_outputs = self.experts(inputs, training=training)  # (..., e, u)
@@ -180,15 +224,30 @@ class MMoE(HasDispatch, GatedMixture):
     def gate_weights(self, inputs: Any, gate_inputs: Any = None) -> Any:
         """Return the gates in inference, `(..., g, e)`.
 
-        Each row sums to 1, except with `top_k=1`, where one weight is kept as it is.
+        Each row sums to 1, except with one choice, such as `top_k=1`, whose weight is
+        kept as it is.
         """
         self.ensure_built(inputs, gate_inputs)
         inputs = ops.convert_to_tensor(inputs if gate_inputs is None else gate_inputs)
         return self._gate(inputs, training=False)
 
     def _gate(self, inputs: Any, training: bool | None) -> Any:
-        logits = self.gate_logits(self.gates, inputs)
-        return self.gate_probabilities(logits, training, self.top_k)
+        return self._gates_of(self.gate_logits(self.gates, inputs), training)
+
+    def _gates_of(self, logits: Any, training: bool | None) -> Any:
+        shared = self.shared_top_k or 0
+        return self.gate_probabilities(logits, training, self.top_k, shared)
+
+    def _add_balance_loss(self, logits: Any, gates: Any, mask: Any) -> None:
+        """Add the loss over the union; its probabilities are those without dropout."""
+        shape = (-1, self.num_gates, self.num_experts)
+        probs = self.gate_probabilities(logits, training=False)
+        if mask is not None:
+            mask = ops.reshape(ops.cast(mask, "bool"), (-1,))
+        loss = losses.multi_gate_load_balancing_loss(
+            ops.reshape(probs, shape), ops.reshape(gates, shape), mask
+        )
+        self.add_loss(self.load_balancing_loss_weight * loss)
 
     def _resolve_dispatch(self) -> str:
         """Return the dispatch for this graph, by the rule in the class docstring."""
@@ -197,12 +256,17 @@ class MMoE(HasDispatch, GatedMixture):
         if self.top_k is None or not hasattr(self.experts, "on_pieces"):
             return "dense"
         # Expected fraction of experts that no gate of a row chooses, for random gates.
-        idle = (1 - self.top_k / self.num_experts) ** self.num_gates
+        others = self.num_experts - (self.shared_top_k or 0)
+        idle = 0.0
+        if others:
+            idle = others / self.num_experts
+            idle *= (1 - self.top_k / others) ** self.num_gates
         return dispatch_lib.dropless_here(self.experts) if idle >= 0.25 else "dense"
 
     def _max_chosen(self) -> int:
         """Return the maximum number of experts chosen by the gates of one row."""
-        return min(self.num_gates * (self.top_k or 1), self.num_experts)
+        chosen = (self.shared_top_k or 0) + self.num_gates * (self.top_k or 0)
+        return min(chosen, self.num_experts)
 
     def _mix_chosen(
         self, inputs: Any, gates: Any, dispatch: str, training: bool | None
@@ -233,7 +297,9 @@ class MMoE(HasDispatch, GatedMixture):
             **super().get_config(),
             "num_experts": self.num_experts,
             "top_k": self.top_k,
+            "shared_top_k": self.shared_top_k,
             "dispatch": self.dispatch,
+            "load_balancing_loss_weight": self.load_balancing_loss_weight,
         }
 
 
@@ -300,3 +366,26 @@ class OMoE(MMoE):
 
     def _outputs(self, mixtures: list[Any]) -> dict[str, Any] | list[Any]:
         return self._tasks.repeat(mixtures[0])
+
+
+def _checked_choices(
+    top_k: Any, shared_top_k: Any, num_experts: int
+) -> tuple[int | None, int | None]:
+    """Return `top_k` and `shared_top_k`, which may not exceed all experts together."""
+    if shared_top_k is None:
+        checked = None if top_k is None else _checks.top_k(top_k, num_experts)
+        return checked, None
+    shared = _checks.positive_int("shared_top_k", shared_top_k)
+    if top_k is None:
+        raise ValueError(
+            "`top_k` must be given with `shared_top_k`: the number of experts, maybe "
+            "0, that a task chooses beside the shared ones. "
+            f"Received: shared_top_k={shared_top_k}, top_k=None"
+        )
+    private = _checks.count("top_k", top_k)
+    if shared + private > num_experts:
+        raise ValueError(
+            "`shared_top_k` + `top_k` must not exceed `num_experts`. Received: "
+            f"shared_top_k={shared_top_k}, top_k={top_k}, num_experts={num_experts}"
+        )
+    return private, shared

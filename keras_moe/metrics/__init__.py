@@ -1,4 +1,4 @@
-"""Metrics of routers, and of rankers whose labels are rare.
+"""Metrics of routers and gates, and of rankers whose labels are rare.
 
 Keras metrics: `compile(metrics=...)` or `weighted_metrics`, masks, sample weights, sums
 over batches. Rows of weight 0 and padding are not counted, whatever their labels are.
@@ -7,6 +7,7 @@ over batches. Rows of weight 0 and padding are not counted, whatever their label
 from keras_moe.metrics._by_group import GAUC, XAUC, ByGroup
 from keras_moe.metrics._by_segment import BySegment
 from keras_moe.metrics._calibration import PCOC, ExpectedCalibrationError
+from keras_moe.metrics._gate_polarization import GatePolarization
 from keras_moe.metrics._normalized_entropy import NormalizedEntropy
 from keras_moe.metrics._rank_auc import RankAUC
 from keras_moe.metrics._routing import RoutingMetrics
@@ -18,6 +19,7 @@ __all__ = [
     "ByGroup",
     "BySegment",
     "ExpectedCalibrationError",
+    "GatePolarization",
     "NormalizedEntropy",
     "RankAUC",
     "RoutingMetrics",

@@ -75,8 +75,13 @@ def test_run_layer_test_of_keras(case):
     layer = case.layer()
     shapes = [(ROWS, *shape) for shape in case.shapes]
     ids = isinstance(layer, routers.HashRouter)
-    dtype = "int32" if ids else "float32"
-    outputs = layer(*[keras.Input(batch_shape=shape, dtype=dtype) for shape in shapes])
+    dtypes = ["int32"] if ids else case.dtypes
+    outputs = layer(
+        *[
+            keras.Input(batch_shape=shape, dtype=dtype)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+    )
     options = {}
     if ids:
         options["input_dtype"] = "int32"
@@ -86,6 +91,8 @@ def test_run_layer_test_of_keras(case):
         # Keras checks no training of layers with several inputs.
         names = list(inspect.signature(layer.call).parameters)
         inputs = {f"{n}_shape": s for n, s in zip(names, shapes, strict=False)}
+        if case.scenarios:
+            options["input_dtype"] = dict(zip(inputs, dtypes, strict=True))
         options["run_training_check"] = False
     if isinstance(layer, weighting.LossWeighting):
         options["run_training_check"] = False  # It has no batch.

@@ -27,6 +27,21 @@ from keras_moe.layers import MMoE
         ({"tasks": ["_a"]}, "must start with a letter"),
         ({"top_k": 4}, "`top_k` must not exceed `num_experts`.*top_k=4.*=3"),
         ({"top_k": 0}, "`top_k` must be an integer >= 1"),
+        ({"shared_top_k": 1}, "`top_k` must be given with `shared_top_k`.*top_k=None"),
+        ({"shared_top_k": 0, "top_k": 1}, "`shared_top_k` must be an integer >= 1"),
+        ({"shared_top_k": 1, "top_k": -1}, "`top_k` must be an integer >= 0.*-1"),
+        (
+            {"shared_top_k": 2, "top_k": 2},
+            r"`shared_top_k` \+ `top_k` must not exceed `num_experts`.*=2.*=2.*=3",
+        ),
+        (
+            {"load_balancing_loss_weight": 0.1},
+            "`load_balancing_loss_weight` must be 0 with top_k=None.*0.1",
+        ),
+        (
+            {"load_balancing_loss_weight": "0.1", "top_k": 1},
+            "`load_balancing_loss_weight` must be a finite number",
+        ),
         ({"gate_units": (0,)}, r"`gate_units\[0\]`"),
         ({"gate_temperature": 0.0}, "`gate_temperature` must be a finite number > 0"),
         ({"gate_temperature": float("nan")}, "`gate_temperature`"),

@@ -42,10 +42,18 @@ def _sparse(top_k=2, tasks=2, experts=None, num_experts=E, **options):
             (None, 2, (5,), {"gate_use_bias": True}),
             (None, 3, (2, 3), {"gate_temperature": 0.5}),
             (None, 2, (4,), {"top_k": E}),
+            (None, 3, (5,), {"top_k": 1, "shared_top_k": 2}),
+            (None, 2, (2, 3), {"top_k": 2, "shared_top_k": 1, "gate_temperature": 0.5}),
+            (None, 2, (5,), {"top_k": 0, "shared_top_k": 2}),
+            (None, 2, (5,), {"top_k": 0, "shared_top_k": 1}),
+            (None, 2, (4,), {"top_k": 2, "shared_top_k": E - 2}),
+            (None, 2, (4,), {"top_k": 0, "shared_top_k": E}),
             (checks.glu_experts, 2, (5,), {}),
             (checks.layer_experts, 2, (5,), {}),
+            (checks.glu_experts, 2, (5,), {"top_k": 1, "shared_top_k": 1}),
         ],
         1,
+        4,
     ),
 )
 def test_every_way_and_all_its_gradients_equal_the_oracle(
@@ -126,12 +134,13 @@ def _outputs_and_gradients(layer, x):
     return [part for group in found for part in group]
 
 
+@pytest.mark.parametrize("budget", [{}, {"top_k": 1, "shared_top_k": 2}])
 @pytest.mark.parametrize("way", [way for way in SPARSE if way != "dense"])
 @pytest.mark.parametrize(
     "name", ROUTINGS if dispatches.BACKEND != "jax" else ["no row"]
 )
-def test_any_routing_gives_what_the_dense_one_gives(name, way):
-    layer, x = _routed(name, dispatch="dense")
+def test_any_routing_gives_what_the_dense_one_gives(name, way, budget):
+    layer, x = _routed(name, dispatch="dense", **budget)
     wanted = _outputs_and_gradients(layer, x)
     layer.dispatch = dispatches.dispatch_of(way)
     with dispatches.chosen(way):

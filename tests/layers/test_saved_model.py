@@ -42,7 +42,8 @@ def test_another_process_without_keras_moe_gets_the_same_numbers(tmp_path):
     for case in CASES:
         inputs = {f"x{i}": x for i, x in enumerate(case.inputs(7))}
         tensors = {
-            name: keras.Input(x.shape[1:], name=name) for name, x in inputs.items()
+            name: keras.Input(x.shape[1:], name=name, dtype=str(x.dtype))
+            for name, x in inputs.items()
         }
         model = keras.Model(tensors, case.layer()(*tensors.values()))
         folder = models / case.name

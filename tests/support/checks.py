@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
 from keras_moe.layers import OMoE
+from tests.contracts import Call
 from tests.support import backends, moe_oracles, multitask_oracles, oracles
 
 OUTPUTS = backends.tolerance(1e-6, 1e-8)
@@ -16,18 +17,6 @@ GRADIENTS = backends.tolerance(1e-5, 1e-7)
 not_on_jax = pytest.mark.skipif(
     keras.backend.backend() == "jax", reason="compiled for seconds; others say the same"
 )
-
-
-class Call(keras.layers.Layer):
-    """A built layer that is called with its inputs and, each time, with `given`."""
-
-    def __init__(self, layer, **given):
-        super().__init__(dtype=layer.dtype_policy)
-        self.layer, self.given = layer, given
-        self.built = True
-
-    def call(self, *inputs):
-        return self.layer(*inputs, **self.given)
 
 
 def few_on_jax(cases, *kept):
@@ -158,7 +147,11 @@ def check_multi_gate(layer, x, **given):
     experts = experts_of(layer.experts, values)
     gates = mlps(layer.gates, values)
     flat = x.reshape(-1, x.shape[-1])
-    options = {"temperature": layer.gate_temperature, "top_k": layer.top_k}
+    options = {
+        "temperature": layer.gate_temperature,
+        "top_k": layer.top_k,
+        "shared_top_k": layer.shared_top_k,
+    }
 
     def expected():
         if isinstance(layer, OMoE):

@@ -58,18 +58,46 @@ def mixture(weights, outputs):
     return total
 
 
-def mmoe(x, experts, gates, gate_x=None, temperature=1.0, top_k=None):
+def joint_weights(logits, temperature, top_k, shared_top_k):
+    """Weights [(n, e), ...] of t gates with a joint budget of experts (SMES).
+
+    Row by row: the experts with the largest sum of probabilities, then each task's
+    best others. A task's single expert keeps its probability.
+    """
+    probs = [softmax(z, temperature) for z in logits]
+    weights = [np.zeros_like(p) for p in probs]
+    for row in range(len(probs[0])):
+        scores = sum(p[row] for p in probs)
+        shared = list(np.argsort(-scores, kind="stable")[:shared_top_k])
+        for task, p in enumerate(probs):
+            order = np.argsort(-p[row], kind="stable")
+            private = [k for k in order if k not in shared][:top_k]
+            total = sum(p[row, k] for k in shared + private)
+            if shared_top_k + top_k == 1:
+                total = 1.0
+            for k in shared + private:
+                weights[task][row, k] = p[row, k] / total
+    return weights
+
+
+def gate_weights(logits, temperature=1.0, top_k=None, shared_top_k=None):
+    """Weights (n, e) of each gate, for the logits (n, e) of each."""
+    if shared_top_k is not None:
+        return joint_weights(logits, temperature, top_k, shared_top_k)
+    return [softmax(z, temperature, top_k) for z in logits]
+
+
+def mmoe(x, experts, gates, gate_x=None, **options):
     """Ma et al. 2018, equations 6 and 7."""
     outputs = [expert(x) for expert in experts]
     gate_x = x if gate_x is None else gate_x
-    return [
-        mixture(softmax(gate(gate_x), temperature, top_k), outputs) for gate in gates
-    ]
+    weights = gate_weights([gate(gate_x) for gate in gates], **options)
+    return [mixture(of_task, outputs) for of_task in weights]
 
 
-def omoe(x, experts, gate, num_tasks, temperature=1.0, top_k=None):
+def omoe(x, experts, gate, num_tasks, **options):
     """Ma et al. 2018, section 4.1: one gate, so one mixture for all tasks."""
-    weights = softmax(gate(x), temperature, top_k)
+    (weights,) = gate_weights([gate(x)], **options)
     output = mixture(weights, [expert(x) for expert in experts])
     return [output] * num_tasks
 
