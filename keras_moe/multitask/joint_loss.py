@@ -28,6 +28,17 @@ class JointLoss:
 
     A subclass defines `call`, and `get_config` if it has arguments; register it as any
     Keras object.
+
+    Example:
+
+    >>> @keras.saving.register_keras_serializable("example")
+    ... class Agree(keras_moe.multitask.JointLoss):
+    ...     def call(self, rows, outputs):
+    ...         excess = outputs["buy"] - outputs["click"]
+    ...         return keras.ops.mean(keras.ops.maximum(excess, 0.0))
+    >>> outputs = {"click": np.array([[0.25]]), "buy": np.array([[0.5]])}
+    >>> float(Agree()({}, outputs))
+    0.25
     """
 
     def __call__(self, rows: dict[str, Rows], outputs: dict[str, Any]) -> Any:

@@ -28,9 +28,9 @@ class NashMTL(GradientWeighting):
     that a damped Newton method solves here, with a relative error below 1e-3; the paper
     solves a sequence of linearised problems.
 
-    Orthogonal gradients get w_i proportional to 1 / |g_i|. For orthogonal gradients of
-    equal norm all weights are 1: the plain sum of the losses. For that the Gramian is
-    divided by its mean diagonal; the paper's code divides it by its Frobenius norm,
+    Orthogonal gradients get w_i proportional to 1 / norm(g_i). For orthogonal gradients
+    of equal norm all weights are 1: the plain sum of the losses. For that the Gramian
+    is divided by its mean diagonal; the paper's code divides it by its Frobenius norm,
     which makes the weights t^(1/4) there. The paper's limit of the norm of the update
     is `clipnorm` or `global_clipnorm` of an optimizer. Of opposite gradients, whose
     weights would be infinite, the Gramian of the unit gradients has 1e-6 added to its
