@@ -19,8 +19,8 @@ from keras_moe.multitask.gradients._interior_point import minimize
 class MGDA(GradientWeighting):
     """Weights of the shortest vector in the convex hull of the gradients.
 
-    w = argmin |sum_i w_i g_i|^2 with w_i >= 0 and sum_i w_i = 1. No loss increases to
-    first order, and small gradients get large weights. If a gradient is 0, its task
+    w = argmin norm(sum_i w_i g_i)^2 with w_i >= 0 and sum_i w_i = 1. No loss increases
+    to first order, and small gradients get large weights. If a gradient is 0, its task
     has all the weight, and the shared parameters stay as they are.
 
     The weights sum to 1. For orthogonal gradients of equal norm all are 1/t: the mean

@@ -28,9 +28,9 @@ class NashMTL(GradientWeighting):
     that a damped Newton method solves here, with a relative error below 1e-3; the paper
     solves a sequence of linearised problems.
 
-    Orthogonal gradients get w_i proportional to 1 / |g_i|. For orthogonal gradients of
-    equal norm all weights are 1: the plain sum of the losses. For that the Gramian is
-    divided by its mean diagonal; the paper's code divides it by its Frobenius norm,
+    Orthogonal gradients get w_i proportional to 1 / norm(g_i). For orthogonal gradients
+    of equal norm all weights are 1: the plain sum of the losses. For that the Gramian
+    is divided by its mean diagonal; the paper's code divides it by its Frobenius norm,
     which makes the weights t^(1/4) there. The paper's limit of the norm of the update
     is `clipnorm` or `global_clipnorm` of an optimizer. Of opposite gradients, whose
     weights would be infinite, the Gramian of the unit gradients has 1e-6 added to its
@@ -107,8 +107,8 @@ def _bargain(gramian: Any) -> Any:
     identity = ops.eye(gramian.shape[0], dtype=gramian.dtype)
     unit = unit + _RIDGE * identity
 
-    # x_i = w_i |g_i|. The function is self-concordant: a step of 1 / (1 + decrement)
-    # keeps x positive and converges from any start (Boyd & Vandenberghe, 2004, 9.6).
+    # x_i = w_i norm(g_i). The function is self-concordant: steps of 1 / (1 + decrement)
+    # keep x positive and converge from any start (Boyd & Vandenberghe, 2004, 9.6).
     def step(x: Any, decrement: Any) -> tuple[Any, Any]:
         gradient = times(unit, x) - 1.0 / x
         hessian = unit + ops.square(1.0 / x)[:, None] * identity

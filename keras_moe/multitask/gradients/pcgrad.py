@@ -18,9 +18,9 @@ from keras_moe.multitask.gradients._base import GradientWeighting
 class PCGrad(GradientWeighting):
     """Removes from each gradient its components that conflict with other gradients.
 
-    Algorithm 1: for every task i, and for the other tasks j in random order, if
-    g_i' . g_j < 0, then g_i' <- g_i' - (g_i' . g_j / |g_j|^2) g_j, with g_i' = g_i at
-    the start. The update is the sum of all g_i'.
+    Algorithm 1: for every task i, and for the other tasks j in random order, if g_i' .
+    g_j < 0, then g_i' <- g_i' - (g_i' . g_j / norm(g_j)^2) g_j, with g_i' = g_i at the
+    start. The update is the sum of all g_i'.
 
     Without conflicts all weights are 1: the plain sum of the losses.
 

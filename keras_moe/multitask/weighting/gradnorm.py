@@ -21,12 +21,12 @@ class GradNorm(GradientWeighting):
     """Learns weights of the losses by which slow tasks have larger gradients.
 
     With n_i the norm of the gradient of the unweighted loss i, the weights descend
-    sum_i |w_i n_i - mean(w n) r_i^alpha| (equation 2), whose target, the second term,
-    is a constant of the gradient. r_i = (loss_i / loss_i(0)) / mean of these ratios is
-    the inverse training rate of task i, and loss_i(0) its loss in the first training
-    step in which it was defined. The gradient by w_i is n_i sign(w_i n_i - target_i).
-    Then the weights are scaled so that they sum to t (algorithm 1). A step uses the
-    weights from before its update. At the start all are 1: the plain sum.
+    sum_i abs(w_i n_i - mean(w n) r_i^alpha) (equation 2), whose target, the second
+    term, is a constant of the gradient. r_i = (loss_i / loss_i(0)) / mean of these
+    ratios is the inverse training rate of task i, and loss_i(0) its loss in the first
+    training step in which it was defined. The gradient by w_i is n_i sign(w_i n_i -
+    target_i). Then the weights are scaled so that they sum to t (algorithm 1). A step
+    uses the weights from before its update. At the start all are 1: the plain sum.
 
     Differences to the paper: norms are divided by their root mean square over the
     tasks, so that `learning_rate` does not depend on their scale; steps are plain
