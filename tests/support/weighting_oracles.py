@@ -100,7 +100,7 @@ def nash_mtl(gradients):
 
 
 def imtl_g(gradients):
-    """Equation 4 of Liu et al., whose first task takes what the others leave."""
+    """The closed form of Liu et al., whose first task takes what the others leave."""
     units = [g / np.linalg.norm(g) for g in gradients]
     by_gradient = np.stack([gradients[0] - g for g in gradients[1:]])
     by_unit = np.stack([units[0] - u for u in units[1:]])

@@ -17,11 +17,11 @@ from keras_moe.multitask.gradients._base import GradientWeighting
 class AlignedMTL(GradientWeighting):
     """Replaces the gradients by the nearest orthogonal ones of equal norm, and sums.
 
-    With the eigenvectors V and eigenvalues l_k of the Gramian, w = B 1 with
-    B = sqrt(l_min) V diag(1 / sqrt(l_k)) V' (equation 11 and algorithm 1): the aligned
-    gradients have the condition number 1 and the norm of the smallest singular value.
-    Eigenvalues below t * 1e-6 of the largest count as 0 and are left out, as are those
-    of zero gradients.
+    With the eigenvectors V and eigenvalues l_k of the Gramian, the weights are
+    sqrt(l_min) V diag(1 / sqrt(l_k)) V' 1 (algorithm 1): the aligned gradients have the
+    condition number 1 and the norm of the smallest singular value. Eigenvalues below
+    1e-6 t times the largest count as 0 and are left out, as are those of zero
+    gradients.
 
     For orthogonal gradients of equal norm all weights are 1: the plain sum of the
     losses. The paper weights the aligned gradients by the importance of the tasks, here

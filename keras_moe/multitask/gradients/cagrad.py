@@ -15,7 +15,7 @@ from keras_moe.multitask.gradients._base import GradientWeighting
 from keras_moe.multitask.gradients._gramian import mean_over, times
 from keras_moe.multitask.gradients._interior_point import minimize
 
-# Added to |g_w|^2, since the norm has no gradient at 0. The paper's code adds 1e-8,
+# Added to norm(g_w)^2, since the norm has no gradient at 0. The paper's code adds 1e-8,
 # which changes the weights of much smaller gradients.
 _SMOOTHING = 1e-12
 
@@ -24,10 +24,10 @@ _SMOOTHING = 1e-12
 class CAGrad(GradientWeighting):
     """Maximises the smallest decrease of a loss near the mean gradient.
 
-    d maximises min_i g_i . d with norm(d - g_0) <= c norm(g_0), where g_0 is the mean
-    of the gradients. With the dual (algorithm 1): d = g_0 + c norm(g_0) / norm(g_w)
-    g_w, where g_w = sum_i w_i g_i minimises g_w . g_0 + c norm(g_0) norm(g_w) over w_i
-    >= 0, sum_i w_i = 1.
+    The update d maximises min_i g_i . d with norm(d - g_0) <= c norm(g_0), where g_0 is
+    the mean of the gradients. By the dual (algorithm 1),
+    d = g_0 + c norm(g_0) / norm(g_w) g_w, where g_w = sum_i w_i g_i minimises
+    g_w . g_0 + c norm(g_0) norm(g_w) over w_i >= 0, sum_i w_i = 1.
 
     c = 0 is the mean of the losses. For orthogonal gradients of equal norm all weights
     are (1 + c) / t: the mean, times 1 + c, as in the paper; some implementations divide

@@ -21,9 +21,9 @@ class IMTLG(GradientWeighting):
     """Weights for which the update has equal projections on all gradients.
 
     With d = sum_i w_i g_i and unit gradients u_i, d . u_i is the same for all i, and
-    sum_i w_i = 1 (equation 4). The weights solve C y = 1, w_i = y_i / norm(g_i), with C
-    the Gramian of the unit gradients; then they are divided by their sum. They can be
-    negative. If their sum is 0 to rounding, all weights are 1/t.
+    sum_i w_i = 1. The weights solve C y = 1, w_i = y_i / norm(g_i), with C the Gramian
+    of the unit gradients; then they are divided by their sum. They can be negative. If
+    their sum is 0 to rounding, all weights are 1/t.
 
     The weights sum to 1. Orthogonal gradients get w_i proportional to 1 / norm(g_i);
     with equal norms all are 1/t: the mean of the losses, 1/t of their sum. A gradient

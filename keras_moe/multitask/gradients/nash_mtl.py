@@ -107,8 +107,8 @@ def _bargain(gramian: Any) -> Any:
     identity = ops.eye(gramian.shape[0], dtype=gramian.dtype)
     unit = unit + _RIDGE * identity
 
-    # x_i = w_i |g_i|. The function is self-concordant: a step of 1 / (1 + decrement)
-    # keeps x positive and converges from any start (Boyd & Vandenberghe, 2004, 9.6).
+    # x_i = w_i norm(g_i). The function is self-concordant: steps of 1 / (1 + decrement)
+    # keep x positive and converge from any start (Boyd & Vandenberghe, 2004, 9.6).
     def step(x: Any, decrement: Any) -> tuple[Any, Any]:
         gradient = times(unit, x) - 1.0 / x
         hessian = unit + ops.square(1.0 / x)[:, None] * identity

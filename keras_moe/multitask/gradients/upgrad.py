@@ -20,7 +20,7 @@ class UPGrad(GradientWeighting):
     """Projects each gradient so that it increases no loss, and takes the mean.
 
     Each g_i is projected on the dual cone of all gradients, the vectors d with
-    g_j . d >= 0 for all j; the update is the mean of the projections (equation 4).
+    g_j . d >= 0 for all j; the update is the mean of the projections.
     By proposition 1, the projection of g_i is sum_j v_j g_j, where v minimises v.G v
     with v_i >= 1 and all other v_j >= 0. The update increases no loss to first order,
     and is linear in the scale of each gradient.

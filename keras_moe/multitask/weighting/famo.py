@@ -5,6 +5,7 @@ Axis letters: t tasks.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -90,7 +91,7 @@ class FAMO(LossWeighting):
         self.weight_decay = _checks.non_negative_number("weight_decay", weight_decay)
         self.min_losses: float | list[float] = (
             _checks.finite_number("min_losses", min_losses)
-            if isinstance(min_losses, int | float)
+            if isinstance(min_losses, numbers.Real)
             else _checks.each("min_losses", min_losses, _checks.finite_number)
         )
 

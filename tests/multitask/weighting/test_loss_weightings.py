@@ -48,6 +48,8 @@ class Call(keras.layers.Layer):
 
 def by_losses(layer, losses, mask=None):
     """The gradient of the total by the losses, without a change of the state."""
+    if not layer.built:
+        layer.build(losses.shape)
     mask = np.ones(len(losses), bool) if mask is None else mask
     return backends.gradients(Call(layer, mask), [losses], [1.0])[1][0]
 
