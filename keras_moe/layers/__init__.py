@@ -6,6 +6,7 @@ from keras_moe.layers.dselect_k import DSelectK
 from keras_moe.layers.extraction import CGC, PLE
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 from keras_moe.layers.home import HoME
+from keras_moe.layers.m3oe import M3oE
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.multi_gate import MMoE, OMoE
 from keras_moe.layers.partitioned_normalization import PartitionedNormalization
@@ -28,6 +29,7 @@ __all__ = [
     "GateNU",
     "HierarchicalMoE",
     "HoME",
+    "M3oE",
     "MMoE",
     "MoE",
     "OMoE",

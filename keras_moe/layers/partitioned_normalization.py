@@ -2,7 +2,7 @@
 
 Axis letters: n rows, d features, p scenarios.
 
-For a row z of scenario p (Sheng et al. 2021, equations 3 and 4):
+For a row z of scenario p (Sheng et al. 2021, section 4.2):
 z' = (gamma * gamma_p) (z - mean_p) / sqrt(variance_p + epsilon) + (beta + beta_p),
 with the moments of the scenario's rows in the batch in training, and their moving
 averages in inference.

@@ -2,7 +2,7 @@
 
 Axis letters: n rows, d input features, p scenarios, h hidden units, u output units.
 
-A layer of the star topology (Sheng et al. 2021, equations 5 and 6): for a row of
+A layer of the star topology (Sheng et al. 2021, section 4.3): for a row of
 scenario p, with shared weights W, b and the scenario's W_p, b_p,
 y = f((W_p * W) x + b_p + b), where * is element-wise.
 The inputs of the first layer are normalized by scenario (`PartitionedNormalization`),

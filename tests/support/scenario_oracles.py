@@ -8,11 +8,11 @@ An id outside [0, p) is unknown.
 
 import numpy as np
 
-from tests.support.oracles import mlp, relu
+from tests.support.oracles import mlp, relu, softmax_row
 
 
 def partitioned_normalization(x, ids, weights, statistics=None, epsilon=1e-3):
-    """Sheng et al. 2021, equations 3 and 4, for rows of several scenarios.
+    """Sheng et al. 2021, section 4.2, for rows of several scenarios.
 
     weights: gamma (d,), beta (d,), gamma_p (p, d), beta_p (p, d). statistics: mean and
     variance (p + 1, d), the last row for unknown ids; None computes those of `x`.
@@ -60,3 +60,40 @@ def star(x, seen, ids, layers, auxiliary=None, activation=relu, final=None):
             hidden = hidden + mlp(read, kernels, biases, activation, lambda z: z)[0]
         rows.append(hidden if final is None else final(hidden))
     return np.stack(rows)
+
+
+def fused(outputs, own, alpha):
+    """The own output with weight alpha, the mean of the others with the rest."""
+    others = [output for i, output in enumerate(outputs) if i != own]
+    if not others:
+        return outputs[own]
+    return alpha * outputs[own] + (1 - alpha) * sum(others) / len(others)
+
+
+def m3oe(x, ids, experts, gates, sizes, balance, temperature=1.0):
+    """Zhang et al. 2024, row by row. Returns one (n, u) a task.
+
+    experts: functions (n, d) -> (n, u), the shared ones, then one of each scenario,
+    then one of each task. gates: functions (n, d) -> (n, s), those of the tasks in the
+    first scenario first. sizes: s, p, t. balance: the logits of both alpha and of both
+    beta.
+    """
+    s, p, t = sizes
+    alpha_s, alpha_t, beta_s, beta_t = (1 / (1 + np.exp(-z)) for z in balance)
+    results = [[] for _ in range(t)]
+    for row, scenario in enumerate(ids):
+        one = x[row : row + 1]
+        outputs = [expert(one)[0] for expert in experts]
+        shared, domains, tasks = outputs[:s], outputs[s : s + p], outputs[s + p :]
+        scenarios = [scenario] if 0 <= scenario < p else list(range(p))
+        for task in range(t):
+            mixture = 0.0
+            for q in scenarios:
+                logits = gates[q * t + task](one)[0] / temperature
+                for weight, output in zip(softmax_row(logits), shared, strict=True):
+                    mixture = mixture + weight * output / len(scenarios)
+                domain = fused(domains, q, alpha_s)
+                mixture = mixture + beta_s * domain / len(scenarios)
+            mixture = mixture + beta_t * fused(tasks, task, alpha_t)
+            results[task].append(mixture)
+    return [np.stack(of_task) for of_task in results]
