@@ -74,8 +74,9 @@ def m3oe(x, ids, experts, gates, sizes, balance, temperature=1.0):
     """Zhang et al. 2024, row by row. Returns one (n, u) a task.
 
     experts: functions (n, d) -> (n, u), the shared ones, then one of each scenario,
-    then one of each task. gates: functions (n, d) -> (n, s), the first scenario's
-    tasks first. sizes: s, p, t. balance: the logits of both alpha and of both beta.
+    then one of each task. gates: functions (n, d) -> (n, s), those of the tasks in the
+    first scenario first. sizes: s, p, t. balance: the logits of both alpha and of both
+    beta.
     """
     s, p, t = sizes
     alpha_s, alpha_t, beta_s, beta_t = (1 / (1 + np.exp(-z)) for z in balance)
