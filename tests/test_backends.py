@@ -21,6 +21,7 @@ OTHERS = (
     "multitask",
     "routers",
     "test_experts.py",
+    "test_grow.py",
     "test_initializers.py",
     "test_losses.py",
     "test_remat.py",

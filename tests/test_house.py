@@ -28,7 +28,15 @@ LEVELS = {
     "tfrs": 6,
     "upcycling": 6,
 }
-PACKAGES = ["routing", "routers", "experts", "dispatch", "metrics", "export"]
+PACKAGES = [
+    "routing",
+    "routers",
+    "experts",
+    "dispatch",
+    "metrics",
+    "export",
+    "upcycling",
+]
 # These may have more than 400 lines.
 FILLED_BY_ONE_PAPER = ["keras_moe/layers/pepnet.py"]
 FILES = sorted(

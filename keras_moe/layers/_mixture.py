@@ -247,7 +247,7 @@ def _chosen(logits: Any, top_k: int, shared_top_k: int) -> Any:
     scores = ops.sum(ops.softmax(logits, axis=-1), axis=-2, keepdims=True)
     shared = _is_top(scores, shared_top_k)  # (..., 1, e)
     if not top_k:
-        return ops.broadcast_to(shared, ops.shape(logits))
+        return ops.logical_or(shared, ops.zeros_like(logits, dtype="bool"))
     others = ops.where(shared, -float("inf"), logits)
     return ops.logical_or(shared, _is_top(others, top_k))
 

@@ -67,6 +67,31 @@ def test_a_mask_excludes_rows_from_the_moments():
         np.testing.assert_allclose(array(a), array(b), **checks.OUTPUTS)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="compiled by TensorFlow"
+)
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_compiled_step_equals_an_eager_one(jit):
+    import tensorflow as tf
+
+    layer, _, _ = _built()
+    twin, _, _ = _built()
+    x = rows(len(IDS), 3)
+
+    def step(normalization, x):
+        with tf.GradientTape() as tape:
+            outputs = normalization(x, IDS, training=True)
+            loss = tf.reduce_sum(outputs * tf.cos(outputs))
+        weights = [w.value for w in normalization.trainable_variables]
+        return [outputs, *map(tf.convert_to_tensor, tape.gradient(loss, weights))]
+
+    found = tf.function(step, jit_compile=jit)(layer, tf.constant(x))
+    for a, b in zip(found, step(twin, tf.constant(x)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+    for a, b in zip(layer.weights, twin.weights, strict=True):
+        np.testing.assert_allclose(array(a), array(b), rtol=1e-9, atol=1e-11)
+
+
 @checks.not_on_jax
 def test_one_scenario_is_batch_normalization():
     x, ids = rows(8, 3), np.zeros(8, int)

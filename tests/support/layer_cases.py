@@ -91,6 +91,17 @@ CASES = [
             "load_balancing_loss_weight": 0.01,
         },
     ),
+    Case(
+        "MMoE-shared-choices",
+        MMoE,
+        kwargs={
+            "num_experts": 8,
+            "expert_units": 5,
+            "tasks": 2,
+            "shared_top_k": 3,
+            "top_k": 0,
+        },
+    ),
     Case("OMoE", OMoE, kwargs={"num_experts": 4, "expert_units": 5, "tasks": TASKS}),
     Case(
         "CGC",
