@@ -114,7 +114,7 @@ class CompiledTasks:
             task: _by_task.replace_undefined(label, defined[task])
             for task, label in y.items()
         }
-        update_metrics(compiled, y, known, y_pred, weights, features)
+        update_metrics(compiled, (y, {}), (known, weights), y_pred, features)
 
 
 def _tasks_with_value(value: Any, tasks: list[str]) -> list[str]:
@@ -148,23 +148,29 @@ def _tasks_defined(defined: dict[str, Any], with_loss: list[str]) -> Any:
 
 def update_metrics(
     compiled: Any,
-    y: dict[str, Any],
-    y_defined: dict[str, Any],
+    plain: tuple[dict[str, Any], dict[str, Any]],
+    weighted: tuple[dict[str, Any], dict[str, Any]],
     y_pred: dict[str, Any],
-    weights: dict[str, Any],
     features: dict[str, Any],
 ) -> None:
-    """Update metrics with labels `y`, and weighted metrics with `y_defined`.
+    """Update the metrics of `compile`.
 
     A metric with an attribute `group` also gets the feature of this name.
+
+    Args:
+        compiled: Keras' compiled metrics.
+        plain: dicts by task of labels and weights, for `metrics`.
+        weighted: the same for `weighted_metrics`.
+        y_pred: dict of predictions by task.
+        features: dict of the inputs.
     """
     if not compiled.built:
-        compiled.build(y, y_pred)
+        compiled.build(plain[0], y_pred)
     kinds = (
-        (compiled._flat_metrics, y, None),
-        (compiled._flat_weighted_metrics, y_defined, weights),
+        (compiled._flat_metrics, *plain),
+        (compiled._flat_weighted_metrics, *weighted),
     )
-    for metrics, labels, weight in kinds:
+    for metrics, labels, weights in kinds:
         order = compiled._resolved_output_names or list(y_pred)
         # Not strict: Keras 3.12 has an empty list if there are no metrics.
         for metric, task in zip(metrics, order, strict=False):
@@ -173,7 +179,7 @@ def update_metrics(
                 part.update_state(
                     labels[task],
                     y_pred[task],
-                    weight[task] if weight else None,
+                    weights.get(task),
                     **_groups(part, features),
                 )
 

@@ -11,13 +11,17 @@ from keras import ops
 
 from keras_moe import _backend
 from keras_moe.multitask._compiled import update_metrics
-from keras_moe.multitask.heads._base import MEAN
+from keras_moe.multitask.heads._base import MEAN, like
 from keras_moe.multitask.joint_loss import JointLoss, Rows
 from keras_moe.multitask.task import Task
 
 
 class DeclaredTasks:
     """The tasks of a model that were given as `Task` objects.
+
+    Attributes:
+        compile_arguments: the arguments of the last `compile`. Keras would count the
+            metrics in a dict of the model itself a second time.
 
     Args:
         tasks: the declarations.
@@ -26,6 +30,7 @@ class DeclaredTasks:
 
     def __init__(self, tasks: Sequence[Task], outputs: Sequence[str]) -> None:
         self.tasks = _checked(tasks, outputs)
+        self.compile_arguments: dict[str, Any] = {}
         self._outputs = list(outputs)
         self.keys = sorted(set().union(*(task.keys for task in self.tasks)))
         # Created with the model, to be in the scope of its distribution strategy.
@@ -45,10 +50,17 @@ class DeclaredTasks:
         """The metrics of the mean loss and of the share of defined rows."""
         return [*self._losses.values(), *self._defined.values()]
 
-    @property
-    def metrics(self) -> dict[str, list[Any]]:
-        """The metrics by task, for the argument `weighted_metrics` of `compile`."""
-        return {task.name: list(task.metrics) for task in self.tasks if task.metrics}
+    def metrics_and(self, given: dict[str, Any] | None) -> dict[str, list[Any]]:
+        """Return the metrics by task and those given to `compile`.
+
+        Args:
+            given: None, or a dict of a metric or a list of metrics by output name.
+        """
+        found = {task.name: list(task.metrics) for task in self.tasks if task.metrics}
+        for name, metrics in (given or {}).items():
+            more = metrics if isinstance(metrics, list | tuple) else [metrics]
+            found[name] = [*found.get(name, []), *more]
+        return found
 
     def rows(
         self, y: Any, outputs: dict[str, Any], sample_weight: Any = None
@@ -76,12 +88,9 @@ class DeclaredTasks:
             )
         found = {}
         for task in self.tasks:
-            given = [weights[k] for k in task.label_keys if weights.get(k) is not None]
-            weight = None
-            for part in given:
-                weight = (
-                    part if weight is None else weight * ops.convert_to_tensor(part)
-                )
+            # Of several labels, the first: Keras repeats the weights of all rows for
+            # every label, and their product would be the square.
+            weight = weights.get(task.label_keys[0])
             found[task.name] = task.rows(y, outputs[task.name], weight)
         return found
 
@@ -151,7 +160,18 @@ class DeclaredTasks:
             labels[name], weights[name] = rows.get(name, (output, None))
             head = heads.get(name)
             predictions[name] = output if head is None else head.prediction(output)
-        update_metrics(compiled, labels, labels, predictions, weights, features)
+            # Metrics that average the last axis would otherwise average a sequence.
+            labels[name] = like(labels[name], predictions[name])
+        # Metrics without weights count the defined rows, too.
+        flags = {
+            name: None
+            if weight is None
+            else ops.cast(ops.not_equal(weight, 0), "float32")
+            for name, weight in weights.items()
+        }
+        update_metrics(
+            compiled, (labels, flags), (labels, weights), predictions, features
+        )
 
     def complete_weights(self, y: Any, weights: Any, outputs: dict[str, Any]) -> Any:
         """Return the sample weights with ones for labels without; check the labels."""
@@ -178,9 +198,13 @@ class DeclaredTasks:
         arrays = keras.tree.flatten((y, weights))
         if y is None or not all(a is None or isinstance(a, np.ndarray) for a in arrays):
             return
-        rows = self.rows(y, outputs, weights)
+        # Symbolic masks would make everything symbolic.
+        plain = {k: keras.KerasTensor(v.shape, v.dtype) for k, v in outputs.items()}
+        rows = self.rows(y, plain, weights)
         for task in self.tasks:
-            task.check(rows[task.name])
+            # Where an output has a mask, only a call knows which steps are defined.
+            if _backend.keras_mask(outputs[task.name]) is None:
+                task.check(rows[task.name])
 
 
 def _checked(tasks: Sequence[Task], outputs: Sequence[str]) -> list[Task]:

@@ -186,8 +186,9 @@ class MultiTaskModel(PerTaskTraining):
         self._check_compile(given)
         derived = dict(given)
         if self._declared is not None:
-            own = given.get("weighted_metrics") or {}
-            derived["weighted_metrics"] = {**self._declared.metrics, **own}
+            more = given.get("weighted_metrics")
+            derived["weighted_metrics"] = self._declared.metrics_and(more)
+            self._declared.compile_arguments = given
             # Keras would look for an output of each weight in its own losses.
             derived["loss_weights"] = None
         super().compile(**derived)
@@ -195,7 +196,6 @@ class MultiTaskModel(PerTaskTraining):
             (loss_weights or {}).get(name, 1.0) if self._declared else 1.0
             for name in self.tasks
         ]
-        self._compile_arguments = given
         if self._declared is None:
             separate = self.loss_weighting is not None
             self._compiled_tasks.compile(
@@ -237,7 +237,7 @@ class MultiTaskModel(PerTaskTraining):
         # What the tasks declare is derived again.
         return {
             key: keras.saving.serialize_keras_object(value)
-            for key, value in self._compile_arguments.items()
+            for key, value in self._declared.compile_arguments.items()
         }
 
     def compile_from_config(self, config: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ class Task:
         label: the key of the labels in `y`. Several keys give the product of these
             labels, which is 0 if one is 0, even if another is NaN: with
             ("click", "conversion"), a row without a click is a row without a
-            conversion. Default: `name`.
+            conversion. Sample weights are those of the first key. Default: `name`.
         defined: the rows on which the task is defined: None for all; the key of a label
             that must be above 0 (a rating exists where `"watched"` is 1); or a
             registered function from the dict of labels to a bool tensor. Rows of
@@ -218,7 +218,8 @@ class Task:
 
 
 def _keys(label: Any) -> tuple[str, ...]:
-    keys = (label,) if isinstance(label, str) else tuple(label)
+    sequence = isinstance(label, Sequence) and not isinstance(label, str)
+    keys = tuple(label) if sequence else (label,)
     if not keys or not all(isinstance(key, str) for key in keys):
         raise ValueError(
             "`label` must be the key of a label or a sequence of keys. "

@@ -60,7 +60,10 @@ MEAN = "mean_with_sample_weight"
 
 
 class HeadLoss(keras.losses.Loss):
-    """A loss per row whose mean is over the sum of the sample weights."""
+    """A loss per row whose mean is over the sum of the sample weights.
+
+    It is NaN for a label that is not valid, as labels of a dataset are not checked.
+    """
 
     def __init__(self, name: str, reduction: str = MEAN, dtype: Any = None) -> None:
         super().__init__(name=name, reduction=reduction, dtype=dtype)
@@ -71,3 +74,16 @@ def like(labels: Any, outputs: Any) -> Any:
     if len(labels.shape) < len(outputs.shape):
         return keras.ops.expand_dims(labels, -1)
     return labels
+
+
+def nan_unless(valid: Any, losses: Any) -> Any:
+    """Return the losses, NaN where a label is not valid."""
+    return keras.ops.where(valid, losses, float("nan"))
+
+
+def is_level(labels: Any, count: int) -> Any:
+    """Whether labels are integers in [0, count)."""
+    inside = keras.ops.logical_and(labels >= 0, labels < count)
+    return keras.ops.logical_and(
+        inside, keras.ops.equal(keras.ops.floor(labels), labels)
+    )

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe.multitask.heads._base import MEAN, Head, HeadLoss, like
+from keras_moe.multitask.heads._base import MEAN, Head, HeadLoss, like, nan_unless
 
 # The smallest normal float32, and the largest float32 below 1.
 _TINY, _BELOW_ONE = 1.1754944e-38, 1 - 2.0**-24
@@ -32,7 +32,7 @@ class LogLoss(HeadLoss):
         dtype: dtype of the computation.
 
     Call arguments:
-        y_true: labels in [0, 1], `(n,)` or `(n, o)`.
+        y_true: labels in [0, 1], `(n,)` or `(n, o)`; the loss of others is NaN.
         y_pred: probabilities, `(n, o)`.
 
     Example:
@@ -48,7 +48,9 @@ class LogLoss(HeadLoss):
         super().__init__(name, reduction, dtype)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        return ops.mean(log_loss(like(y_true, y_pred), y_pred), axis=-1)
+        labels = like(y_true, y_pred)
+        valid = ops.logical_and(labels >= 0, labels <= 1)
+        return ops.mean(nan_unless(valid, log_loss(labels, y_pred)), axis=-1)
 
 
 def log_loss(labels: Any, probabilities: Any) -> Any:

@@ -12,7 +12,14 @@ import numpy as np
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.multitask.heads._base import MEAN, Head, HeadLoss, like
+from keras_moe.multitask.heads._base import (
+    MEAN,
+    Head,
+    HeadLoss,
+    is_level,
+    like,
+    nan_unless,
+)
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -20,7 +27,7 @@ class ClassLoss(HeadLoss):
     """Cross-entropy of class probabilities, for labels that are class numbers.
 
     Call arguments:
-        y_true: class numbers, `(n,)` or `(n, 1)`.
+        y_true: class numbers, `(n,)` or `(n, 1)`; the loss of others is NaN.
         y_pred: probabilities, `(n, o)`.
     """
 
@@ -30,9 +37,13 @@ class ClassLoss(HeadLoss):
         super().__init__(name, reduction, dtype)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        classes = ops.cast(like(y_true, y_pred), "int32")
+        labels = like(y_true, y_pred)
+        valid = is_level(labels, y_pred.shape[-1])
+        # Backends differ in what they take for a class that does not exist.
+        classes = ops.cast(ops.where(valid, labels, 0.0), "int32")
         chosen = ops.take_along_axis(y_pred, classes, axis=-1)
-        return -ops.log(ops.maximum(chosen[..., 0], 1.1754944e-38))
+        losses = -ops.log(ops.maximum(chosen, 1.1754944e-38))
+        return nan_unless(valid, losses)[..., 0]
 
 
 @keras.saving.register_keras_serializable("keras_moe")

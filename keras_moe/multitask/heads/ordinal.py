@@ -15,7 +15,14 @@ import numpy as np
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.multitask.heads._base import MEAN, Head, HeadLoss, like
+from keras_moe.multitask.heads._base import (
+    MEAN,
+    Head,
+    HeadLoss,
+    is_level,
+    like,
+    nan_unless,
+)
 from keras_moe.multitask.heads.binary import log_loss
 
 
@@ -33,7 +40,7 @@ class OrdinalLoss(HeadLoss):
     """Sum of the log losses of "the level is above j" over j.
 
     Call arguments:
-        y_true: levels from 0 to k, `(n,)` or `(n, 1)`.
+        y_true: levels from 0 to k, `(n,)` or `(n, 1)`; the loss of others is NaN.
         y_pred: P(y > j), `(n, k)`.
 
     Example: the level is 1 of 0, 1, 2; -log(0.8) - log(1 - 0.5).
@@ -53,8 +60,10 @@ class OrdinalLoss(HeadLoss):
         super().__init__(name, reduction, dtype)
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        above = like(y_true, y_pred) > ops.arange(y_pred.shape[-1], dtype=y_pred.dtype)
-        return ops.sum(log_loss(ops.cast(above, y_pred.dtype), y_pred), axis=-1)
+        labels, k = like(y_true, y_pred), y_pred.shape[-1]
+        above = labels > ops.arange(k, dtype=y_pred.dtype)
+        losses = log_loss(ops.cast(above, y_pred.dtype), y_pred)
+        return ops.sum(nan_unless(is_level(labels, k + 1), losses), axis=-1)
 
 
 @keras.saving.register_keras_serializable("keras_moe")

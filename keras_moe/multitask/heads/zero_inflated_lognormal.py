@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe.multitask.heads._base import MEAN, Head, HeadLoss, like
+from keras_moe.multitask.heads._base import MEAN, Head, HeadLoss, like, nan_unless
 from keras_moe.multitask.heads.binary import log_loss
 
 # Keeps the density bounded.
@@ -43,7 +43,7 @@ class ZILNLoss(HeadLoss):
     amount only by a constant.
 
     Call arguments:
-        y_true: amounts >= 0, `(n,)` or `(n, 1)`.
+        y_true: amounts >= 0, `(n,)` or `(n, 1)`; the loss of others is NaN.
         y_pred: p, mu and sigma, `(n, 3)`.
 
     Example: -log(0.5), and for y = 1 the density of Normal(0, 1) at 0.
@@ -75,9 +75,9 @@ class ZILNLoss(HeadLoss):
             + 0.5 * ops.square((log_amount - mu) / sigma)
         )
         spent = ops.cast(positive, p.dtype)
-        return log_loss(spent, p) + ops.where(
-            positive, density, ops.zeros_like(density)
-        )
+        losses = log_loss(spent, p) + ops.where(positive, density, 0.0)
+        valid = ops.logical_and(amounts >= 0, ops.isfinite(amounts))
+        return nan_unless(valid, losses)
 
 
 @keras.saving.register_keras_serializable("keras_moe")
