@@ -9,8 +9,8 @@ from keras import ops
 
 from keras_moe import _backend
 from keras_moe.multitask import _train_steps
-from keras_moe.multitask._fit_arguments import FitArguments
 from keras_moe.multitask._combine import combine
+from keras_moe.multitask._fit_arguments import FitArguments
 from keras_moe.multitask._train_steps import LossParts
 from keras_moe.multitask.gradients import GradientWeighting
 
