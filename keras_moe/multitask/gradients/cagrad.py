@@ -31,7 +31,8 @@ class CAGrad(GradientWeighting):
 
     c = 0 is the mean of the losses. For orthogonal gradients of equal norm all weights
     are (1 + c) / t: the mean, times 1 + c, as in the paper; some implementations divide
-    by 1 + c or 1 + c^2. The direction d has a relative error below 1e-3.
+    by 1 + c or 1 + c^2. The error of d is below 1e-3 of the root mean square of the
+    norms.
 
     Args:
         c: float in [0, 1), radius of the search relative to norm(g_0). Below 1 the mean

@@ -26,8 +26,8 @@ class MGDA(GradientWeighting):
     The weights sum to 1. For orthogonal gradients of equal norm all are 1/t: the mean
     of the losses, 1/t of their sum. Sener and Koltun solve the problem by the
     Frank-Wolfe algorithm and recommend gradients by the shared representation instead
-    of the shared parameters; here an interior-point method solves it, with a relative
-    error of the combined gradient below 1e-3.
+    of the shared parameters; here an interior-point method solves it. The error of the
+    combined gradient is below 1e-3 of the root mean square of the norms.
 
     Args:
         **kwargs: passed on to `keras.layers.Layer`.

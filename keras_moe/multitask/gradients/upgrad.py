@@ -26,8 +26,10 @@ class UPGrad(GradientWeighting):
     and is linear in the scale of each gradient.
 
     Without conflicts all weights are 1/t: the mean of the losses, as in the paper,
-    which is 1/t of their sum. All t problems are solved together; the relative error of
-    the combined gradient is below 1e-3. There is no regularization of the Gramian.
+    which is 1/t of their sum. All t problems are solved together, without
+    regularization of the Gramian. The error of the combined gradient is below 1e-3 of
+    the root mean square of the norms. A gradient of 0 has the weight 1/t and no
+    influence on the other projections.
 
     Args:
         **kwargs: passed on to `keras.layers.Layer`.

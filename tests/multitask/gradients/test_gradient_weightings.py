@@ -121,6 +121,15 @@ def test_zero_gradients_and_gramians_that_are_not_finite(method):
         assert np.isfinite(array(layer(broken, mask=mask))).all()
 
 
+@pytest.mark.parametrize("method", [IMTLG, PCGrad, UPGrad])
+def test_a_zero_gradient_has_no_influence(method):
+    found = random_gradients(3, "conflicting", 2)
+    alone = weights(method(), found)
+    seen = weights(method(), np.insert(found, 1, 0.0, axis=0))
+    share = 3 / 4 if method is UPGrad else 1.0  # A mean over one task more.
+    np.testing.assert_allclose(seen[[0, 2, 3]], share * alone, rtol=1e-4, atol=1e-5)
+
+
 @all_methods
 def test_the_scale_of_all_gradients_has_no_effect(method):
     found = random_gradients(3, "conflicting", 3)
