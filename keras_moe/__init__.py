@@ -2,13 +2,15 @@
 
 Layers: `keras_moe.layers`. Sparse: MoE, HierarchicalMoE, SoftMoE. Multi-task:
         SharedBottom, OMoE, MMoE, CGC, PLE, AdaTT, STEM, HoME, CrossStitch, DSelectK,
-        PEPNet (with its parts EPNet, PPNet, GateNU), and Tower, a task head.
+        PEPNet (with its parts EPNet, PPNet, GateNU), and Tower, a task head. Several
+        scenarios: STAR, M3oE, PartitionedNormalization.
 Parts:  `keras_moe.routers` (assign tokens to experts), `keras_moe.experts` (expert
         networks), `keras_moe.losses` (auxiliary losses of routers), `keras_moe.metrics`
         (ranking, calibration, routing), `keras_moe.initializers` (PerExpert),
         `keras_moe.callbacks` (one figure for several tasks).
 Models: `keras_moe.multitask` (MultiTaskModel, UncertaintyWeighting),
-        `keras_moe.upcycling` (convert a trained MLP to a MoE), `keras_moe.export`
+        `keras_moe.upcycling` (convert a trained MLP to a MoE, add experts),
+        `keras_moe.export`
         (SavedModel with one signature per task, ONNX, LiteRT, OpenVINO).
 Plots:  `keras_moe.plots` (gate heatmap, expert usage), not imported by default because
         it needs matplotlib.

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
-from keras_moe.layers import CGC, MMoE, MoE, OMoE
+from keras_moe.layers import CGC, PLE, HoME, MMoE, MoE, OMoE
 from keras_moe.routers import DenseRouter, NoisyTopKRouter, TopKRouter
 from keras_moe.upcycling import grow
 from tests.support import backends, checks
-from tests.support.checks import array, arrays, rows
+from tests.support.checks import array, arrays, glu_experts, rows
 
 OUTPUTS = backends.tolerance(1e-6, 1e-9)
 X = rows(7, 5)
@@ -71,12 +71,12 @@ def _trained(make):
     return layer
 
 
-def _assert_grown(layer, num_experts):
+def _assert_grown(layer, num_experts, name="num_experts"):
     before = [array(w).copy() for w in layer.weights]
     wanted = arrays(layer(X))
     grown = grow(layer, num_experts)
     assert type(grown) is type(layer)
-    assert grown.num_experts == num_experts
+    assert getattr(grown, name) == num_experts
     for found, output in zip(arrays(grown(X)), wanted, strict=True):
         np.testing.assert_allclose(found, output, **OUTPUTS)
     for weight, value in zip(layer.weights, before, strict=True):
@@ -94,6 +94,31 @@ def _assert_grown(layer, num_experts):
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_gates_grow_to_any_number(name, num_experts):
     _assert_grown(_trained(DENSE[name]), num_experts)
+
+
+LEVELS = {
+    "PLE": lambda: PLE(2, 2, 1, (6, 3), ["a", "b"], dtype="float64"),
+    "PLE-bias": lambda: PLE(
+        3, 2, 2, 3, 2, gate_use_bias=True, gate_temperature=0.5, dtype="float64"
+    ),
+    "PLE-shared-alone": lambda: PLE(2, 2, 0, 3, 2, gate_units=(4,), dtype="float64"),
+    "PLE-glu": lambda: PLE(
+        1, 2, 1, tasks=2, experts=[glu_experts(4, 3)], dtype="float64"
+    ),
+    "CGC": lambda: CGC(2, 1, (6, 3), ["a", "b"], dtype="float64"),
+    "CGC-layers": lambda: CGC(
+        2, 1, None, ["a", "b"], experts=_dense_experts(4), dtype="float64"
+    ),
+}
+
+
+@checks.not_on_jax
+@pytest.mark.parametrize("num_experts", [2, 3, 4])
+@pytest.mark.parametrize("name", LEVELS)
+def test_shared_experts_of_levels_grow_to_any_number(name, num_experts):
+    layer = _trained(LEVELS[name])
+    grown = _assert_grown(layer, num_experts, "num_shared_experts")
+    assert grown.num_task_experts == layer.num_task_experts
 
 
 @checks.not_on_jax
@@ -187,8 +212,12 @@ def _refused(make, num_experts=8):
     ("call", "message"),
     [
         (lambda: grow(_mmoe(), 8), "`layer` must be built before it grows"),
-        (_refused(lambda: CGC(1, 1, 3, 2)), "`layer` must be an MMoE.*class CGC"),
-        (_refused(lambda: _mmoe(_Subclass)), "`layer` must be an MMoE.*class _Subcl"),
+        (_refused(lambda: HoME(1, 1, 3, 2)), "`layer` must be one of.*class HoME"),
+        (_refused(lambda: _mmoe(_Subclass)), "`layer` must be one of.*class _Subclass"),
+        (
+            _refused(lambda: CGC(0, 1, 3, 2)),
+            "at least `layer.num_shared_experts`, which must not be 0.*experts=0",
+        ),
         (_refused(_mmoe, 3), "`num_experts` must be at least.*=3.*num_experts=4"),
         (_refused(_mmoe, 4.0), "`num_experts` must be an integer >= 1"),
         (_refused(SPARSE["MMoE"], 6), "`num_experts` must be a multiple of.*=6.*=4"),

@@ -1,6 +1,7 @@
 """More experts in a trained mixture, with the same outputs at step 0.
 
-Axis letters: d input features, e experts, g gates, c copies of an expert.
+Axis letters: d input features, e experts, g gates, c copies of an expert, m experts of
+one task, s shared experts, t tasks.
 
 New experts are copies. With a softmax over all experts, an expert and its copies share
 the expert's weight if each logit z becomes z - T log c, T being the temperature of the
@@ -10,6 +11,7 @@ the chosen experts are chosen if every expert has c copies and k becomes c k.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -19,7 +21,7 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe.experts import LayerExperts
 from keras_moe.experts._stacked import StackedKernels
-from keras_moe.layers import MMoE, MoE, OMoE
+from keras_moe.layers import CGC, PLE, MMoE, MoE, OMoE
 from keras_moe.routers import DenseRouter, TopKRouter
 
 
@@ -35,20 +37,22 @@ def grow(
     New experts are copies of the existing ones, in turn: with 4 experts, experts 4 and
     8 are copies of expert 0. `layer` is not changed.
 
-    With dense gates (`MMoE` and `OMoE` without `top_k`, `MoE` with a `DenseRouter`) any
-    number of experts is exact: gate logits are lowered by the log of the number of
-    copies. If experts have different numbers of copies, this needs a bias in the gates,
-    which the new layer gets if `layer` has none (`gate_use_bias`, or `use_bias` of the
-    router).
+    With dense gates (`MMoE` and `OMoE` without `top_k`, `PLE`, `CGC`, and `MoE` with a
+    `DenseRouter`) any number of experts is exact: gate logits are lowered by the log of
+    the number of copies. If experts have different numbers of copies, this needs a bias
+    in the gates, which the new layer gets if `layer` has none (`gate_use_bias`, or
+    `use_bias` of the router).
 
     With `top_k`, `num_experts` must be a multiple of `layer.num_experts`; `top_k` (and
     `shared_top_k`) of the new layer is the same multiple, so the cost of a row grows
     too. Rows whose best experts tie are an exception: other experts may be chosen.
 
     Args:
-        layer: a built `MMoE`, `OMoE`, or `MoE` with a `TopKRouter` or `DenseRouter`, of
-            exactly these classes, with experts of `keras_moe.experts`.
-        num_experts: int >= `layer.num_experts`, the new number of experts.
+        layer: a built `MMoE`, `OMoE`, `PLE`, `CGC`, or `MoE` with a `TopKRouter` or
+            `DenseRouter`, of exactly these classes, with experts of
+            `keras_moe.experts`.
+        num_experts: int >= `layer.num_experts`, the new number of experts. For `PLE`
+            and `CGC` that of shared experts, `num_shared_experts`, of every level.
         noise: float >= 0. The weights of each copy get Gaussian noise of this share of
             their own standard deviation. Without noise, an expert and its copies have
             equal gradients and stay equal in training, unless dropout parts them; with
@@ -71,31 +75,34 @@ def grow(
     >>> grown.num_experts, np.allclose(grown(x)["buy"], before["buy"], atol=1e-5)
     (6, True)
     """
-    if type(layer) not in (MMoE, OMoE, MoE):
+    if type(layer) not in _GROWN:
         raise ValueError(
-            "`layer` must be an MMoE, an OMoE or a MoE. "
+            f"`layer` must be one of {[kind.__name__ for kind in _GROWN]}. "
             f"Received: layer={layer!r} of the class {type(layer).__name__}"
         )
     if not layer.built:
         raise ValueError(f"`layer` must be built before it grows. Received: {layer!r}")
-    old = layer.num_experts
-    if _checks.positive_int("num_experts", num_experts) < old:
+    shared = isinstance(layer, PLE)
+    name = "num_shared_experts" if shared else "num_experts"
+    old = getattr(layer, name)
+    if _checks.positive_int("num_experts", num_experts) < old or old == 0:
         raise ValueError(
-            "`num_experts` must be at least `layer.num_experts`. Received: "
-            f"num_experts={num_experts}, layer.num_experts={old}"
+            f"`num_experts` must be at least `layer.{name}`, which must not be 0. "
+            f"Received: num_experts={num_experts}, layer.{name}={old}"
         )
     if noise != 0.0:
         _checks.positive_number("noise", noise)
-    source = np.arange(num_experts) % old
     rng = np.random.default_rng(_checks.seed(seed))
-    grown = _grown_moe if isinstance(layer, MoE) else _grown_mmoe
-    new = grown(layer, source)
-    _copy_experts(layer.experts, new.experts, source, noise, rng)
+    new, source = _GROWN[type(layer)](layer, np.arange(num_experts) % old)
+    levels = layer.experts if shared else [layer.experts]
+    levels_of_new = new.experts if shared else [new.experts]
+    for experts, more in zip(levels, levels_of_new, strict=True):
+        _copy_experts(experts, more, source, noise, rng)
     return new
 
 
-def _grown_mmoe(layer: MMoE, source: np.ndarray) -> MMoE:
-    """Return a built layer with the gates of `layer`; its experts are copied later."""
+def _grown_mmoe(layer: MMoE, source: np.ndarray) -> tuple[MMoE, np.ndarray]:
+    """Return a built layer with its gates, and the source of each expert."""
     config = layer.get_config()
     if layer.top_k is not None:
         factor = _factor(layer, source)
@@ -108,30 +115,54 @@ def _grown_mmoe(layer: MMoE, source: np.ndarray) -> MMoE:
         config["top_k"] = factor * layer.top_k
         if layer.shared_top_k is not None:
             config["shared_top_k"] = factor * layer.shared_top_k
-    shift = layer.gate_temperature * _log_copies(source)
-    if shift.any():
-        config["gate_use_bias"] = True
+    config["gate_use_bias"] |= bool(_log_copies(source).any())
     config["num_experts"] = len(source)
     if config["experts"] is not None:
         config["experts"] = _more(layer.experts, source)
     new = type(layer).from_config(config)
     gates = layer.gates
     new.build((None, layer.input_spec.axes[-1]), (None, gates.kernels[0].shape[1]))
-    last = len(gates.kernels) - 1
-    for i, kernel in enumerate(gates.kernels):
+    _copy_gates(gates, new.gates, source, layer.gate_temperature)
+    return new, source
+
+
+def _grown_ple(layer: PLE, source: np.ndarray) -> tuple[PLE, np.ndarray]:
+    """Return a built layer with its gates, and the source of each expert."""
+    t, m = len(layer.tasks), layer.num_task_experts
+    of_level = np.concatenate([np.arange(t * m), t * m + source])
+    of_task = np.concatenate([np.arange(m), m + source])  # The experts of a task gate.
+    config = layer.get_config()
+    config["num_shared_experts"] = len(source)
+    config["gate_use_bias"] |= bool(_log_copies(of_task).any())
+    if config["experts"] is not None:
+        config["experts"] = [_more(experts, of_level) for experts in layer.experts]
+    new = type(layer).from_config(config)
+    new.build((None, layer.input_spec.axes[-1]))
+    temperature = layer.gate_temperature
+    for gates, more in zip(layer.gates, new.gates, strict=True):
+        _copy_gates(gates, more, of_task, temperature)
+    for gates, more in zip(layer.shared_gates, new.shared_gates, strict=True):
+        _copy_gates(gates, more, of_level, temperature)
+    return new, of_level
+
+
+def _copy_gates(old: Any, new: Any, source: np.ndarray, temperature: float) -> None:
+    """Copy gates, with a logit for each of `source`, lowered as copies need it."""
+    shift = temperature * _log_copies(source)
+    last = len(old.kernels) - 1
+    for i, kernel in enumerate(old.kernels):
         value = _array(kernel)
-        new.gates.kernels[i].assign(value[..., source] if i == last else value)
-    for i, bias in enumerate(new.gates.biases):
-        value = _array(gates.biases[i]) if gates.biases else np.zeros(1)
+        new.kernels[i].assign(value[..., source] if i == last else value)
+    for i, bias in enumerate(new.biases):
+        value = _array(old.biases[i]) if old.biases else np.zeros(1)
         if i == last:
             value = np.broadcast_to(value, (*bias.shape[:-1], source.max() + 1))
             value = value[..., source] - shift
         bias.assign(np.broadcast_to(value, bias.shape))
-    return new
 
 
-def _grown_moe(layer: MoE, source: np.ndarray) -> MoE:
-    """Return a built layer with the router of `layer`; its experts are copied later."""
+def _grown_moe(layer: MoE, source: np.ndarray) -> tuple[MoE, np.ndarray]:
+    """Return a built layer with its router, and the source of each expert."""
     router = layer.router
     if type(router) not in (TopKRouter, DenseRouter):
         raise ValueError(
@@ -167,7 +198,16 @@ def _grown_moe(layer: MoE, source: np.ndarray) -> MoE:
         new.router.bias.assign(bias[source] - shift)
     if layer.shared_experts is not None and new.shared_experts is not None:
         new.shared_experts.set_weights(layer.shared_experts.get_weights())
-    return new
+    return new, source
+
+
+_GROWN: dict[type, Callable[[Any, np.ndarray], tuple[Any, np.ndarray]]] = {
+    MMoE: _grown_mmoe,
+    OMoE: _grown_mmoe,
+    PLE: _grown_ple,
+    CGC: _grown_ple,
+    MoE: _grown_moe,
+}
 
 
 def _factor(layer: Any, source: np.ndarray) -> int:
