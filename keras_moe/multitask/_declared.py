@@ -209,7 +209,9 @@ class DeclaredTasks:
 
 
 def _checked(tasks: Sequence[Task], outputs: Sequence[str]) -> list[Task]:
-    if isinstance(tasks, str | dict) or not all(isinstance(t, Task) for t in tasks):
+    if not isinstance(tasks, list | tuple) or not all(
+        isinstance(task, Task) for task in tasks
+    ):
         raise ValueError(
             "`tasks` must be a sequence of keras_moe.multitask.Task. "
             f"Received: tasks={tasks!r}"
