@@ -12,6 +12,7 @@ from keras import ops
 from keras_moe import _backend
 from keras_moe.multitask._compiled import update_metrics
 from keras_moe.multitask.heads._base import MEAN, like
+from keras_moe.multitask.heads.ranking import RankingLoss, scores
 from keras_moe.multitask.joint_loss import JointLoss, Rows
 from keras_moe.multitask.task import Task
 
@@ -208,7 +209,9 @@ class DeclaredTasks:
 
 
 def _checked(tasks: Sequence[Task], outputs: Sequence[str]) -> list[Task]:
-    if isinstance(tasks, str | dict) or not all(isinstance(t, Task) for t in tasks):
+    if not isinstance(tasks, list | tuple) or not all(
+        isinstance(task, Task) for task in tasks
+    ):
         raise ValueError(
             "`tasks` must be a sequence of keras_moe.multitask.Task. "
             f"Received: tasks={tasks!r}"
@@ -234,7 +237,11 @@ def _mean_loss(task: Task, rows: Rows, output: Any) -> tuple[Any, Any]:
     weights = rows.weights
     if weights is not None:
         weights = task.head.loss_weights(weights)
-    value = task.loss(rows.labels, output, weights) * replicas
+    if isinstance(task.loss, RankingLoss):
+        # Weights are of lists, and a mask of candidates is already in the labels.
+        output = scores(output)
+    # Losses that average the last axis would otherwise average a sequence.
+    value = task.loss(like(rows.labels, output), output, weights) * replicas
     if weights is None:
         return value, ops.cast(ops.size(rows.labels), "float32")
     total = ops.sum(weights)

@@ -232,13 +232,18 @@ class MultiTaskModel(PerTaskTraining):
                 )
 
     def get_compile_config(self) -> dict[str, Any]:
-        if not self.compiled or self._declared is None:
+        if not self.compiled:
             return super().get_compile_config()
-        # What the tasks declare is derived again.
-        return {
-            key: keras.saving.serialize_keras_object(value)
-            for key, value in self._declared.compile_arguments.items()
-        }
+        serialize = keras.saving.serialize_keras_object
+        if self._declared is None:
+            config = super().get_compile_config()
+        else:
+            # What the tasks declare is derived again.
+            given = self._declared.compile_arguments
+            config = {key: serialize(value) for key, value in given.items()}
+        # With the loss scaling that `compile` may have added: a process with another
+        # dtype policy would not add it, and could not load the optimizer's variables.
+        return {**config, "optimizer": serialize(self.optimizer)}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         # Keras skips this step for models that override `compile`.

@@ -16,10 +16,11 @@ from keras_moe import _backend, _checks
 from keras_moe.layers import Tower
 from keras_moe.layers._tasks import Tasks
 from keras_moe.multitask import heads
+from keras_moe.multitask.heads._base import MEAN, HeadLoss
 from keras_moe.multitask.joint_loss import JointLoss, Rows
 
 # Metrics that Keras chooses by the shape of the output.
-_BY_SHAPE = ("accuracy", "acc", "crossentropy", "ce")
+_BY_SHAPE = ("accuracy", "acc")
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -46,9 +47,10 @@ class Task:
         skip_missing: bool, whether a NaN label also makes a row undefined. By default
             it makes the loss NaN, as a defined row must have a label.
         loss: "head" for the loss of the head; None if the task is only predicted and
-            measured; a loss of Keras (one with `reduction="mean_with_sample_weight"`
-            excludes undefined rows exactly; others divide by their number too); or a
-            `JointLoss`.
+            measured; the name of a loss of Keras or a registered function, whose mean
+            is over the weights of the defined rows; a loss of Keras, with the reduction
+            that it has ("mean_with_sample_weight" excludes undefined rows exactly;
+            others divide by their number too); or a `JointLoss`.
         metrics: Keras metrics or their names. They get the defined rows, the sample
             weights, and the head's `prediction` (for `ZILN` the expected amount).
 
@@ -149,7 +151,7 @@ class Task:
             flags = (
                 self.defined(labels)
                 if callable(self.defined)
-                else ops.convert_to_tensor(labels[self.defined]) > 0
+                else _positive(labels[self.defined])
             )
             conditions.append(_per_row(flags, outputs))
         if self.skip_missing:
@@ -233,7 +235,33 @@ def _loss(loss: Any, task: Task) -> Any:
         return task.head.loss()
     if loss is None or isinstance(loss, JointLoss):
         return loss
-    return keras.losses.get(loss)
+    found = keras.losses.get(loss)
+    if isinstance(found, keras.losses.Loss):
+        return found
+    return FunctionLoss(found)
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class FunctionLoss(HeadLoss):
+    """The mean of a function over the sum of the sample weights."""
+
+    def __init__(
+        self, function: Any, reduction: str = MEAN, name: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(name or function.__name__, reduction, dtype)
+        self.function = function
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        return self.function(y_true, y_pred)
+
+    def get_config(self) -> dict[str, Any]:
+        function = keras.saving.serialize_keras_object(self.function)
+        return {**super().get_config(), "function": function}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> FunctionLoss:
+        function = keras.losses.get(config["function"])
+        return cls(**{**config, "function": function})
 
 
 def _metric(metric: Any) -> Any:
@@ -251,6 +279,13 @@ def _per_row(values: Any, outputs: Any) -> Any:
     if len(values.shape) == len(outputs.shape) and values.shape[-1] == 1:
         return ops.squeeze(values, axis=-1)
     return values
+
+
+def _positive(values: Any) -> Any:
+    values = ops.convert_to_tensor(values)
+    if keras.backend.standardize_dtype(values.dtype) == "bool":
+        return values
+    return values > 0
 
 
 def _product(labels: list[Any]) -> Any:

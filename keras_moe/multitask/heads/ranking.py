@@ -36,7 +36,8 @@ class RankingLoss(HeadLoss):
         dtype: dtype of the computation.
 
     Call arguments:
-        y_true: relevance, `(n, c)`; a candidate below 0 is not in the list.
+        y_true: relevance, `(n, c)` or `(n, c, 1)`; a candidate below 0 is not in the
+            list.
         y_pred: scores, `(n, c)` or `(n, c, 1)`.
     """
 
@@ -59,7 +60,7 @@ class RankingLoss(HeadLoss):
         self._of_list = getattr(keras_rs.losses, _LOSSES[loss])()
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        losses = self._of_list.call(y_true, scores(y_pred))
+        losses = self._of_list.call(scores(y_true), scores(y_pred))
         return ops.sum(losses, axis=-1) if len(losses.shape) == 2 else losses
 
     def get_config(self) -> dict[str, Any]:
