@@ -53,7 +53,9 @@ def combine(
         values = values / scale
         products = ops.matmul(values, ops.transpose(values))  # (t, p), (p, t) -> (t, t)
         if shared is None:
-            reached = ops.sum(ops.cast(ops.diagonal(products) > 0, "int32"))
+            # A NaN has reached it, too: the weighting has to see it.
+            some = ops.not_equal(ops.diagonal(products), 0)
+            reached = ops.sum(ops.cast(some, "int32"))
             flag = reached >= 2
         else:
             flag = ops.convert_to_tensor(shared[i])

@@ -144,8 +144,8 @@ def _checked(parents: Any) -> dict[str, list[str]]:
         )
     checked: dict[str, list[str]] = {}
     for task in Tasks(list(parents)).keys:
-        later = [parent for parent in parents[task] if parent not in checked]
-        if isinstance(parents[task], str) or later:
+        listed = isinstance(parents[task], list | tuple)
+        if not listed or any(parent not in checked for parent in parents[task]):
             raise ValueError(
                 "every task in `parents` must depend on tasks before it, given as a "
                 f"list. Received: {task!r} with the parents {parents[task]!r}"

@@ -45,7 +45,7 @@ class CounterfactualLoss(JointLoss):
         rate = ops.squeeze(outputs[second], -1)
         labels = ops.cast(rows[second].labels, rate.dtype)
         # The click's sample weight, and 1 where there is a click with a known label.
-        weights = weights_or_ones(rows[first])
+        weights = ops.cast(weights_or_ones(rows[first]), rate.dtype)
         clicked = ops.cast(weights_or_ones(rows[second]) > 0, rate.dtype)
         propensity = ops.stop_gradient(ops.squeeze(outputs[first], -1))
         inverse = clicked / ops.maximum(propensity, self.min_propensity)
