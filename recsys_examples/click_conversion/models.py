@@ -18,6 +18,7 @@ import keras
 import numpy as np
 
 from keras_moe import layers, multitask
+from recsys_examples.click_conversion import weightings
 from recsys_examples.click_conversion.problems import Chain, Problem
 from recsys_examples.click_conversion.settings import (
     AITM,
@@ -103,7 +104,10 @@ def build_model(
         shared = _body(model, [t.name for t in tasks], inputs, columns, shape)
         outputs = {t.name: t.tower(shape.towers)(shared[t.name]) for t in tasks}
     return multitask.MultiTaskModel(
-        inputs, outputs, tasks=tasks, loss_weighting=loss_weighting
+        inputs,
+        outputs,
+        tasks=tasks,
+        loss_weighting=weightings.make(loss_weighting, len(outputs)),
     )
 
 

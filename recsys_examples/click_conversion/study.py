@@ -63,6 +63,11 @@ class Study:
         models = sum(len(self.models(source)) for source in self._sources)
         return models * (tuning + self._budget.seeds)
 
+    @property
+    def seconds(self) -> float:
+        """Duration of all runs, one after the other."""
+        return self._results.seconds
+
     def run(self, progress: Callable[[int], None], workers: int) -> None:
         """Run what is not in the file.
 
