@@ -72,7 +72,11 @@ def compare(options: argparse.Namespace) -> None:
     profile = profiles.PROFILES[options.profile]
     budget = _budget(options, profile.budget)
     sources = profiles.sources(
-        options.data, profile.rows, options.data_dir, options.max_rows
+        options.data,
+        profile.rows,
+        options.data_dir,
+        options.max_rows,
+        options.max_buckets,
     )
     study = _run(options, sources, budget)
 
@@ -269,6 +273,13 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         "--max-rows",
         type=whole_number(1, 10**12),
         help="rows of each part of a log to read at most (default: all)",
+    )
+    parser.add_argument(
+        "--max-buckets",
+        type=whole_number(2, 1 << 24),
+        default=1 << 16,
+        help="largest vocabulary size of a category of a log; further values share "
+        "indices (default: %(default)s)",
     )
 
 

@@ -60,7 +60,11 @@ def simulated(rows: int) -> list[Source]:
 
 
 def sources(
-    data: list[str], rows: int, folder: Path | None, max_rows: int | None
+    data: list[str],
+    rows: int,
+    folder: Path | None,
+    max_rows: int | None,
+    max_buckets: int,
 ) -> list[Source]:
     """Return the sources of the chosen data.
 
@@ -69,6 +73,7 @@ def sources(
         rows: impressions of the simulator.
         folder: the folder of a public log.
         max_rows: rows of each part of a log to read at most; None for all.
+        max_buckets: largest vocabulary size of a category of a log.
     """
     found: list[Source] = []
     for name in data:
@@ -79,5 +84,5 @@ def sources(
             found.append(RandHie("rand_hie_amounts", False, RAND_HIE_BOTTOM))
         else:
             assert folder is not None, "the command line checks it"
-            found.append(Files(name, folder, FILES_BOTTOM, max_rows))
+            found.append(Files(name, folder, FILES_BOTTOM, max_rows, max_buckets))
     return found

@@ -22,6 +22,7 @@ from recsys_examples.click_conversion.streamed import LOGS, first_rows
 from recsys_examples.click_conversion.task_simulator import Tasks, simulate_tasks
 
 HIGH = "high"  # an amount above the median
+MAX_BUCKETS = 1 << 16
 
 
 class Source(Protocol):
@@ -252,12 +253,14 @@ class Files:
         folder: the folder with the files.
         bottom: the shape of the shared bottom.
         max_rows: rows of each part to read at most; None for all.
+        max_buckets: largest vocabulary size of a category; more values share indices.
     """
 
     name: str
     folder: Path
     bottom: Shape
     max_rows: int | None = None
+    max_buckets: int = MAX_BUCKETS
 
     @property
     def title(self) -> str:
@@ -271,11 +274,12 @@ class Files:
 
     def columns(self) -> Columns:
         """Return the columns of the rows."""
-        return LOGS[self.name].columns
+        return LOGS[self.name].columns(self.max_buckets)
 
     def parts(self, part: str, seed: int) -> Iterator[Part]:
         """Yield the batches of a part; they do not depend on the seed."""
-        return first_rows(LOGS[self.name].read(self.folder, part), self.max_rows)
+        batches = LOGS[self.name].read(self.folder, part, self.max_buckets)
+        return first_rows(batches, self.max_rows)
 
     def identity(self) -> Any:
         """Return the settings, and the names and sizes of the files."""
@@ -284,5 +288,6 @@ class Files:
             "name": self.name,
             "bottom": self.bottom,
             "max_rows": self.max_rows,
+            "max_buckets": self.max_buckets,
             "files": [[p.name, p.stat().st_size] for p in files],
         }

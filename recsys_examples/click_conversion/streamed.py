@@ -7,7 +7,7 @@ the group: a tenth of the users or searches for the validation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from recsys_examples.click_conversion.problems import Chain
 from recsys_examples.errors import InputError
 
 HELD_OUT = 10  # one of so many groups
+Reader = Callable[[Path, str, dict[str, int]], Iterator[Part]]
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio (Knuth)
 
 
@@ -28,13 +29,35 @@ class Log:
 
     Attributes:
         chain: its two events.
-        columns: its columns.
-        read: function from the folder and the part to the batches.
+        numbers: names of its numbers.
+        buckets: vocabulary sizes of its categories by default.
+        of_scenario: the column made of the scenario, and its vocabulary size; None.
+        reader: function from the folder, the part and the vocabulary sizes to batches.
     """
 
     chain: Chain
-    columns: Columns
-    read: Callable[[Path, str], Iterator[Part]]
+    numbers: tuple[str, ...]
+    buckets: dict[str, int]
+    of_scenario: tuple[str, int] | None
+    reader: Reader
+
+    def columns(self, max_buckets: int) -> Columns:
+        """Return the columns of the batches."""
+        scenario = () if self.of_scenario is None else (self.of_scenario,)
+        return Columns(self.numbers, (*self._limited(max_buckets).items(), *scenario))
+
+    def read(self, folder: Path, part: str, max_buckets: int) -> Iterator[Part]:
+        """Yield the batches of a part: "train", "validation" or "test"."""
+        for batch in self.reader(folder, part, self._limited(max_buckets)):
+            if self.of_scenario is None:
+                yield batch
+                continue
+            name, _ = self.of_scenario
+            scenario = batch.scenario + np.int32(1)
+            yield replace(batch, features={**batch.features, name: scenario})
+
+    def _limited(self, max_buckets: int) -> dict[str, int]:
+        return {name: min(size, max_buckets) for name, size in self.buckets.items()}
 
 
 def held_out(groups: np.ndarray) -> np.ndarray:
@@ -54,16 +77,14 @@ def first_rows(batches: Iterable[Part], max_rows: int | None) -> Iterator[Part]:
         left = None if left is None else left - len(batch)
 
 
-def _divided(
-    read: Callable[[Path, str], Iterator[Part]],
-) -> Callable[[Path, str], Iterator[Part]]:
+def _divided(read: Reader) -> Reader:
     """Return a reader with a validation part out of the training files."""
 
-    def divided(folder: Path, part: str) -> Iterator[Part]:
+    def divided(folder: Path, part: str, buckets: dict[str, int]) -> Iterator[Part]:
         if part == "test":
-            yield from read(folder, "test")
+            yield from read(folder, "test", buckets)
             return
-        for batch in read(folder, "train"):
+        for batch in read(folder, "train", buckets):
             keep = held_out(batch.groups) == (part == "validation")
             if keep.any():
                 yield batch.take(keep)
@@ -71,17 +92,21 @@ def _divided(
     return divided
 
 
-def _read_ali_ccp(folder: Path, part: str) -> Iterator[Part]:
-    for batch in ali_ccp.read_ali_ccp(folder, part, on_unclicked="drop"):
+def _read_ali_ccp(folder: Path, part: str, buckets: dict[str, int]) -> Iterator[Part]:
+    for batch in ali_ccp.read_ali_ccp(
+        folder, part, buckets=buckets, on_unclicked="drop"
+    ):
         # Weights are counts of a user's actions, from below 1 to thousands.
         squeezed = {
             name: np.log1p(np.maximum(batch.features[name], 0))
             for name in ali_ccp.NUMBERS
         }
-        yield _with(batch, features=batch.features | squeezed, labels=batch.labels)
+        yield replace(batch, features=batch.features | squeezed)
 
 
-def _read_aliexpress(folder: Path, part: str) -> Iterator[Part]:
+def _read_aliexpress(
+    folder: Path, part: str, buckets: dict[str, int]
+) -> Iterator[Part]:
     countries = [
         name
         for name in aliexpress.COUNTRIES
@@ -92,53 +117,35 @@ def _read_aliexpress(folder: Path, part: str) -> Iterator[Part]:
             f"{folder}: must have a folder AliExpress_NL, AliExpress_ES, "
             "AliExpress_FR or AliExpress_US; found none"
         )
-    for batch in aliexpress.read_aliexpress(
-        folder, part, countries, on_unclicked="drop"
-    ):
-        country = batch.scenario + np.int32(1)
-        yield _with(
-            batch, features={**batch.features, "country": country}, labels=batch.labels
-        )
+    yield from aliexpress.read_aliexpress(
+        folder, part, countries, buckets=buckets, on_unclicked="drop"
+    )
 
 
-def _read_kuairand(folder: Path, part: str) -> Iterator[Part]:
-    for batch in kuairand.read_kuairand(folder, part):
+def _read_kuairand(folder: Path, part: str, buckets: dict[str, int]) -> Iterator[Part]:
+    for batch in kuairand.read_kuairand(folder, part, buckets=buckets):
         click, like = batch.labels["click"], batch.labels["like"]
-        labels = {
-            "click": click,
-            "conversion": np.where(click == 1, like, np.float32(np.nan)),
-        }
-        page = batch.scenario + np.int32(1)
-        yield _with(batch, features={**batch.features, "tab": page}, labels=labels)
-
-
-def _with(
-    batch: Part, features: dict[str, np.ndarray], labels: dict[str, np.ndarray]
-) -> Part:
-    return Part(features, labels, batch.groups, batch.scenario)
+        conversion = np.where(click == 1, like, np.float32(np.nan))
+        yield replace(batch, labels={"click": click, "conversion": conversion})
 
 
 LOGS = {
     "ali_ccp": Log(
-        Chain(),
-        Columns(ali_ccp.NUMBERS, tuple(ali_ccp.BUCKETS.items())),
-        _divided(_read_ali_ccp),
+        Chain(), ali_ccp.NUMBERS, ali_ccp.BUCKETS, None, _divided(_read_ali_ccp)
     ),
     # The second event is a like after a click.
     "kuairand": Log(
         Chain(words=("click", "like")),
-        Columns(
-            kuairand.NUMBERS,
-            (*kuairand.BUCKETS.items(), ("tab", 1 + kuairand.SCENARIOS)),
-        ),
+        kuairand.NUMBERS,
+        kuairand.BUCKETS,
+        ("tab", 1 + kuairand.SCENARIOS),
         _read_kuairand,
     ),
     "aliexpress": Log(
         Chain(),
-        Columns(
-            aliexpress.NUMBERS,
-            (*aliexpress.BUCKETS.items(), ("country", 1 + len(aliexpress.COUNTRIES))),
-        ),
+        aliexpress.NUMBERS,
+        aliexpress.BUCKETS,
+        ("country", 1 + len(aliexpress.COUNTRIES)),
         _divided(_read_aliexpress),
     ),
 }
