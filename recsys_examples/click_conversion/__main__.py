@@ -311,7 +311,7 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed",
         type=whole_number(0, 100_000),
-        default=0,
+        default=Budget().first_seed,
         help="seed of the first run (default: %(default)s)",
     )
 

@@ -11,7 +11,7 @@ become probabilities and losses.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import keras
@@ -54,18 +54,20 @@ class Shape(NamedTuple):
     Attributes:
         width: units of each expert of the body, or of the bottom.
         towers: widths of the hidden layers of each tower.
+        activation: of the body; the towers' hidden layers have ReLU.
     """
 
     width: int
     towers: tuple[int, ...] = ()
+    activation: str = "relu"
 
 
-Body = Callable[[int, Sequence[str]], Any]
+Body = Callable[..., Any]
 
 BODIES: dict[str, Body] = {
-    BOTTOM: lambda width, tasks: layers.SharedBottom(width, tasks),
-    MMOE: lambda width, tasks: layers.MMoE(4, width, tasks),
-    PLE: lambda width, tasks: layers.PLE(1, 2, 1, width, tasks),
+    BOTTOM: layers.SharedBottom,
+    MMOE: partial(layers.MMoE, 4),
+    PLE: partial(layers.PLE, 1, 2, 1),  # one level, 2 shared experts, 1 per task
 }
 
 
@@ -141,14 +143,17 @@ def _body(
     columns: Columns,
     shape: Shape,
 ) -> dict[str, Any]:
+    arguments = {"activation": shape.activation}
     if model != SINGLE:
-        return BODIES[model](shape.width, tasks)(_features(inputs, columns, ""))
-    return {
-        task: layers.SharedBottom(shape.width, [task], name=f"{task}_bottom")(
-            _features(inputs, columns, f"{task}_")
-        )[task]
-        for task in tasks
-    }
+        body = BODIES[model](shape.width, tasks, **arguments)
+        return body(_features(inputs, columns, ""))
+    found: dict[str, Any] = {}
+    for task in tasks:
+        bottom = layers.SharedBottom(
+            shape.width, [task], name=f"{task}_bottom", **arguments
+        )
+        found |= bottom(_features(inputs, columns, f"{task}_"))
+    return found
 
 
 def _features(inputs: dict[str, Any], columns: Columns, prefix: str) -> Any:
@@ -178,12 +183,12 @@ def equal_shape(
     """
 
     def parameters(model: str, width: int) -> int:
-        shape = Shape(width, bottom.towers)
+        shape = bottom._replace(width=width)
         return int(build_model(problem, model, columns, shape).count_params())
 
     target = parameters(BOTTOM, bottom.width)
     width = nearest_width(lambda width: parameters(model, width), target)
-    return Shape(width, bottom.towers), parameters(model, width)
+    return bottom._replace(width=width), parameters(model, width)
 
 
 assert set(BODIES) < set(MODELS)

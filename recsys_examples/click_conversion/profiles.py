@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recsys_examples.click_conversion.models import Shape
@@ -19,9 +19,12 @@ from recsys_examples.click_conversion.streamed import LOGS
 SIMULATOR, RAND_HIE = "simulator", "rand_hie"
 DATA = (SIMULATOR, RAND_HIE, *LOGS)
 
-# The conversion functions are more complex than a bottom of this size can represent.
-SIMULATED_BOTTOM = Shape(4)
-IMPRESSIONS = Impressions(rows=60_000, users=6_000, features=30)
+# A factorised logistic regression, as in many production systems: it cannot represent
+# the conversion rate, so that the rows that it is trained on decide what it learns.
+LINEAR = Shape(8, (), "linear")
+# Large enough for the conversion rate.
+FLEXIBLE = Shape(32, (8,))
+IMPRESSIONS = Impressions()
 SHIFT = 2.0
 RAND_HIE_BOTTOM = Shape(32, (8,))
 FILES_BOTTOM = Shape(64, (16,))
@@ -48,14 +51,13 @@ PROFILES = {
 
 
 def simulated(rows: int) -> list[Source]:
-    """Return impressions with and without a covariate shift."""
-    from dataclasses import replace
-
+    """Return impressions with and without a covariate shift, for models of two sizes."""
     settings = replace(IMPRESSIONS, rows=rows, users=rows // 10)
     shifted = replace(settings, covariate_shift=SHIFT)
     return [
-        SimulatedChain("selection_bias", shifted, SIMULATED_BOTTOM),
-        SimulatedChain("no_bias", settings, SIMULATED_BOTTOM),
+        SimulatedChain("selection_bias", shifted, LINEAR),
+        SimulatedChain("no_bias", settings, LINEAR),
+        SimulatedChain("selection_bias_large_model", shifted, FLEXIBLE),
     ]
 
 
