@@ -5,6 +5,7 @@ Axis letters: t tasks.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -90,7 +91,7 @@ class FAMO(LossWeighting):
         self.weight_decay = _checks.non_negative_number("weight_decay", weight_decay)
         self.min_losses: float | list[float] = (
             _checks.finite_number("min_losses", min_losses)
-            if isinstance(min_losses, int | float)
+            if isinstance(min_losses, numbers.Real)
             else _checks.each("min_losses", min_losses, _checks.finite_number)
         )
 
@@ -131,10 +132,9 @@ class FAMO(LossWeighting):
         )
         mask = task_mask(mask, old_losses)
         both = ops.where(mask, ops.stack([old_losses, new_losses]), 0.0)
-        (old_losses, new_losses), finite = self.observed(both)
-        decrease = ops.log(self._excess(old_losses, mask)) - ops.log(
-            self._excess(new_losses, mask)
-        )
+        both, finite = self.observed(both)
+        logs = ops.log(self._excess(both, mask))
+        decrease = logs[0] - logs[1]
         valid = ops.logical_and(finite, all_finite(decrease))
         shares = self._shares(mask)
         gradient = shares * (decrease - ops.sum(shares * decrease))
