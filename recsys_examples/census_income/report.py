@@ -7,17 +7,17 @@ from collections.abc import Mapping
 import numpy as np
 from rich.table import Table
 
-from recsys_examples.census_income.comparison import (
-    GAIN,
-    LEVEL,
-    MIN_WILCOXON_PAIRS,
-    compare,
-)
 from recsys_examples.census_income.features import GROUPS
 from recsys_examples.census_income.models import expert_units
 from recsys_examples.census_income.names import BASELINES, EQUAL_BOTTOM, SINGLE_TASK
 from recsys_examples.census_income.papers import REPORTED, SOURCE
 from recsys_examples.census_income.study import Found, best_layer
+from recsys_examples.comparison import (
+    GAIN,
+    LEVEL,
+    MIN_WILCOXON_PAIRS,
+    compare,
+)
 from recsys_examples.tables import summary
 
 TITLES = {

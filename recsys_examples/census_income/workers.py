@@ -5,12 +5,10 @@ With one thread, runs are deterministic given the seed.
 
 from __future__ import annotations
 
-import logging
-import os
-
 from recsys_examples.census_income.features import GROUPS, Splits
 from recsys_examples.census_income.results import Job
 from recsys_examples.census_income.training import Outcome
+from recsys_examples.workers import use_one_thread
 
 _splits: Splits | None = None  # set by `prepare` in a worker process
 
@@ -19,13 +17,7 @@ def prepare(splits: Splits) -> None:
     """Set up this process as a worker."""
     global _splits
     _splits = splits
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
-
-    # TensorFlow warns about retracing, which is expected with many different models.
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    use_one_thread()
 
 
 def train(job: Job) -> tuple[Job, Outcome]:

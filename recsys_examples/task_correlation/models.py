@@ -9,14 +9,15 @@ the other models are chosen to match the parameter count of the paper's MMoE.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_moe import layers
 from recsys_examples.task_correlation.data import TASKS
 from recsys_examples.task_correlation.settings import BOTTOM, MMOE, OMOE, PLE
+from recsys_examples.widths import nearest_width
 
 # Functions from the width, of the shared layer or of each expert, to the body.
 BODIES: dict[str, Callable[[int], keras.layers.Layer]] = {
@@ -34,7 +35,6 @@ BODIES: dict[str, Callable[[int], keras.layers.Layer]] = {
 }
 MMOE_WIDTH = 16
 TOWER_UNITS = (8,)
-_MAX_WIDTH = 1000
 
 
 def build_model(model: str, width: int, dimension: int) -> keras.Model:
@@ -53,13 +53,11 @@ def parameters(model: str, width: int, dimension: int) -> int:
 def equal_widths(dimension: int) -> dict[str, int]:
     """Return the width of each model for about equal numbers of parameters."""
     target = parameters(MMOE, MMOE_WIDTH, dimension)
-    return {model: _nearest_width(model, target, dimension) for model in BODIES}
+    return {
+        model: nearest_width(partial(_counted, model, dimension), target)
+        for model in BODIES
+    }
 
 
-def _nearest_width(model: str, target: int, dimension: int) -> int:
-    # The number of parameters is quadratic in the width: fitted to three points.
-    points = [1, 2, 3]
-    counts_at_points = [parameters(model, w, dimension) for w in points]
-    quadratic = np.polyfit(points, counts_at_points, 2)
-    counts = np.polyval(quadratic, np.arange(1, _MAX_WIDTH))
-    return 1 + int(np.argmin(np.abs(counts - target)))
+def _counted(model: str, dimension: int, width: int) -> int:
+    return parameters(model, width, dimension)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from recsys_examples.census_income import comparison, report, search
-from recsys_examples.census_income.comparison import Comparison, compare
+from recsys_examples import comparison
+from recsys_examples.census_income import report, search
 from recsys_examples.census_income.features import GROUPS, Rows, Splits
 from recsys_examples.census_income.models import Settings, build_models, parameters
 from recsys_examples.census_income.names import (
@@ -22,6 +22,7 @@ from recsys_examples.census_income.papers import REPORTED
 from recsys_examples.census_income.results import Job, Results, best_trial
 from recsys_examples.census_income.study import Found, Plan, Study, best_layer
 from recsys_examples.census_income.training import Outcome
+from recsys_examples.comparison import Comparison, compare
 from recsys_examples.errors import InputError
 
 DATA = {"data": "tiny", "versions": {"keras": "3"}}
