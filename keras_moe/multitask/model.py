@@ -304,6 +304,7 @@ class MultiTaskModel(PerTaskTraining):
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
     ) -> dict[str, Any]:
+        y_pred = self.with_masks(y_pred)
         if self._compile_metrics is not None:
             self._source.update_metrics(
                 self._compile_metrics, y, y_pred, sample_weight, self._features(x)

@@ -26,6 +26,7 @@ class Losses(keras.layers.Layer):
     def __init__(self, space, labels, weights=None):
         super().__init__(dtype="float64")
         self.space, self.labels, self.row_weights = space, labels, weights
+        self.built = True
         outputs = {
             name: keras.Input((1,), dtype="float64", name=name)
             for name in space.input_names

@@ -49,9 +49,13 @@ def _wanted(model, y, used, combine, rate):
 
 
 def _same_towers(model):
-    """Give both towers the weights of the first: then opposite labels conflict."""
-    first, second = model.get_layer("a_tower"), model.get_layer("b_tower")
-    second.set_weights(first.get_weights())
+    """Give both towers the same weights: then opposite labels conflict."""
+    rng = np.random.default_rng(5)
+    tower = [rng.normal(size=(3, 1)), np.zeros(1)]
+    shared = [rng.normal(size=(4, 3)) * 0.5, np.zeros(3)]
+    model.get_layer("shared").set_weights(shared)
+    for name in ("a_tower", "b_tower"):
+        model.get_layer(name).set_weights(tower)
 
 
 @pytest.mark.parametrize("conflict", [False, True])
