@@ -332,6 +332,24 @@ def test_a_joint_loss_has_a_gradient_of_its_own():
     assert isinstance(again.loss, Difference)
 
 
+@not_on_jax
+@pytest.mark.parametrize("weighting", ["famo", "pcgrad"])
+def test_moving_statistics_move_once(weighting):
+    """FAMO's second call leaves the statistics of a batch normalization alone."""
+    found = []
+    for kind in (None, weighting):
+        inputs = keras.Input((4,))
+        hidden = keras.layers.BatchNormalization(momentum=0.5)(inputs)
+        outputs = {task.name: task.tower(())(hidden) for task in _tasks()}
+        model = MultiTaskModel(inputs, outputs, kind, tasks=_tasks())
+        model.compile(keras.optimizers.SGD(0.1), run_eagerly=EAGER)
+        model.fit(X, _labels(True), verbose=0)
+        layer = next(x for x in model.layers if "normalization" in x.name)
+        found.append([np.array(v) for v in layer.non_trainable_weights])
+    assert_near(found[1], found[0], 1e-6, 1e-7)
+    np.testing.assert_allclose(found[1][0], 0.5 * X.mean(axis=0), rtol=1e-5)
+
+
 def test_metrics_and_losses_are_those_before_the_step():
     """As in the step of Keras."""
     y, found = _labels(True), []

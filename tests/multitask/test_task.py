@@ -19,7 +19,8 @@ from tests.support.declared import (
 )
 
 WEIGHTINGS = pytest.mark.parametrize(
-    "weighting", [None, pytest.param("uncertainty", marks=not_on_jax), "pcgrad"]
+    "weighting",
+    [None, *(pytest.param(w, marks=not_on_jax) for w in ("uncertainty", "pcgrad"))],
 )
 X = features()
 SEEN = (X[:, 0] > 0).astype("float32")
@@ -212,6 +213,7 @@ def test_a_nan_in_the_first_label_of_a_product():
     ("arguments", "flags"),
     [
         ({"defined": "flag"}, [1, 0, 0, 1]),
+        ({"defined": ("flag", "other")}, [0, 0, 0, 1]),
         ({"defined": lambda labels: labels["flag"] > 0}, [1, 0, 0, 1]),
         ({"skip_missing": True}, [1, 1, 0, 0]),
         ({"defined": "flag", "skip_missing": True}, [1, 0, 0, 0]),
@@ -222,6 +224,7 @@ def test_which_rows_are_defined(arguments, flags, shape):
     labels = {
         "a": np.array([1.0, 0.0, np.nan, np.nan]).reshape(shape),
         "flag": np.array([1.0, 0.0, np.nan, 2.0]).reshape(shape),
+        "other": np.array([0, 0, 1, 1]).reshape(shape),
     }
     task = Task("a", **arguments)
     rows = task.rows(labels, ops.zeros((4, 1)))
@@ -413,6 +416,8 @@ def test_metrics_given_to_compile_count_the_defined_rows():
         (lambda: Task("a", label=()), "`label` must be"),
         (lambda: Task("a", label=("a", 3)), "`label` must be"),
         (lambda: Task("a", defined=3), "`defined` must be .* the task 'a'"),
+        (lambda: Task("a", defined=()), "`defined` must be .* the task 'a'"),
+        (lambda: Task("a", defined=["b", 3]), "`defined` must be .* the task 'a'"),
         (lambda: Task("a", skip_missing="yes"), "`skip_missing`"),
         (lambda: Task("a", metrics="auc"), "`metrics` must be .* the task 'a'"),
         (lambda: Task("a", metrics=3), "`metrics` must be .* the task 'a'"),
@@ -489,6 +494,16 @@ def test_config_round_trip():
     for loss in ("head", None):
         task = Task("a", "ziln", loss=loss, defined="b")
         again = Task.from_config(task.get_config())
+        assert again.defined == "b"
         assert type(again.loss) is type(task.loss)
         assert again.keys == {"a", "b"}
         assert repr(again) == "Task('a', ZILN())"
+
+
+def test_several_keys_in_a_config():
+    task = Task("a", defined=["b", "c"])
+    again = keras.saving.deserialize_keras_object(
+        keras.saving.serialize_keras_object(task)
+    )
+    assert again.defined == task.defined == ("b", "c")
+    assert again.keys == {"a", "b", "c"}
