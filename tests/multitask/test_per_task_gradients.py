@@ -229,6 +229,21 @@ def test_sparse_gradients_are_dense_ones(name):
     assert (moved[[0, 1, 2, 5]] > 0).all()
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the others compile all or none")
+def test_xla_has_dense_gradients_of_embeddings():
+    """A data-dependent number of rows has no operation there."""
+    ids = np.array([[0, 1, 1], [2, 2, 2], [1, 0, 5], [5, 5, 0]], "int32")
+    a, found = np.array([1.0, -1.0, 2.0, 0.5]), []
+    for eager in (True, False):
+        model = _embedding_model("pcgrad", dense=False)
+        model.compile(
+            keras.optimizers.SGD(0.5), run_eagerly=eager, jit_compile=not eager
+        )
+        model.fit(ids, {"a": a, "b": -a + 0.2}, epochs=2, verbose=0, shuffle=False)
+        found.append(model.get_weights()[:5])
+    assert_near(found[1], found[0], 1e-5, 1e-6)
+
+
 @not_on_jax
 def test_loss_scaling_keeps_the_direction():
     """Gradients are scaled by 2^15 before, and the Gramian sees them unscaled."""
