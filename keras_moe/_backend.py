@@ -209,6 +209,15 @@ def keras_mask(tensor: Any) -> Any:
     return get_keras_mask(tensor)
 
 
+def attach_keras_mask(tensor: Any, mask: Any) -> Any:
+    """Attach a mask to a tensor, as Keras does after a layer; return the tensor."""
+    from keras.src.backend import set_keras_mask
+
+    if mask is not None:
+        set_keras_mask(tensor, mask)
+    return tensor
+
+
 def num_replicas() -> int:
     """Return the number of `tf.distribute` replicas in sync."""
     if name() != "tensorflow":

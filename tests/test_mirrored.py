@@ -49,6 +49,33 @@ def test_a_task_that_one_replica_knows_is_known(found):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("weighting", [None, "pcgrad", "upgrad"])
+def test_declared_tasks_are_means_over_the_rows_of_all_replicas(found, weighting):
+    """The defined rows differ in number, and one task has none."""
+    one, two = found[f"tasks, {weighting}"]
+    for part in ("history", "measured"):
+        assert one[part].keys() == two[part].keys()
+        for name, value in one[part].items():
+            np.testing.assert_allclose(
+                two[part][name], value, rtol=1e-4, err_msg=f"{part}: {name}"
+            )
+    # A solver of UPGrad is iterative.
+    tolerance = 1e-3 if weighting == "upgrad" else 1e-5
+    for a, b in zip(one["weights"], two["weights"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-5)
+    assert one["history"]["never_loss"] == [0.0] * 3
+
+
+def test_a_loss_over_all_impressions_is_that_of_all_replicas(found):
+    one, two = found["clicks"]
+    for name, values in one["history"].items():
+        np.testing.assert_allclose(
+            two["history"][name], values, rtol=1e-5, err_msg=name
+        )
+    for a, b in zip(one["weights"], two["weights"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_a_bias_follows_the_load_of_all_replicas(found):
     """Each replica had moved its own bias, and the mean of them was kept."""
     one, two = found["halves"]

@@ -250,4 +250,5 @@ def _mean_loss(task: Task, rows: Rows, output: Any) -> tuple[Any, Any]:
         # The mean over the global batch: replicas have different total weights.
         every = _backend.sum_over_replicas(total)
         value = value * ops.divide_no_nan(total * replicas, every)
+        total = every / replicas  # So that the mean of these values counts every row.
     return value, total if exact else ops.cast(ops.shape(output)[0], "float32")

@@ -26,6 +26,27 @@ class PerTaskTraining(FitArguments):
             return _train_steps.train_step(self, *args)
         return super().train_step(*args)
 
+    def compute_loss_and_updates(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss and what it changes; Keras calls this on JAX alone.
+
+        The outputs of a differentiated function are new tensors, without the masks
+        that the metrics need.
+        """
+        loss, aux = super().compute_loss_and_updates(*args, **kwargs)
+        unscaled, outputs, *variables = aux
+        masks = {name: _backend.keras_mask(part) for name, part in outputs.items()}
+        if any(mask is not None for mask in masks.values()):
+            outputs = (outputs, masks)
+        return loss, (unscaled, outputs, *variables)
+
+    def with_masks(self, outputs: Any) -> dict[str, Any]:
+        """Return the outputs with the masks of `compute_loss_and_updates`."""
+        if isinstance(outputs, dict):
+            return outputs
+        outputs, masks = outputs
+        attach = _backend.attach_keras_mask
+        return {name: attach(part, masks[name]) for name, part in outputs.items()}
+
     @property
     def per_task_gradients(self) -> bool:
         """Whether a training step computes a gradient for every task."""

@@ -273,7 +273,9 @@ class MultiTaskModel(PerTaskTraining):
         if not self.compiled or (self._declared is None and self._compile_loss is None):
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         total, parts = self.loss_and_parts(x, y, y_pred, sample_weight, training)
-        self.last_parts = parts if training else None
+        # Only the step on JAX reads them. Elsewhere tensors of a graph would stay here.
+        own_step = self.per_task_gradients or self.needs_new_losses
+        self.last_parts = parts if training and own_step else None
         return total
 
     def loss_and_parts(
@@ -304,6 +306,7 @@ class MultiTaskModel(PerTaskTraining):
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
     ) -> dict[str, Any]:
+        y_pred = self.with_masks(y_pred)
         if self._compile_metrics is not None:
             self._source.update_metrics(
                 self._compile_metrics, y, y_pred, sample_weight, self._features(x)

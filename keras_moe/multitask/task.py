@@ -41,9 +41,9 @@ class Task:
             ("click", "conversion"), a row without a click is a row without a
             conversion. Sample weights are those of the first key. Default: `name`.
         defined: the rows on which the task is defined: None for all; the key of a label
-            that must be above 0 (a rating exists where `"watched"` is 1); or a
-            registered function from the dict of labels to a bool tensor. Rows of
-            sample weight 0 are never defined.
+            that must be above 0 (a rating exists where `"watched"` is 1), or several
+            keys of labels that must all be; or a registered function from the dict of
+            labels to a bool tensor. Rows of sample weight 0 are never defined.
         skip_missing: bool, whether a NaN label also makes a row undefined. By default
             it makes the loss NaN, as a defined row must have a label.
         loss: "head" for the loss of the head; None if the task is only predicted and
@@ -80,7 +80,7 @@ class Task:
         head: Any = "binary",
         *,
         label: str | Sequence[str] | None = None,
-        defined: str | Callable[[dict[str, Any]], Any] | None = None,
+        defined: str | Sequence[str] | Callable[[dict[str, Any]], Any] | None = None,
         skip_missing: bool = False,
         loss: Any = "head",
         metrics: Sequence[Any] = (),
@@ -88,16 +88,7 @@ class Task:
         self.name = Tasks([name]).keys[0]
         self.head = heads.get(head)
         self.label_keys = _keys(self.name if label is None else label)
-        if (
-            defined is not None
-            and not isinstance(defined, str)
-            and not callable(defined)
-        ):
-            raise ValueError(
-                "`defined` must be None, the key of a label, or a function of the "
-                f"labels. Received: defined={defined!r} for the task {name!r}"
-            )
-        self.defined = defined
+        self.defined = _defined(defined, self.name)
         self.skip_missing = _checks.flag("skip_missing", skip_missing)
         self.loss = _loss(loss, self)
         self._default_loss = loss == "head" if isinstance(loss, str) else False
@@ -131,9 +122,14 @@ class Task:
     @property
     def keys(self) -> set[str]:
         """The keys of `y` that the task needs."""
-        return {*self.label_keys} | (
-            {self.defined} if isinstance(self.defined, str) else set()
-        )
+        return {*self.label_keys, *self._defined_keys}
+
+    @property
+    def _defined_keys(self) -> tuple[str, ...]:
+        """The keys of the labels that must be above 0."""
+        if isinstance(self.defined, str):
+            return (self.defined,)
+        return self.defined if isinstance(self.defined, tuple) else ()
 
     def rows(self, labels: dict[str, Any], outputs: Any, weights: Any = None) -> Rows:
         """Return the labels and weights of the task, undefined rows replaced.
@@ -147,13 +143,9 @@ class Task:
         rank = len(outputs.shape) - 1
         mask = _backend.keras_mask(outputs)
         conditions = [] if mask is None else [ops.cast(mask, "bool")]
-        if self.defined is not None:
-            flags = (
-                self.defined(labels)
-                if callable(self.defined)
-                else _positive(labels[self.defined])
-            )
-            conditions.append(_per_row(flags, outputs))
+        flags = [self.defined(labels)] if callable(self.defined) else []
+        flags += [_positive(labels[key]) for key in self._defined_keys]
+        conditions += [_per_row(flag, outputs) for flag in flags]
         if self.skip_missing:
             present = ops.logical_not(ops.isnan(label))
             axes = tuple(range(rank, len(label.shape)))
@@ -194,12 +186,12 @@ class Task:
 
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
-        named = self.defined is None or isinstance(self.defined, str)
+        defined = self.defined
         return {
             "name": self.name,
             "head": serialize(self.head),
             "label": list(self.label_keys),
-            "defined": self.defined if named else serialize(self.defined),
+            "defined": serialize(defined) if callable(defined) else defined,
             "skip_missing": self.skip_missing,
             "loss": "head" if self._default_loss else serialize(self.loss),
             "metrics": [serialize(metric) for metric in self.metrics],
@@ -228,6 +220,18 @@ def _keys(label: Any) -> tuple[str, ...]:
             f"Received: label={label!r}"
         )
     return keys
+
+
+def _defined(defined: Any, task: str) -> Any:
+    if defined is None or isinstance(defined, str) or callable(defined):
+        return defined
+    several = isinstance(defined, Sequence) and len(defined) > 0
+    if not several or not all(isinstance(key, str) for key in defined):
+        raise ValueError(
+            "`defined` must be None, keys of labels, or a function of the labels. "
+            f"Received: defined={defined!r} for the task {task!r}"
+        )
+    return tuple(defined)
 
 
 def _loss(loss: Any, task: Task) -> Any:

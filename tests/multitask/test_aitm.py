@@ -65,6 +65,9 @@ def test_outputs_and_gradients_are_those_of_the_oracle(stages, tower_units):
     checks.check(_Call(layer), inputs, expected, values)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() == "jax", reason="a stateless call collects losses"
+)
 def test_the_calibrator():
     """Its loss and gradients; 0 where no probability exceeds the one before."""
     layer = AITM(units=2, dtype="float64", calibrator_weight=0.7)

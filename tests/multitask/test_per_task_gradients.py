@@ -49,9 +49,13 @@ def _wanted(model, y, used, combine, rate):
 
 
 def _same_towers(model):
-    """Give both towers the weights of the first: then opposite labels conflict."""
-    first, second = model.get_layer("a_tower"), model.get_layer("b_tower")
-    second.set_weights(first.get_weights())
+    """Give both towers the same weights: then opposite labels conflict."""
+    rng = np.random.default_rng(5)
+    tower = [rng.normal(size=(3, 1)), np.zeros(1)]
+    shared = [rng.normal(size=(4, 3)) * 0.5, np.zeros(3)]
+    model.get_layer("shared").set_weights(shared)
+    for name in ("a_tower", "b_tower"):
+        model.get_layer(name).set_weights(tower)
 
 
 @pytest.mark.parametrize("conflict", [False, True])
@@ -225,6 +229,21 @@ def test_sparse_gradients_are_dense_ones(name):
     assert (moved[[0, 1, 2, 5]] > 0).all()
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the others compile all or none")
+def test_xla_has_dense_gradients_of_embeddings():
+    """A data-dependent number of rows has no operation there."""
+    ids = np.array([[0, 1, 1], [2, 2, 2], [1, 0, 5], [5, 5, 0]], "int32")
+    a, found = np.array([1.0, -1.0, 2.0, 0.5]), []
+    for eager in (True, False):
+        model = _embedding_model("pcgrad", dense=False)
+        model.compile(
+            keras.optimizers.SGD(0.5), run_eagerly=eager, jit_compile=not eager
+        )
+        model.fit(ids, {"a": a, "b": -a + 0.2}, epochs=2, verbose=0, shuffle=False)
+        found.append(model.get_weights()[:5])
+    assert_near(found[1], found[0], 1e-5, 1e-6)
+
+
 @not_on_jax
 def test_loss_scaling_keeps_the_direction():
     """Gradients are scaled by 2^15 before, and the Gramian sees them unscaled."""
@@ -326,6 +345,24 @@ def test_a_joint_loss_has_a_gradient_of_its_own():
         keras.saving.serialize_keras_object(tasks[1])
     )
     assert isinstance(again.loss, Difference)
+
+
+@not_on_jax
+@pytest.mark.parametrize("weighting", ["famo", "pcgrad"])
+def test_moving_statistics_move_once(weighting):
+    """FAMO's second call leaves the statistics of a batch normalization alone."""
+    found = []
+    for kind in (None, weighting):
+        inputs = keras.Input((4,))
+        hidden = keras.layers.BatchNormalization(momentum=0.5)(inputs)
+        outputs = {task.name: task.tower(())(hidden) for task in _tasks()}
+        model = MultiTaskModel(inputs, outputs, kind, tasks=_tasks())
+        model.compile(keras.optimizers.SGD(0.1), run_eagerly=EAGER)
+        model.fit(X, _labels(True), verbose=0)
+        layer = next(x for x in model.layers if "normalization" in x.name)
+        found.append([np.array(v) for v in layer.non_trainable_weights])
+    assert_near(found[1], found[0], 1e-6, 1e-7)
+    np.testing.assert_allclose(found[1][0], 0.5 * X.mean(axis=0), rtol=1e-5)
 
 
 def test_metrics_and_losses_are_those_before_the_step():

@@ -54,7 +54,7 @@ def naive(logits, labels, weights):
     for i in range(len(logits[0])):
         above, below = 0.0, 0.0
         for row, label, weight in zip(logits, labels, weights, strict=True):
-            if i == 0 or label[i - 1] > 0:
+            if i == 0 or happened(label)[i - 1] > 0:
                 above += weight * log_loss(label[i], sigmoid(row[i]))
                 below += weight
         total += above / below if below else 0.0

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from keras_moe import metrics
 from keras_moe.layers import MMoE, MoE, Tower
-from keras_moe.multitask import MultiTaskModel, UncertaintyWeighting
+from keras_moe.multitask import ESCM2, MultiTaskModel, Task, UncertaintyWeighting
 from keras_moe.routers import BiasBalancedRouter
 
 ROWS = 16
@@ -155,6 +155,64 @@ def run_metrics(strategy: tf.distribute.Strategy) -> dict:
     return model.evaluate(x, y, batch_size=2 * ROWS, verbose=0, return_dict=True)
 
 
+def run_tasks(weighting: str | None, strategy: tf.distribute.Strategy) -> dict:
+    """Declared tasks whose defined rows are few on one replica, many on the other."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(2 * ROWS, 6)).astype("float32")
+    x[ROWS:] += 0.5
+    seen = np.where(np.arange(2 * ROWS) < ROWS, x[:, 0] > 1, x[:, 0] > -1)
+    y = {
+        "seen": seen.astype("float32"),
+        "time": np.where(seen, 3 * x[:, 1], np.nan).astype("float32"),
+        "never": np.full(2 * ROWS, np.nan, "float32"),
+    }
+    tasks = [
+        Task("seen", metrics=[keras.metrics.AUC(name="auc")]),
+        Task("time", "regression", defined="seen", metrics=["mae"]),
+        Task("never", "regression", skip_missing=True),
+    ]
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((6,))
+        ids = keras.ops.cast(inputs > 0, "int32")
+        looked_up = keras.layers.Flatten()(keras.layers.Embedding(2, 3)(ids))
+        hidden = keras.layers.Dense(4, "tanh", kernel_regularizer="l2")(
+            keras.layers.Concatenate()([inputs, looked_up])
+        )
+        outputs = {task.name: task.tower()(hidden) for task in tasks}
+        model = MultiTaskModel(inputs, outputs, weighting, tasks=tasks)
+        model.compile(keras.optimizers.SGD(0.1))
+    batch = {"batch_size": 2 * ROWS, "verbose": 0}
+    history = model.fit(x, y, epochs=3, shuffle=False, **batch).history
+    return {
+        "history": history,
+        "measured": model.evaluate(x, y, return_dict=True, **batch),
+        "weights": [np.asarray(w).tolist() for w in model.trainable_variables],
+    }
+
+
+def run_clicks(strategy: tf.distribute.Strategy) -> dict:
+    """A loss over all impressions, with few clicks on one replica."""
+    x = np.random.default_rng(4).normal(size=(2 * ROWS, 6)).astype("float32")
+    clicks = np.where(np.arange(2 * ROWS) < ROWS, x[:, 0] > 1, x[:, 0] > -1)
+    y = {
+        "click": clicks.astype("float32"),
+        "conversion": np.where(clicks, x[:, 1] > 0, np.nan).astype("float32"),
+    }
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((6,))
+        escm2 = ESCM2(method="dr")
+        logits = {name: Tower(4)(inputs) for name in escm2.input_names}
+        model = MultiTaskModel(inputs, escm2(logits), tasks=escm2.declared_tasks())
+        model.compile(keras.optimizers.SGD(0.1))
+    history = model.fit(
+        x, y, batch_size=2 * ROWS, epochs=3, shuffle=False, verbose=0
+    ).history
+    weights = [np.asarray(w).tolist() for w in model.get_weights()]
+    return {"history": history, "weights": weights}
+
+
 def main() -> None:
     processor = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(
@@ -170,6 +228,9 @@ def main() -> None:
         for weighting in (False, True)
         for router in ("top_k", "bias_balanced")
     }
+    for weighting in (None, "pcgrad", "upgrad"):
+        found[f"tasks, {weighting}"] = [run_tasks(weighting, s) for s in both]
+    found["clicks"] = [run_clicks(strategy) for strategy in both]
     found["one-sided"] = [run_one_sided(strategy) for strategy in both]
     found["metrics"] = [run_metrics(strategy) for strategy in both]
     found["halves"] = [run_halves(strategy) for strategy in both]

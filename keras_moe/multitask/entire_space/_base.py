@@ -113,11 +113,12 @@ class EntireSpace(Layer):
     def _conditional(
         self, i: int, metrics: Mapping[str, Sequence[Any]], loss: Any
     ) -> Task:
-        """Return the task of stage i > 0 on rows where stage i - 1 happened."""
+        """Return the task of stage i > 0 on rows where all stages before happened."""
         stage = self.stages[i]
         return Task(
             stage,
-            defined=self.stages[i - 1],
+            # Of a stage after one that did not happen, the label may be anything.
+            defined=self.stages[:i],
             loss=loss,
             metrics=metrics.get(stage, ()),
         )
