@@ -51,7 +51,7 @@ PROFILES = {
 
 
 def simulated(rows: int) -> list[Source]:
-    """Return impressions with and without a covariate shift, for models of two sizes."""
+    """Return impressions with and without a shift, for models of two sizes."""
     settings = replace(IMPRESSIONS, rows=rows, users=rows // 10)
     shifted = replace(settings, covariate_shift=SHIFT)
     return [
