@@ -70,21 +70,22 @@ class TestCells:
         assert {cell.source.label_share for cell in here} == {0.1, 0.3, 1.0}
 
 
-class FakeStudy:
-    """AUCs of four runs, by model."""
+AUCS = {
+    BOTTOM: [0.70, 0.72, 0.74, 0.76],
+    MMOE: [0.71, 0.74, 0.77, 0.80],  # 0.01 to 0.04 above
+    PLE: [0.70, 0.72, 0.74, 0.76],
+}
 
-    values = {
-        BOTTOM: [0.70, 0.72, 0.74, 0.76],
-        MMOE: [0.71, 0.74, 0.77, 0.80],  # 0.01 to 0.04 above
-        PLE: [0.70, 0.72, 0.74, 0.76],
-    }
+
+class FakeStudy:
+    """Four runs of each model."""
 
     def outcomes(self, source, model):
         names = [n for n in source.problem.metrics if n.endswith("_auc")]
         # Both tasks together have the mean above.
         return [
             Outcome({names[0]: value - 0.1, names[1]: value + 0.1}, 10, 0.1)
-            for value in self.values[model]
+            for value in AUCS[model]
         ]
 
 

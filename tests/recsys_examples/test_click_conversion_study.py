@@ -190,7 +190,9 @@ def runs(auc, ece, others=0.5):
 def spread(values):
     """The same with noise of another order, so that differences vary."""
     noise = 0.0005 * np.array([1, 1, -1, -1, 1, -1, 1, -1])
-    return [{k: v + n for k, v in run.items()} for run, n in zip(values, noise)]
+    return [
+        {k: v + n for k, v in run.items()} for run, n in zip(values, noise, strict=True)
+    ]
 
 
 FOUND = {
@@ -243,7 +245,7 @@ class TestDifferences:
         assert not report.better(ECE, report.difference(found, "b", "a", ECE))
 
     def test_a_run_without_the_metric(self):
-        found = {"a": runs(0.6, 0.05), "b": runs(0.6, 0.08)[:-1] + [{AUC: 0.5}]}
+        found = {"a": runs(0.6, 0.05), "b": [*runs(0.6, 0.08)[:-1], {AUC: 0.5}]}
         assert report.difference(found, "a", "b", ECE) is None
         assert not report.better(ECE, None)
 
