@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from recsys_examples.click_conversion import regimes
+from recsys_examples.click_conversion.models import equal_shape
 from recsys_examples.click_conversion.pictures import draw
 from recsys_examples.click_conversion.regimes import (
     FACTORS,
@@ -59,6 +60,19 @@ class TestCells:
                     regimes.SIZE: regimes.BASE_BOTTOM.width,
                 }
                 assert all(value == base[name] for name, value in changed.items())
+
+    def test_all_models_of_a_cell_have_about_equal_parameters(self):
+        shapes = {
+            (c.source.problem, c.source.columns(), c.source.bottom) for c in cells(ROWS)
+        }
+        assert len(shapes) == 7  # sizes, with 1 or 4 scenarios, and RAND HIE
+        for problem, columns, bottom in shapes:
+            sizes = [
+                equal_shape(problem, model, columns, bottom)[1]
+                for model in (BOTTOM, *MIXTURES)
+            ]
+            assert max(sizes) < 1.1 * sizes[0], (columns, bottom, sizes)
+            assert min(sizes) > 0.9 * sizes[0], (columns, bottom, sizes)
 
     def test_rand_hie(self):
         here = [cell for cell in cells(ROWS) if cell.line == RAND_HIE]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from recsys_examples.click_conversion import ali_ccp, aliexpress, kuairand
+from recsys_examples.click_conversion import aliexpress, kuairand
 
 NAMES = ("ali_ccp", "kuairand", "aliexpress")
 
@@ -12,6 +12,7 @@ NAMES = ("ali_ccp", "kuairand", "aliexpress")
 def write(name, folder, rows=200):
     """Write all files of a log; clicks and conversions depend on the first feature."""
     rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
     _WRITERS[name](folder, rows, rng)
 
 
@@ -44,7 +45,6 @@ def _ali_ccp(folder, rows, rng):
             skeleton.append(f"{i},{click},{conversion},u{user},{own}")
         for name, lines in (("sample_skeleton", skeleton), ("common_features", common)):
             (folder / f"{name}_{split}.csv").write_text("\n".join(lines) + "\n")
-    assert "205" in ali_ccp.FIELD_BUCKETS
 
 
 def _kuairand(folder, rows, rng):
