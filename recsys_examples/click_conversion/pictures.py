@@ -30,9 +30,9 @@ def draw(path: Path, gains: list[Gain]) -> None:
             here = [g for g in gains if g.model == model and g.cell.factor == factor]
             _panel(ax, here)
             ax.set_xlabel(factor)
+            if row is axes[0] and any(gain.cell.line for gain in here):
+                ax.legend(fontsize="small")
         row[0].set_ylabel(f"{model} - SharedBottom, AUC")
-    for ax in axes[0][1:2]:
-        ax.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -45,13 +45,13 @@ class Profile:
 
 PROFILES = {
     "tiny": Profile(Budget((0.01,), (1, 2), 1, 2), 3000),
-    "default": Profile(Budget(), 60_000),
+    "default": Profile(Budget(), 50_000),
     "full": Profile(Budget((0.001, 0.003, 0.01, 0.03), (2, 5, 15, 30), 3, 30), 200_000),
 }
 
 
 def simulated(rows: int) -> list[Source]:
-    """Return impressions with and without a covariate shift, for models of two sizes."""
+    """Return impressions with and without a shift, for models of two sizes."""
     settings = replace(IMPRESSIONS, rows=rows, users=rows // 10)
     shifted = replace(settings, covariate_shift=SHIFT)
     return [

@@ -27,8 +27,7 @@ from recsys_examples.click_conversion.task_simulator import Tasks
 LEVEL = 0.95  # of the intervals
 SMALL = 0.005  # a mean gain in AUC below it is called small
 
-BASE_BOTTOM = Shape(32)
-RAND_HIE_BOTTOM = Shape(32)
+BASE_BOTTOM = Shape(64)
 RAND_HIE = "RAND HIE"
 # Correlations of the tasks in the lines of the picture.
 AGREE, CONFLICT = 0.9, -0.9
@@ -97,7 +96,7 @@ LEVELS: dict[str, tuple[float, ...]] = {
     SCARCITY: (0.1, 0.3, 1.0),
     IMBALANCE: (0.01, 0.1, 1.0),
     SCENARIOS: (0.0, 0.5, 1.0),
-    SIZE: (8, 32, 128),
+    SIZE: (16, 64, 256),
 }
 
 
@@ -133,7 +132,7 @@ def _simulated(
 
 def _rand_hie_cells() -> Iterator[Cell]:
     def cell(factor: str, level: float, **changed: float) -> Cell:
-        units = int(changed.pop("units", RAND_HIE_BOTTOM.width))
+        units = int(changed.pop("units", BASE_BOTTOM.width))
         name = f"rand_hie {factor} {level:g}".replace(" ", "_")
         source = RandHiePair(name, True, Shape(units), **changed)
         return Cell(factor, RAND_HIE, level, source)

@@ -54,6 +54,7 @@ class Trainer:
         self._optimizer = keras.optimizers.Adam()
         self._model.compile(self._optimizer)
         self._optimizer.build(self._model.trainable_variables)
+        self._initial: tuple[int, list[Any]] | None = None
         # Rows and steps vary: one graph for all.
         self._steps = tf.function(self._run_steps, reduce_retracing=True)
         self._forward = tf.function(self._model, reduce_retracing=True)
@@ -91,13 +92,20 @@ class Trainer:
         return meters.results()
 
     def _reset(self, seed: int, learning_rate: float) -> None:
-        keras.utils.set_random_seed(seed)
-        fresh = build_model(*self._arguments)
-        for variable, new in zip(self._model.variables, fresh.variables, strict=True):
+        for variable, new in zip(
+            self._model.variables, self._initial_values(seed), strict=True
+        ):
             variable.assign(new)
         for variable in self._optimizer.variables:
             variable.assign(keras.ops.zeros_like(variable))
         self._optimizer.learning_rate = learning_rate
+
+    def _initial_values(self, seed: int) -> list[Any]:
+        """Return the values of a new model; runs of a grid begin with the same."""
+        if self._initial is None or self._initial[0] != seed:
+            keras.utils.set_random_seed(seed)
+            self._initial = (seed, build_model(*self._arguments).variables)
+        return self._initial[1]
 
     def _train(self, source: Source, seed: int, epoch: int) -> None:
         """Train on all rows once, in random order within a batch of the source."""

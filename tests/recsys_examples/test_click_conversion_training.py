@@ -10,8 +10,9 @@ from recsys_examples.click_conversion.models import Columns, Shape
 from recsys_examples.click_conversion.problems import Chain
 from recsys_examples.click_conversion.settings import BOTTOM, SINGLE
 from recsys_examples.click_conversion.simulator import Impressions
-from recsys_examples.click_conversion.sources import SimulatedChain
+from recsys_examples.click_conversion.sources import Files, SimulatedChain
 from recsys_examples.click_conversion.training import Trainer, encode
+from tests.support import click_logs
 
 SETTINGS = Impressions(rows=2000, users=200, features=3, click_rate=0.5)
 SOURCE = SimulatedChain("tiny", SETTINGS, Shape(4))
@@ -103,6 +104,17 @@ class TestBatches:
         source = InBatches(SOURCE, rows) if rows > 1 else InBatches(SOURCE, 1199)
         found = trainer.losses(source, 1, 0.01, (1,))
         assert np.isfinite(found[1])
+
+
+@pytest.mark.parametrize("name", click_logs.NAMES)
+def test_files(name, tmp_path):
+    """The public logs, batch by batch."""
+    click_logs.write(name, tmp_path, rows=200)
+    source = Files(name, tmp_path, Shape(4), max_buckets=16)
+    trainer = make_trainer(source=source)
+    found = trainer.losses(source, 1, 0.03, (1, 8))
+    assert found[8] < found[1]
+    assert {"first_auc", "joint_pcoc"} <= set(trainer.test(source, 1, 0.03, 1))
 
 
 def test_single_tasks_train_apart():
