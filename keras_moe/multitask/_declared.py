@@ -26,11 +26,13 @@ class DeclaredTasks:
 
     Args:
         tasks: the declarations.
-        outputs: the names of the model's outputs.
+        outputs: dict of the model's outputs.
     """
 
-    def __init__(self, tasks: Sequence[Task], outputs: Sequence[str]) -> None:
-        self.tasks = _checked(tasks, outputs)
+    def __init__(self, tasks: Sequence[Task], outputs: dict[str, Any]) -> None:
+        self.tasks = _checked(tasks, list(outputs))
+        for task in self.tasks:
+            task.check_output(outputs[task.name])
         self.compile_arguments: dict[str, Any] = {}
         self._outputs = list(outputs)
         self.keys = sorted(set().union(*(task.keys for task in self.tasks)))
@@ -132,15 +134,22 @@ class DeclaredTasks:
 
     def _tasks_defined(self, rows: dict[str, Rows]) -> Any:
         losses = {task.name: task.loss for task in self.tasks}
-        flags = []
-        for name in self._outputs:
-            if losses.get(name) is None:
-                flags.append(ops.zeros(()))
-            elif isinstance(losses[name], JointLoss) or rows[name].weights is None:
-                flags.append(ops.ones(()))
-            else:
-                some = ops.any(ops.not_equal(rows[name].weights, 0))
-                flags.append(ops.cast(some, "float32"))
+        some = {
+            name: ops.ones(())
+            if weights is None
+            else ops.cast(ops.any(ops.not_equal(weights, 0)), "float32")
+            for name, (_, weights) in rows.items()
+        }
+        # A joint loss may count rows on which another task is defined.
+        any_task = ops.max(ops.stack(list(some.values())))
+        flags = [
+            ops.zeros(())
+            if losses.get(name) is None
+            else any_task
+            if isinstance(losses[name], JointLoss)
+            else some[name]
+            for name in self._outputs
+        ]
         # A task defined on one replica is defined in the global batch.
         return _backend.sum_over_replicas(ops.stack(flags)) > 0
 
@@ -199,6 +208,8 @@ class DeclaredTasks:
         arrays = keras.tree.flatten((y, weights))
         if y is None or not all(a is None or isinstance(a, np.ndarray) for a in arrays):
             return
+        if len({len(a) for a in arrays if a is not None}) > 1:
+            return  # Keras has an error for this.
         # Symbolic masks would make everything symbolic.
         plain = {k: keras.KerasTensor(v.shape, v.dtype) for k, v in outputs.items()}
         rows = self.rows(y, plain, weights)

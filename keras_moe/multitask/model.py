@@ -124,9 +124,7 @@ class MultiTaskModel(PerTaskTraining):
             # Keras 3.12 does not track layers added to a functional model later.
             if all(layer is not loss_weighting for layer in self.layers):
                 self._layers.append(loss_weighting)
-        self._declared = (
-            None if tasks is None else DeclaredTasks(tasks, self.task_names)
-        )
+        self._declared = None if tasks is None else DeclaredTasks(tasks, outputs)
         self._compiled_tasks = CompiledTasks(
             self.task_names, tracks=loss_weighting is not None
         )

@@ -140,6 +140,7 @@ class Task:
             weights: None, or the sample weights, `(n,)` or `(n, ...)`.
         """
         label = _product([_per_row(labels[key], outputs) for key in self.label_keys])
+        self._check_shape(label, outputs)
         rank = len(outputs.shape) - 1
         mask = _backend.keras_mask(outputs)
         conditions = [] if mask is None else [ops.cast(mask, "bool")]
@@ -167,6 +168,27 @@ class Task:
         return Rows(
             ops.where(_with_rank(defined, len(label.shape)), label, filler), weight
         )
+
+    def check_output(self, output: Any) -> None:
+        """Raise ValueError if an output does not have the units of the head."""
+        units = self.head.output_units
+        if units > 1 and output.shape[-1] != units:
+            raise ValueError(
+                f"the output of the task {self.name!r} must have {units} units for "
+                f"{self.head}. Received: an output of shape {tuple(output.shape)}"
+            )
+
+    def _check_shape(self, label: Any, outputs: Any) -> None:
+        """Raise ValueError if labels would be broadcast against the outputs."""
+        if not self._default_loss or len(label.shape) < len(outputs.shape):
+            return
+        single = self.head.output_units > 1
+        if single or label.shape[-1] not in (None, outputs.shape[-1]):
+            raise ValueError(
+                f"the labels of the task {self.name!r} must have one value per row. "
+                f"Received: labels of shape {tuple(label.shape)} for outputs of shape "
+                f"{tuple(outputs.shape)}"
+            )
 
     def check(self, rows: Rows) -> None:
         """Raise ValueError if a label of a defined row is not valid."""

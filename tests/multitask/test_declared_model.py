@@ -287,6 +287,20 @@ def test_labels_and_weights_that_do_not_match(y, weights, message, method):
         getattr(model, method)(X, y, sample_weight=weights, verbose=0)
 
 
+def test_labels_of_another_shape():
+    """Two columns were broadcast against one, and one-hot rows taken for classes."""
+    model = model_of([Task("a"), Task("b", heads.MultiClass(3))])
+    good = {"a": np.zeros(16), "b": np.zeros(16)}
+    for key, shape in (("a", (16, 2)), ("b", (16, 3))):
+        with pytest.raises(ValueError, match=f"labels of the task '{key}' must have o"):
+            model.evaluate(X, {**good, key: np.zeros(shape)}, verbose=0)
+    with pytest.raises(ValueError, match=r"number of samples|[Cc]ardinality"):
+        model.evaluate(X, {**good, "a": np.zeros(4)}, verbose=0)
+    inputs = keras.Input((3,))
+    with pytest.raises(ValueError, match=r"task 'b' must have 3 units for MultiClass"):
+        MultiTaskModel(inputs, {"b": inputs[:, :1]}, tasks=[model.declared_tasks[1]])
+
+
 def test_further_labels_are_ignored():
     model = model_of(_tasks())
     found = [

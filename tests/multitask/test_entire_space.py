@@ -327,6 +327,16 @@ def test_bad_arguments_are_named(make, message):
         make()
 
 
+def test_without_a_weight_no_task_is_defined():
+    """Else a weighting would take a loss of 0 for a task that is learned."""
+    losses = Losses(ESCM2(), LABELS)
+    outputs = losses.space({name: _logits(1) for name in STAGES})
+    labels = {k: ops.convert_to_tensor(v) for k, v in LABELS.items()}
+    for weights, wanted in ((np.zeros(8), False), (WEIGHTS, True)):
+        _, mask = losses.model._declared.losses(labels, outputs, weights)
+        assert array(mask).tolist() == [wanted] * 3
+
+
 def test_metrics_of_stages():
     """Those of a stage count the rows where the stage before it happened."""
     tasks = ESMM(THREE).declared_tasks({"buy": ["auc"], "click_and_cart": ["mae"]})
