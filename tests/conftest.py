@@ -54,6 +54,7 @@ LONGEST = (
     "test_two_stage_command",
     "test_census_command",
     "test_task_correlation_command",
+    "test_click_conversion_command",
     "test_two_stage_pipeline",
     "test_tfrs",
     "test_keras_habits",
