@@ -12,6 +12,7 @@ size are tuned with the same budget, and compared over seeds by paired tests.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import platform
 import sys
@@ -92,7 +93,7 @@ def compare(options: argparse.Namespace) -> None:
         console.print(table)
     for line in lines:
         console.print(line, markup=False)
-    _write_tables(options.out / TABLES, tables, lines, options)
+    _write_tables(options.out / TABLES, tables, lines)
     console.print(_finished(started, study, options))
 
 
@@ -117,7 +118,7 @@ def draw_map(options: argparse.Namespace) -> None:
     for line in lines:
         console.print(line, markup=False)
     draw(options.out / PICTURE, cells)
-    _write_tables(options.out / TABLES, tables, lines, options)
+    _write_tables(options.out / TABLES, tables, lines)
     console.print(_finished(started, study, options))
 
 
@@ -209,20 +210,19 @@ def _finished(started: float, study: Study, options: argparse.Namespace) -> str:
     )
 
 
-def _write_tables(
-    path: Path, tables: list[Table], lines: list[str], options: argparse.Namespace
-) -> None:
+def _write_tables(path: Path, tables: list[Table], lines: list[str]) -> None:
     """Write the tables as Markdown."""
+    text = io.StringIO()
+    console = Console(file=text, width=1000, highlight=False)
+    for table in tables:
+        title, table.title, table.box = table.title, None, box.MARKDOWN
+        console.print(f"{title}\n", markup=False)
+        console.print(table)
+    for line in lines:
+        console.print(line, markup=False)
+    stripped = [line.rstrip() for line in text.getvalue().splitlines()]
     try:
-        with path.open("w") as file:
-            console = Console(file=file, width=1000, highlight=False)
-            for table in tables:
-                title, table.title, table.box = table.title, None, box.MARKDOWN
-                console.print(f"{title}\n", markup=False)
-                console.print(table)
-                console.print()
-            for line in lines:
-                console.print(line, markup=False)
+        path.write_text("\n".join(stripped) + "\n")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
 
