@@ -25,13 +25,13 @@ def draw(path: Path, gains: list[Gain]) -> None:
         squeeze=False,
         layout="constrained",
     )
-    for row, model in zip(axes, MIXTURES, strict=True):
+    for first, row, model in zip((True, False), axes, MIXTURES, strict=True):
         for ax, factor in zip(row, FACTORS, strict=True):
             here = [g for g in gains if g.model == model and g.cell.factor == factor]
             _panel(ax, here)
             ax.set_xlabel(factor)
-            if row is axes[0] and any(gain.cell.line for gain in here):
-                ax.legend(fontsize="small")
+            if first and any(gain.cell.line for gain in here):
+                ax.legend(fontsize="small", loc="lower right")
         row[0].set_ylabel(f"{model} - SharedBottom, AUC")
     figure.savefig(path, dpi=120)
     plt.close(figure)

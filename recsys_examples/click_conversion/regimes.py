@@ -44,8 +44,8 @@ class Plan:
 
 PLANS = {
     "tiny": Plan(Budget((0.01,), (1,), 1, 3), 600),
-    "default": Plan(Budget((0.003, 0.01), (5, 15), 2, 10), 20_000),
-    "full": Plan(Budget((0.001, 0.003, 0.01), (3, 10, 30), 3, 20), 50_000),
+    "default": Plan(Budget((0.001, 0.003, 0.01), (2, 5, 15)), 100_000),
+    "full": Plan(Budget((0.001, 0.003, 0.01, 0.03), (2, 5, 15, 45), 3, 20), 400_000),
 }
 
 
@@ -93,7 +93,7 @@ SCENARIOS, SIZE = "difference of the scenarios", "units of the shared bottom"
 FACTORS = (CONFLICT_FACTOR, SCARCITY, IMBALANCE, SCENARIOS, SIZE)
 LEVELS: dict[str, tuple[float, ...]] = {
     CONFLICT_FACTOR: (-1.0, -0.5, 0.0, 0.5, 1.0),
-    SCARCITY: (0.1, 0.3, 1.0),
+    SCARCITY: (0.03, 0.1, 0.3, 1.0),
     IMBALANCE: (0.01, 0.1, 1.0),
     SCENARIOS: (0.0, 0.5, 1.0),
     SIZE: (16, 64, 256),
@@ -126,28 +126,33 @@ def cells(rows: int) -> list[Cell]:
 def _simulated(
     factor: str, line: str, level: float, tasks: Tasks, bottom: Shape = BASE_BOTTOM
 ) -> Cell:
-    name = f"{factor} {level:g} {line}".replace(" ", "_")
+    # By the settings: the base setting is a cell of several factors, and runs once.
+    name = (
+        f"correlation_{tasks.correlation:g}_labels_{tasks.label_share:g}_ratio_"
+        f"{tasks.imbalance:g}_scenarios_{tasks.scenarios}_difference_"
+        f"{tasks.scenario_difference:g}_units_{bottom.width}"
+    )
     return Cell(factor, line, level, SimulatedTasks(name, tasks, bottom))
 
 
 def _rand_hie_cells() -> Iterator[Cell]:
-    def cell(factor: str, level: float, **changed: float) -> Cell:
-        units = int(changed.pop("units", BASE_BOTTOM.width))
-        name = f"rand_hie {factor} {level:g}".replace(" ", "_")
-        source = RandHiePair(name, True, Shape(units), **changed)
-        return Cell(factor, RAND_HIE, level, source)
+    def source(
+        share: float = 1.0, ratio: float = 1.0, bottom: Shape = BASE_BOTTOM
+    ) -> RandHiePair:
+        name = f"rand_hie_labels_{share:g}_ratio_{ratio:g}_units_{bottom.width}"
+        return RandHiePair(name, True, bottom, share, ratio)
 
     for share in LEVELS[SCARCITY]:
-        yield cell(SCARCITY, share, label_share=share)
+        yield Cell(SCARCITY, RAND_HIE, share, source(share=share))
     for ratio in LEVELS[IMBALANCE]:
-        yield cell(IMBALANCE, ratio, high_share=ratio)
+        yield Cell(IMBALANCE, RAND_HIE, ratio, source(ratio=ratio))
     for units in LEVELS[SIZE]:
-        yield cell(SIZE, units, units=units)
+        yield Cell(SIZE, RAND_HIE, units, source(bottom=Shape(int(units))))
 
 
 def sources(rows: int) -> list[Source]:
-    """Return the data of all cells."""
-    return [cell.source for cell in cells(rows)]
+    """Return the data of all cells, each once."""
+    return list({cell.source.name: cell.source for cell in cells(rows)}.values())
 
 
 def gains(study: Study, rows: int) -> list[Gain]:

@@ -26,10 +26,14 @@ ROWS = 1000
 
 
 class TestCells:
-    def test_names_are_unique(self):
-        names = [cell.source.name for cell in cells(ROWS)]
-        assert len(set(names)) == len(names)
-        assert not any(" " in name for name in names)
+    def test_a_name_is_of_one_source(self):
+        by_name = {}
+        for cell in cells(ROWS):
+            assert by_name.setdefault(cell.source.name, cell.source) == cell.source
+        assert not any(" " in name for name in by_name)
+        assert [source.name for source in regimes.sources(ROWS)] == list(by_name)
+        # The base settings of two lines in three factors, and of RAND HIE in three.
+        assert len(by_name) == len(cells(ROWS)) - 3 * 2
 
     def test_every_factor_has_its_levels(self):
         for factor in FACTORS:
@@ -81,7 +85,7 @@ class TestCells:
             regimes.IMBALANCE,
             regimes.SIZE,
         }
-        assert {cell.source.label_share for cell in here} == {0.1, 0.3, 1.0}
+        assert {cell.source.label_share for cell in here} == {0.03, 0.1, 0.3, 1.0}
 
 
 AUCS = {
