@@ -44,8 +44,8 @@ class Plan:
 
 PLANS = {
     "tiny": Plan(Budget((0.01,), (1,), 1, 3), 600),
-    "default": Plan(Budget((0.001, 0.003, 0.01), (2, 5, 15)), 100_000),
-    "full": Plan(Budget((0.001, 0.003, 0.01, 0.03), (2, 5, 15, 45), 3, 20), 400_000),
+    "default": Plan(Budget((0.003, 0.01, 0.03), (5, 15, 30)), 20_000),
+    "full": Plan(Budget((0.001, 0.003, 0.01, 0.03), (5, 15, 45), 3, 20), 100_000),
 }
 
 
@@ -93,7 +93,7 @@ SCENARIOS, SIZE = "difference of the scenarios", "units of the shared bottom"
 FACTORS = (CONFLICT_FACTOR, SCARCITY, IMBALANCE, SCENARIOS, SIZE)
 LEVELS: dict[str, tuple[float, ...]] = {
     CONFLICT_FACTOR: (-1.0, -0.5, 0.0, 0.5, 1.0),
-    SCARCITY: (0.03, 0.1, 0.3, 1.0),
+    SCARCITY: (0.1, 0.3, 1.0),
     IMBALANCE: (0.01, 0.1, 1.0),
     SCENARIOS: (0.0, 0.5, 1.0),
     SIZE: (16, 64, 256),
