@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-STUDIES = ("movielens", "two_stage", "census_income", "task_correlation")
+STUDIES = (
+    "movielens",
+    "two_stage",
+    "census_income",
+    "task_correlation",
+    "click_conversion",
+)
 MODULES = (
     "layers",
     "multitask",

@@ -208,6 +208,12 @@ class DeclaredTasks:
         arrays = keras.tree.flatten((y, weights))
         if y is None or not all(a is None or isinstance(a, np.ndarray) for a in arrays):
             return
+        for key, labels in y.items() if isinstance(y, dict) else ():
+            if labels is not None and labels.dtype.kind not in "biuf":
+                raise ValueError(
+                    f"labels must be numbers; encode categories as integers. Received: "
+                    f"{key!r} of dtype {labels.dtype}"
+                )
         if len({len(a) for a in arrays if a is not None}) > 1:
             return  # Keras has an error for this.
         # Symbolic masks would make everything symbolic.

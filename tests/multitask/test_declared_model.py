@@ -278,6 +278,7 @@ def test_config_round_trip():
         (None, None, r"`y` must be a dict with the keys"),
         ([SEEN, SEEN, SEEN], None, r"`y` must be a dict with the keys"),
         (Y, {"sean": SEEN}, r"keys of `sample_weight` must be labels .* 'sean'"),
+        ({**Y, "seen": SEEN.astype(str)}, None, r"labels must be numbers.* 'seen'"),
     ],
 )
 @pytest.mark.parametrize("method", ["fit", "evaluate"])

@@ -346,3 +346,8 @@ def test_metrics_of_stages():
     assert by_name["buy"].defined == ("click", "cart")
     assert by_name["buy"].loss is None
     assert by_name["click_and_cart_and_buy"].label_keys == THREE
+
+
+def test_features_in_place_of_logits_are_named():
+    with pytest.raises(ValueError, match="ESMM expects logits of shape .n, 1."):
+        ESMM()({"click": np.ones((2, 8)), "conversion": np.ones((2, 1))})

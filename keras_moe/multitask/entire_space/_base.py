@@ -51,6 +51,17 @@ class EntireSpace(Layer):
 
     def build(self, input_shape: Mapping[str, Any]) -> None:
         self._check_keys(input_shape)
+        self._check_shapes(input_shape)
+
+    def _check_shapes(self, shapes: Mapping[str, Any]) -> None:
+        """Raise ValueError unless every input is a logit."""
+        for name in self.input_names:
+            if tuple(shapes[name])[-1:] != (1,):
+                raise ValueError(
+                    f"{type(self).__name__} expects logits of shape (n, 1), such as "
+                    f"those of a Tower. Received: {name!r} of shape "
+                    f"{tuple(shapes[name])}"
+                )
 
     def _check_keys(self, inputs: Any) -> None:
         given = list(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__

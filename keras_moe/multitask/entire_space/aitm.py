@@ -107,13 +107,7 @@ class AITM(EntireSpace):
 
     def build(self, input_shape: Mapping[str, Any]) -> None:
         super().build(input_shape)
-        shapes = {tuple(input_shape[stage]) for stage in self.stages}
-        if len({shape[-1] for shape in shapes}) != 1:
-            raise ValueError(
-                "AITM expects features of the same last axis for every stage. "
-                f"Received: {dict(input_shape)}"
-            )
-        shape = shapes.pop()
+        shape = tuple(input_shape[self.stages[0]])
         self.transfers: list[keras.layers.Dense] = []
         self.queries: list[keras.layers.Dense] = []
         self.keys: list[keras.layers.Dense] = []
@@ -140,6 +134,13 @@ class AITM(EntireSpace):
                 group.append(layer)
         for i, tower in enumerate(self.towers):
             tower.build((*shape[:-1], width if i == 0 else self.units))
+
+    def _check_shapes(self, shapes: Mapping[str, Any]) -> None:
+        if len({tuple(shapes[stage])[-1] for stage in self.stages}) != 1:
+            raise ValueError(
+                "AITM expects features of the same last axis for every stage. "
+                f"Received: {dict(shapes)}"
+            )
 
     def call(
         self, inputs: Mapping[str, Any], training: bool | None = None
