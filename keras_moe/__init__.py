@@ -6,7 +6,8 @@ Layers: `keras_moe.layers`. Sparse: MoE, HierarchicalMoE, SoftMoE. Multi-task:
 Parts:  `keras_moe.routers` (assign tokens to experts), `keras_moe.experts` (expert
         networks), `keras_moe.losses` (auxiliary losses of routers), `keras_moe.metrics`
         (ranking, calibration, routing), `keras_moe.initializers` (PerExpert),
-        `keras_moe.callbacks` (one figure for several tasks).
+        `keras_moe.callbacks` (one figure for several tasks), `keras_moe.optimizers`
+        (Adam and Adagrad in one pass; tables of millions of rows).
 Models: `keras_moe.multitask` (MultiTaskModel, UncertaintyWeighting),
         `keras_moe.upcycling` (convert a trained MLP to a MoE), `keras_moe.export`
         (SavedModel with one signature per task, ONNX, LiteRT, OpenVINO).
@@ -23,6 +24,7 @@ from keras_moe import (
     losses,
     metrics,
     multitask,
+    optimizers,
     routers,
     upcycling,
 )
@@ -38,6 +40,7 @@ __all__ = [
     "losses",
     "metrics",
     "multitask",
+    "optimizers",
     "routers",
     "upcycling",
 ]

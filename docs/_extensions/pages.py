@@ -31,6 +31,7 @@ MODULES = (
     "losses",
     "metrics",
     "callbacks",
+    "optimizers",
     "initializers",
     "upcycling",
     "export",
