@@ -77,7 +77,9 @@ class FusedAdagrad(SparseGradients, keras.optimizers.Adagrad):
             squares = ops.square(sums)
             total = _tensorflow.gather(accumulator, ids) + squares
             _tensorflow.add_to_rows(accumulator, ids, squares)
-            _tensorflow.add_to_rows(variable, ids, -rate * sums / ops.sqrt(total))
+            # Rows of zeros fill up the gradient under XLA; they must not be 0 / 0.
+            root = ops.sqrt(ops.where(total > 0, total, ops.ones_like(total)))
+            _tensorflow.add_to_rows(variable, ids, -rate * sums / root)
         elif _tensorflow.has_kernel_for(variable):
             _tensorflow.apply_adagrad(variable, accumulator, gradient, learning_rate)
         else:

@@ -95,5 +95,6 @@ class FusedAdam(keras.optimizers.Adam):
     def _decay(self, variable: Any, learning_rate: Any) -> None:
         """As in Keras, but as one product with the variable instead of two."""
         if self._use_weight_decay(variable):
-            rate = keras.ops.cast(learning_rate, variable.dtype) * self.weight_decay
+            rate = keras.ops.cast(learning_rate, variable.dtype)
+            rate *= keras.ops.cast(self.weight_decay, variable.dtype)
             self.assign_sub(variable, variable * rate)

@@ -144,7 +144,10 @@ class RowwiseAdagrad(LazyAdam):
 
     def _change(self, gradient: Any, total: Any, rate: Any) -> Any:
         """(rows, ...), (rows,) -> what is added to the rows."""
-        scale = -rate / (ops.sqrt(total) + self.epsilon)
+        # Without any gradient so far, and epsilon = 0, this would be 0 / 0.
+        seen = total > 0
+        total = ops.where(seen, total, ops.ones_like(total))
+        scale = ops.where(seen, -rate / (ops.sqrt(total) + self.epsilon), 0)
         return gradient * ops.reshape(scale, (-1, *[1] * (len(gradient.shape) - 1)))
 
     def get_config(self) -> dict[str, Any]:
