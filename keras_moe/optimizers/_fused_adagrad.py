@@ -72,8 +72,7 @@ class FusedAdagrad(SparseGradients, keras.optimizers.Adagrad):
         accumulator = self._accumulators[self._get_variable_index(variable)]
         rate = ops.cast(learning_rate, variable.dtype)
         if _tensorflow.is_sparse(gradient):
-            ids, sums = _tensorflow.sum_repeated(gradient)
-            sums = ops.cast(sums, variable.dtype)
+            ids, sums = _tensorflow.row_gradients(gradient, variable)
             squares = ops.square(sums)
             total = _tensorflow.gather(accumulator, ids) + squares
             _tensorflow.add_to_rows(accumulator, ids, squares)

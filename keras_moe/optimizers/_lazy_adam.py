@@ -122,7 +122,7 @@ class LazyAdam(SparseGradients, FusedAdam):
 
     def _update_rows(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._get_variable_index(variable)
-        ids, sums = _tensorflow.sum_repeated(gradient)
+        ids, sums = _tensorflow.row_gradients(gradient, variable)
         slots = (variable, self._momentums[index], self._velocities[index])
         m, v = (_tensorflow.gather(slot, ids) for slot in slots[1:])
         changes = self._changes(sums, m, v, learning_rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
@@ -130,8 +131,7 @@ class RowwiseAdagrad(LazyAdam):
         rate = ops.cast(learning_rate, variable.dtype)
         rate = rate * self.table_learning_rate_multiplier
         if _tensorflow.is_sparse(gradient):
-            ids, sums = _tensorflow.sum_repeated(gradient)
-            sums = ops.cast(sums, variable.dtype)
+            ids, sums = _tensorflow.row_gradients(gradient, variable)
             squares = _mean_square(sums)
             total = _tensorflow.gather(accumulator, ids) + squares
             _tensorflow.add_to_rows(accumulator, ids, squares)
@@ -160,4 +160,7 @@ class RowwiseAdagrad(LazyAdam):
 
 def _mean_square(gradient: Any) -> Any:
     """(rows, ...) -> (rows,)."""
-    return ops.mean(ops.square(gradient), axis=tuple(range(1, len(gradient.shape))))
+    sizes = gradient.shape[1:]
+    columns = tuple(range(1, 1 + len(sizes)))
+    # `ops.mean` would round float64 to float32 on JAX and torch.
+    return ops.sum(ops.square(gradient), axis=columns) / math.prod(sizes)

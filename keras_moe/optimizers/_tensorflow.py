@@ -173,6 +173,16 @@ def sum_repeated(gradient: Any) -> tuple[Any, Any]:
     return tf.maximum(tf.math.unsorted_segment_max(ids, segments, count), 0), sums
 
 
+def row_gradients(gradient: Any, variable: Any) -> tuple[Any, Any]:
+    """Return the ids of a sparse gradient and their sums, as `variable` has its rows."""
+    import tensorflow as tf
+
+    ids, sums = sum_repeated(gradient)
+    # A gradient that several replicas have sent has rows of unknown shape.
+    sums = tf.ensure_shape(sums, (None, *variable.shape[1:]))
+    return ids, tf.cast(sums, variable.dtype)
+
+
 def with_repeated_summed(gradient: Any) -> Any:
     """Return a sparse gradient whose norm is that of the dense one."""
     import tensorflow as tf

@@ -10,7 +10,7 @@ from tests.support import optimizer_steps as steps
 from tests.support.optimizer_steps import FORMS, RATE
 
 ROWS, COLUMNS = 20, 3
-EXACT = {"rtol": 1e-9, "atol": 1e-12}
+EXACT = steps.EXACT
 
 
 def table(value=None, dtype="float64"):

