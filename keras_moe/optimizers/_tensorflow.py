@@ -174,7 +174,7 @@ def sum_repeated(gradient: Any) -> tuple[Any, Any]:
 
 
 def row_gradients(gradient: Any, variable: Any) -> tuple[Any, Any]:
-    """Return the ids of a sparse gradient and their sums, as `variable` has its rows."""
+    """Return the ids of a sparse gradient and the sums, as rows of `variable`."""
     import tensorflow as tf
 
     ids, sums = sum_repeated(gradient)
