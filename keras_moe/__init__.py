@@ -7,7 +7,8 @@ Layers: `keras_moe.layers`. Sparse: MoE, HierarchicalMoE, SoftMoE. Multi-task:
 Parts:  `keras_moe.routers` (assign tokens to experts), `keras_moe.experts` (expert
         networks), `keras_moe.losses` (auxiliary losses of routers), `keras_moe.metrics`
         (ranking, calibration, routing), `keras_moe.initializers` (PerExpert),
-        `keras_moe.callbacks` (one figure for several tasks).
+        `keras_moe.callbacks` (one figure for several tasks), `keras_moe.optimizers`
+        (Adam and Adagrad in one pass; tables of millions of rows).
 Models: `keras_moe.multitask` (MultiTaskModel, UncertaintyWeighting),
         `keras_moe.upcycling` (convert a trained MLP to a MoE, add experts),
         `keras_moe.export`
@@ -25,6 +26,7 @@ from keras_moe import (
     losses,
     metrics,
     multitask,
+    optimizers,
     routers,
     upcycling,
 )
@@ -40,6 +42,7 @@ __all__ = [
     "losses",
     "metrics",
     "multitask",
+    "optimizers",
     "routers",
     "upcycling",
 ]

@@ -22,6 +22,7 @@ LEVELS = {
     "metrics": 3,
     "callbacks": 3,
     "layers": 4,
+    "optimizers": 4,
     "multitask": 5,
     "export": 6,
     "plots": 6,
@@ -34,6 +35,7 @@ PACKAGES = [
     "experts",
     "dispatch",
     "metrics",
+    "optimizers",
     "export",
     "upcycling",
 ]

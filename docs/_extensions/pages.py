@@ -37,6 +37,7 @@ MODULES = (
     "losses",
     "metrics",
     "callbacks",
+    "optimizers",
     "initializers",
     "upcycling",
     "export",
