@@ -57,7 +57,7 @@ class RowwiseAdagrad(LazyAdam):
     ... )
     >>> model.compile(keras_moe.optimizers.RowwiseAdagrad(1e-3), "mse")
     >>> history = model.fit(np.array([[1, 7, 7]]), np.ones((1, 3, 4)), verbose=0)
-    >>> [slot.shape for slot in model.optimizer.variables[2:]]
+    >>> [tuple(slot.shape) for slot in model.optimizer.variables[2:]]
     [(100,)]
 
     References:

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.tables
 
-Columns of ids share a batch; each has a table of its own, so that the rows of a
-table are `rows` divided by the columns. TensorFlow without XLA, or with `--xla`. All
-cases of one optimizer are measured in alternating steps in one process. A ratio is to the
+All columns of ids share one table (`--columns 1` compares sizes at nearly the same
+number of distinct ids in a batch). TensorFlow without XLA, or with `--xla`. All sizes
+of one optimizer are measured in alternating steps in one process. A ratio is to the
 time of the same optimizer with the fewest rows. Each step draws new ids.
 """
 
@@ -64,9 +64,9 @@ def _times(kind: str, arguments: argparse.Namespace) -> list[list[float]]:
     """Return the seconds of each round, by the number of rows."""
     steps = []
     for rows in arguments.rows:
-        model = _model(kind, rows // arguments.columns, arguments.columns)
+        model = _model(kind, rows, arguments.columns)
         step = tf.function(model.train_step, jit_compile=arguments.xla)
-        steps.append((rows // arguments.columns, step))
+        steps.append((rows, step))
     times: list[list[float]] = [[] for _ in steps]
     rng = np.random.default_rng(0)
     y = tf.constant(rng.random((arguments.batch, 1)), "float32")
@@ -83,12 +83,8 @@ def _times(kind: str, arguments: argparse.Namespace) -> list[list[float]]:
 
 def _model(kind: str, rows: int, columns: int) -> Any:
     inputs = keras.Input((columns,), dtype="int32")
-    hidden = keras.layers.Concatenate()(
-        [
-            keras.layers.Embedding(rows, WIDTH)(inputs[:, column])
-            for column in range(columns)
-        ]
-    )
+    table = keras.layers.Embedding(rows, WIDTH)
+    hidden = keras.layers.Flatten()(table(inputs))
     hidden = keras.layers.Dense(64, "relu")(hidden)
     model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
     model.compile(KINDS[kind](), "mse", jit_compile=False)
