@@ -152,7 +152,7 @@ class MMoE(HasDispatch, GatedMixture):
         self.top_k, self.shared_top_k = _checked_choices(
             top_k, shared_top_k, self.num_experts
         )
-        self.load_balancing_loss_weight = _checks.finite_number(
+        self.load_balancing_loss_weight = _checks.non_negative_number(
             "load_balancing_loss_weight", load_balancing_loss_weight
         )
         if self.load_balancing_loss_weight and self.top_k is None:

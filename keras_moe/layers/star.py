@@ -243,8 +243,8 @@ class STAR(MLPLayer):
         unknown = ops.zeros((1, self.embedding_units), dtype=self.compute_dtype)
         table = ops.cast(self.embedding, self.compute_dtype)
         embedded = ops.take(ops.concatenate([table, unknown]), index, axis=0)
-        seen = ops.concatenate([embedded, rows], axis=-1)
-        return ops.squeeze(self.auxiliary(seen, training=training), axis=-2)
+        features = ops.concatenate([embedded, rows], axis=-1)
+        return ops.squeeze(self.auxiliary(features, training=training), axis=-2)
 
     def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
         return mask

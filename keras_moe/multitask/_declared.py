@@ -11,10 +11,10 @@ from keras import ops
 
 from keras_moe import _backend
 from keras_moe.multitask._compiled import update_metrics
-from keras_moe.multitask.heads._base import MEAN, like
+from keras_moe.multitask.heads._base import MEAN, HeadLoss, like
 from keras_moe.multitask.heads.ranking import RankingLoss, scores
 from keras_moe.multitask.joint_loss import JointLoss, Rows
-from keras_moe.multitask.task import Task
+from keras_moe.multitask.task import FunctionLoss, Task
 
 
 class DeclaredTasks:
@@ -205,6 +205,9 @@ class DeclaredTasks:
 
     def check_labels(self, y: Any, weights: Any, outputs: dict[str, Any]) -> None:
         """Raise ValueError for an invalid label, if `y` are arrays."""
+        if isinstance(y, dict):
+            # Columns of a data frame.
+            y = {k: v.to_numpy() if hasattr(v, "to_numpy") else v for k, v in y.items()}
         arrays = keras.tree.flatten((y, weights))
         if y is None or not all(a is None or isinstance(a, np.ndarray) for a in arrays):
             return
@@ -241,6 +244,13 @@ def _checked(tasks: Sequence[Task], outputs: Sequence[str]) -> list[Task]:
                 "`tasks` must have one Task for each name, and its name must be an "
                 f"output of the model, {list(outputs)}. Received: {names}"
             )
+    metrics = [m for task in tasks for m in task.metrics if not isinstance(m, str)]
+    for i, metric in enumerate(metrics):
+        if any(metric is other for other in metrics[:i]):
+            raise ValueError(
+                "`tasks` must have metrics of their own: one object in two tasks would "
+                f"count the rows of both. Received twice: {metric!r}"
+            )
     if not any(task.loss is not None for task in tasks):
         raise ValueError(
             f"`tasks` must have at least one task with a loss. Received: {tasks}"
@@ -257,6 +267,9 @@ def _mean_loss(task: Task, rows: Rows, output: Any) -> tuple[Any, Any]:
     if isinstance(task.loss, RankingLoss):
         # Weights are of lists, and a mask of candidates is already in the labels.
         output = scores(output)
+    elif not isinstance(task.loss, HeadLoss) or isinstance(task.loss, FunctionLoss):
+        # A loss of Keras compares with what the head predicts, as metrics do.
+        output = task.head.prediction(output)
     # Losses that average the last axis would otherwise average a sequence.
     value = task.loss(like(rows.labels, output), output, weights) * replicas
     if weights is None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import keras
 from keras import ops
 
 
@@ -66,9 +65,3 @@ def weights_or_ones(rows: Rows) -> Any:
     if rows.weights is not None:
         return rows.weights
     return ops.ones_like(rows.labels, dtype="float32")
-
-
-def weighted_mean(values: Any, weights: Any) -> Any:
-    """Return sum(weights values) / sum(weights), 0 if the weights are 0."""
-    total = ops.sum(ops.where(weights > 0, values, 0.0) * weights)
-    return keras.ops.divide_no_nan(total, ops.sum(weights))

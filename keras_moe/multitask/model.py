@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _backend, _checks
+from keras_moe import _backend
 from keras_moe.layers._tasks import Tasks
 from keras_moe.multitask import _by_task, gradients, weighting
 from keras_moe.multitask._compiled import CompiledTasks
@@ -353,7 +353,13 @@ def _loss_weighting(identifier: Any) -> Any:
     """Return None or a layer."""
     if isinstance(identifier, str):
         known = {**weighting.KNOWN, **gradients.KNOWN}
-        return known[_checks.one_of("loss_weighting", identifier, known)]()
+        if identifier in known:
+            return known[identifier]()
+        raise ValueError(
+            f"`loss_weighting` must be one of {[*known]}, or a layer such as "
+            "keras_moe.multitask.weighting.DWA(steps=100). "
+            f"Received: loss_weighting={identifier!r}"
+        )
     if identifier is not None and not isinstance(identifier, keras.layers.Layer):
         raise ValueError(
             "`loss_weighting` must be None, a name, or a layer that maps the task "

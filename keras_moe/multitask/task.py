@@ -50,7 +50,8 @@ class Task:
             measured; the name of a loss of Keras or a registered function, whose mean
             is over the weights of the defined rows; a loss of Keras, with the reduction
             that it has ("mean_with_sample_weight" excludes undefined rows exactly;
-            others divide by their number too); or a `JointLoss`.
+            others divide by their number too); or a `JointLoss`. Losses of Keras
+            compare the labels with the head's `prediction`, as metrics do.
         metrics: Keras metrics or their names. They get the defined rows, the sample
             weights, and the head's `prediction` (for `ZILN` the expected amount).
 
@@ -97,7 +98,7 @@ class Task:
                 "`metrics` must be a sequence of metrics. "
                 f"Received: metrics={metrics!r} for the task {name!r}"
             )
-        self.metrics = [_metric(metric) for metric in metrics]
+        self.metrics = [_metric(metric, name) for metric in metrics]
 
     def tower(self, units: int | Sequence[int] = (), **kwargs: Any) -> Tower:
         """Return a `Tower` whose output has the form of the head.
@@ -245,6 +246,11 @@ def _keys(label: Any) -> tuple[str, ...]:
 
 
 def _defined(defined: Any, task: str) -> Any:
+    if callable(defined) and getattr(defined, "__name__", "") == "<lambda>":
+        raise ValueError(
+            "`defined` must be a registered function, so that the model can be loaded "
+            f"from a file. Received: a lambda for the task {task!r}"
+        )
     if defined is None or isinstance(defined, str) or callable(defined):
         return defined
     several = isinstance(defined, Sequence) and len(defined) > 0
@@ -261,7 +267,13 @@ def _loss(loss: Any, task: Task) -> Any:
         return task.head.loss()
     if loss is None or isinstance(loss, JointLoss):
         return loss
-    found = keras.losses.get(loss)
+    try:
+        found = keras.losses.get(loss)
+    except ValueError as error:
+        raise ValueError(
+            '`loss` must be "head", None, a loss of Keras or a JointLoss. '
+            f"Received: loss={loss!r} for the task {task.name!r}"
+        ) from error
     if isinstance(found, keras.losses.Loss):
         return found
     return FunctionLoss(found)
@@ -290,10 +302,17 @@ class FunctionLoss(HeadLoss):
         return cls(**{**config, "function": function})
 
 
-def _metric(metric: Any) -> Any:
-    if not isinstance(metric, str) or metric in _BY_SHAPE:
+def _metric(metric: Any, task: str) -> Any:
+    known = isinstance(metric, keras.metrics.Metric) or callable(metric)
+    if known or (isinstance(metric, str) and metric in _BY_SHAPE):
         return metric
-    found = keras.metrics.get(metric)
+    try:
+        found = keras.metrics.get(metric)
+    except ValueError as error:
+        raise ValueError(
+            "`metrics` must be metrics of Keras or their names. "
+            f"Received: {metric!r} for the task {task!r}"
+        ) from error
     if isinstance(found, keras.metrics.Metric):
         found.name = metric  # Keras numbers the names: "auc_1".
     return found

@@ -55,8 +55,8 @@ def grow(
             and `CGC` that of shared experts, `num_shared_experts`, of every level.
         noise: float >= 0. The weights of each copy get Gaussian noise of this share of
             their own standard deviation. Without noise, an expert and its copies have
-            equal gradients and stay equal in training, unless dropout parts them; with
-            it, outputs change a little at step 0.
+            equal gradients and stay equal in training, unless dropout makes them
+            differ; with it, outputs change a little at step 0.
         seed: int, the seed of the noise.
 
     Returns:

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from recsys_examples.click_conversion.settings import MODELS, Budget
+from recsys_examples.click_conversion.settings import MAP_FACTORS, MODELS, Budget
 from recsys_examples.command import (
     interrupt_on_sigterm,
     make_console,
@@ -104,20 +104,21 @@ def draw_map(options: argparse.Namespace) -> None:
 
     weightings.make(options.loss_weighting, 1)
     plan = regimes.PLANS[options.profile]
-    study = _run(
-        options, regimes.sources(plan.rows), _budget(options, plan.budget), map_=True
-    )
+    factors = [regimes.BY_NAME[name] for name in options.factors]
+    cells = regimes.cells(plan.rows, factors)
+    budget = _budget(options, plan.budget)
+    study = _run(options, regimes.sources(cells), budget, map_=True)
     from recsys_examples.click_conversion.pictures import draw
 
     console = make_console(_WIDTH)
-    cells = regimes.gains(study, plan.rows)
-    tables = regimes.tables(cells)
+    gains = regimes.gains(study, cells)
+    tables = regimes.tables(gains)
     for table in tables:
         console.print(table)
-    lines = regimes.rules(cells)
+    lines = regimes.rules(gains)
     for line in lines:
         console.print(line, markup=False)
-    draw(options.out / PICTURE, cells)
+    draw(options.out / PICTURE, gains)
     _write_tables(options.out / TABLES, tables, lines)
     console.print(_finished(started, study, options))
 
@@ -290,6 +291,13 @@ def _add_study_options(parser: argparse.ArgumentParser) -> None:
         choices=tuple(NAMES),
         default=list(NAMES),
         help="models to compare (default: all)",
+    )
+    parser.add_argument(
+        "--factors",
+        nargs="+",
+        choices=MAP_FACTORS,
+        default=list(MAP_FACTORS),
+        help="for map: what to vary (default: all)",
     )
     parser.add_argument(
         "--loss-weighting",

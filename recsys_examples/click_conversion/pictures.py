@@ -11,22 +11,23 @@ matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 import numpy as np
 
-from recsys_examples.click_conversion.regimes import FACTORS, Gain
+from recsys_examples.click_conversion.regimes import Gain
 from recsys_examples.click_conversion.settings import MIXTURES
 
 
 def draw(path: Path, gains: list[Gain]) -> None:
     """Write the map as PNG: a row per mixture, a column per factor."""
+    factors = list(dict.fromkeys(gain.cell.factor for gain in gains))
     figure, axes = plt.subplots(
         len(MIXTURES),
-        len(FACTORS),
-        figsize=(3.2 * len(FACTORS), 3.2 * len(MIXTURES)),
+        len(factors),
+        figsize=(3.2 * len(factors), 3.2 * len(MIXTURES)),
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
     for first, row, model in zip((True, False), axes, MIXTURES, strict=True):
-        for ax, factor in zip(row, FACTORS, strict=True):
+        for ax, factor in zip(row, factors, strict=True):
             here = [g for g in gains if g.model == model and g.cell.factor == factor]
             _panel(ax, here)
             ax.set_xlabel(factor)

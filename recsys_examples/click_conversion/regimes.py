@@ -7,7 +7,7 @@ of parameters are tuned with the same budget in each cell.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,12 @@ from rich.table import Table
 from scipy import stats
 
 from recsys_examples.click_conversion.models import Shape
-from recsys_examples.click_conversion.settings import BOTTOM, MIXTURES, Budget
+from recsys_examples.click_conversion.settings import (
+    BOTTOM,
+    MAP_FACTORS,
+    MIXTURES,
+    Budget,
+)
 from recsys_examples.click_conversion.sources import (
     RandHiePair,
     SimulatedTasks,
@@ -44,7 +49,7 @@ class Plan:
 
 PLANS = {
     "tiny": Plan(Budget((0.01,), (1,), 1, 3), 600),
-    "default": Plan(Budget((0.003, 0.01, 0.03), (5, 15, 30)), 20_000),
+    "default": Plan(Budget((0.003, 0.01), (5, 15)), 20_000),
     "full": Plan(Budget((0.001, 0.003, 0.01, 0.03), (5, 15, 45), 3, 20), 100_000),
 }
 
@@ -90,18 +95,30 @@ class Gain:
 CONFLICT_FACTOR = "correlation of the tasks"
 SCARCITY, IMBALANCE = "share of rows with labels", "labels of task 2 / task 1"
 SCENARIOS, SIZE = "difference of the scenarios", "units of the shared bottom"
-FACTORS = (CONFLICT_FACTOR, SCARCITY, IMBALANCE, SCENARIOS, SIZE)
+ROWS = "rows / rows of the base"
+FACTORS = (CONFLICT_FACTOR, SCARCITY, IMBALANCE, SCENARIOS, SIZE, ROWS)
+BY_NAME = dict(zip(MAP_FACTORS, FACTORS, strict=True))
 LEVELS: dict[str, tuple[float, ...]] = {
     CONFLICT_FACTOR: (-1.0, -0.5, 0.0, 0.5, 1.0),
     SCARCITY: (0.1, 0.3, 1.0),
     IMBALANCE: (0.01, 0.1, 1.0),
     SCENARIOS: (0.0, 0.5, 1.0),
     SIZE: (16, 64, 256),
+    ROWS: (1.0, 2.5, 5.0),
 }
 
 
-def cells(rows: int) -> list[Cell]:
-    """Return all cells of the map, for a number of rows of the simulator."""
+def cells(rows: int, factors: Collection[str] = FACTORS) -> list[Cell]:
+    """Return the cells of the map.
+
+    Args:
+        rows: rows of the simulator in the base setting.
+        factors: those of `FACTORS` to vary.
+    """
+    return [cell for cell in _all_cells(rows) if cell.factor in factors]
+
+
+def _all_cells(rows: int) -> list[Cell]:
     base = Tasks(rows=rows, features=32)
     found = [
         _simulated(CONFLICT_FACTOR, "", p, replace(base, correlation=p))
@@ -120,6 +137,9 @@ def cells(rows: int) -> list[Cell]:
             found.append(_simulated(SCENARIOS, line, difference, changed))
         for units in LEVELS[SIZE]:
             found.append(_simulated(SIZE, line, units, with_p, Shape(int(units))))
+        for factor in LEVELS[ROWS]:
+            changed = replace(with_p, rows=int(factor * rows))
+            found.append(_simulated(ROWS, line, factor, changed))
     return found + list(_rand_hie_cells())
 
 
@@ -130,7 +150,7 @@ def _simulated(
     name = (
         f"correlation_{tasks.correlation:g}_labels_{tasks.label_share:g}_ratio_"
         f"{tasks.imbalance:g}_scenarios_{tasks.scenarios}_difference_"
-        f"{tasks.scenario_difference:g}_units_{bottom.width}"
+        f"{tasks.scenario_difference:g}_units_{bottom.width}_rows_{tasks.rows}"
     )
     return Cell(factor, line, level, SimulatedTasks(name, tasks, bottom))
 
@@ -150,14 +170,14 @@ def _rand_hie_cells() -> Iterator[Cell]:
         yield Cell(SIZE, RAND_HIE, units, source(bottom=Shape(int(units))))
 
 
-def sources(rows: int) -> list[Source]:
+def sources(cells: Iterable[Cell]) -> list[Source]:
     """Return the data of all cells, each once."""
-    return list({cell.source.name: cell.source for cell in cells(rows)}.values())
+    return list({cell.source.name: cell.source for cell in cells}.values())
 
 
-def gains(study: Study, rows: int) -> list[Gain]:
+def gains(study: Study, cells: Iterable[Cell]) -> list[Gain]:
     """Return the gain of each mixture in each cell."""
-    return [_gain(study, cell, model) for cell in cells(rows) for model in MIXTURES]
+    return [_gain(study, cell, model) for cell in cells for model in MIXTURES]
 
 
 def _gain(study: Study, cell: Cell, model: str) -> Gain:
@@ -180,7 +200,7 @@ def _aucs(study: Study, source: Source, model: str) -> np.ndarray:
 def tables(found: list[Gain]) -> list[Table]:
     """Return a table of the gains for each factor."""
     made = []
-    for factor in FACTORS:
+    for factor in dict.fromkeys(gain.cell.factor for gain in found):
         table = Table(
             title=f"{factor}: mixture minus shared bottom, mean AUC of the tasks "
             f"[{LEVEL:.0%} interval]",

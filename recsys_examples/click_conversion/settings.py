@@ -11,6 +11,8 @@ NAIVE = (SINGLE, BOTTOM, MMOE, PLE)
 ENTIRE_SPACE = (ESMM, IPW, DR, AITM)
 MODELS = (*NAIVE, *ENTIRE_SPACE)
 MIXTURES = (MMOE, PLE)
+# What the map varies, in the order of `regimes.FACTORS`.
+MAP_FACTORS = ("conflict", "scarcity", "imbalance", "scenarios", "size", "rows")
 
 
 @dataclass(frozen=True)

@@ -364,3 +364,22 @@ def test_a_task_trained_on_what_the_batch_has():
     mask = ops.convert_to_numpy(parts.mask).tolist()
     assert mask == [True, False, True]
     assert ops.convert_to_numpy(parts.losses)[1] == 0.0
+
+
+def test_a_metric_belongs_to_one_task():
+    metric = keras.metrics.MeanSquaredError()
+    tasks = [
+        Task("seen", metrics=[metric]),
+        Task("time", "regression", metrics=[metric]),
+    ]
+    with pytest.raises(ValueError, match="`tasks` must have metrics of their own"):
+        model_of(tasks)
+
+
+def test_a_loss_of_keras_sees_the_prediction():
+    """The mean absolute error of a zero-inflated amount is that of its expectation."""
+    task = Task("time", heads.ZILN(), loss="mae", metrics=["mae"])
+    model = model_of([task])
+    model.compile("sgd", run_eagerly=EAGER)
+    logs = model.evaluate(X, {"time": np.abs(Y["time"])}, verbose=0, return_dict=True)
+    np.testing.assert_allclose(logs["time_loss"], logs["time_mae"], rtol=1e-5)

@@ -349,5 +349,5 @@ def test_metrics_of_stages():
 
 
 def test_features_in_place_of_logits_are_named():
-    with pytest.raises(ValueError, match="ESMM expects logits of shape .n, 1."):
+    with pytest.raises(ValueError, match=r"ESMM expects logits of shape \(n, 1\)"):
         ESMM()({"click": np.ones((2, 8)), "conversion": np.ones((2, 1))})

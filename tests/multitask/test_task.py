@@ -208,13 +208,17 @@ def test_a_nan_in_the_first_label_of_a_product():
     assert rows.weights is None
 
 
+def _flag_is_set(labels):
+    return labels["flag"] > 0
+
+
 @pytest.mark.parametrize("shape", [(4,), (4, 1)])
 @pytest.mark.parametrize(
     ("arguments", "flags"),
     [
         ({"defined": "flag"}, [1, 0, 0, 1]),
         ({"defined": ("flag", "other")}, [0, 0, 0, 1]),
-        ({"defined": lambda labels: labels["flag"] > 0}, [1, 0, 0, 1]),
+        ({"defined": _flag_is_set}, [1, 0, 0, 1]),
         ({"skip_missing": True}, [1, 1, 0, 0]),
         ({"defined": "flag", "skip_missing": True}, [1, 0, 0, 0]),
         ({}, None),
@@ -319,6 +323,10 @@ def test_metrics_given_to_compile_count_the_defined_rows():
         (lambda: Task("a", label=3), "`label` must be"),
         (lambda: Task("a", label=()), "`label` must be"),
         (lambda: Task("a", label=("a", 3)), "`label` must be"),
+        (lambda: Task("a", defined=lambda y: y["a"] > 0), "a lambda for the task 'a'"),
+        (lambda: Task("a", loss="msee"), "loss='msee' for the task 'a'"),
+        (lambda: Task("a", metrics=["acu"]), "'acu' for the task 'a'"),
+        (lambda: Task("a", metrics=[3]), "3 for the task 'a'"),
         (lambda: Task("a", defined=3), "`defined` must be .* the task 'a'"),
         (lambda: Task("a", defined=()), "`defined` must be .* the task 'a'"),
         (lambda: Task("a", defined=["b", 3]), "`defined` must be .* the task 'a'"),

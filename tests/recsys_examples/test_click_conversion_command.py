@@ -123,7 +123,7 @@ def test_files(tmp_path):
 def test_map(tmp_path, command, monkeypatch):
     """Two cells of the map; the picture is beside the tables."""
     chosen = [c for c in regimes.cells(600) if c.factor == regimes.CONFLICT_FACTOR]
-    monkeypatch.setattr(regimes, "cells", lambda rows: chosen[:2])
+    monkeypatch.setattr(regimes, "cells", lambda rows, factors: chosen[:2])
     status, printed, err = command(
         *("map", "--profile", "tiny", "--seeds", 2, "--workers", 1),
         *("--out", tmp_path / "map"),

@@ -31,9 +31,9 @@ class TestCells:
         for cell in cells(ROWS):
             assert by_name.setdefault(cell.source.name, cell.source) == cell.source
         assert not any(" " in name for name in by_name)
-        assert [source.name for source in regimes.sources(ROWS)] == list(by_name)
-        # The base settings of two lines in three factors, and of RAND HIE in three.
-        assert len(by_name) == len(cells(ROWS)) - 3 * 2
+        assert [source.name for source in regimes.sources(cells(ROWS))] == list(by_name)
+        # The base settings of two lines in four factors, and of RAND HIE in three.
+        assert len(by_name) == len(cells(ROWS)) - (2 * 3 + 2)
 
     def test_every_factor_has_its_levels(self):
         for factor in FACTORS:
@@ -49,12 +49,12 @@ class TestCells:
                     continue
                 settings = cell.source.settings
                 assert settings.correlation == correlation
-                assert settings.rows == ROWS
                 changed = {
                     regimes.SCARCITY: settings.label_share,
                     regimes.IMBALANCE: settings.imbalance,
                     regimes.SCENARIOS: settings.scenario_difference,
                     regimes.SIZE: cell.source.bottom.width,
+                    regimes.ROWS: settings.rows / ROWS,
                 }
                 assert changed.pop(cell.factor) == cell.level
                 base = {
@@ -62,6 +62,7 @@ class TestCells:
                     regimes.IMBALANCE: 1.0,
                     regimes.SCENARIOS: 0.0,
                     regimes.SIZE: regimes.BASE_BOTTOM.width,
+                    regimes.ROWS: 1.0,
                 }
                 assert all(value == base[name] for name, value in changed.items())
 
@@ -85,7 +86,7 @@ class TestCells:
             regimes.IMBALANCE,
             regimes.SIZE,
         }
-        assert {cell.source.label_share for cell in here} == {0.03, 0.1, 0.3, 1.0}
+        assert {cell.source.label_share for cell in here} == {0.1, 0.3, 1.0}
 
 
 AUCS = {
@@ -108,7 +109,7 @@ class FakeStudy:
 
 
 def test_gains():
-    found = gains(FakeStudy(), ROWS)
+    found = gains(FakeStudy(), cells(ROWS))
     assert len(found) == len(cells(ROWS)) * len(MIXTURES)
     gain = next(g for g in found if g.model == MMOE)
     assert gain.mean == pytest.approx(0.025)
@@ -144,7 +145,7 @@ def test_rules():
 
 
 def test_tables_and_picture(tmp_path):
-    found = gains(FakeStudy(), ROWS)
+    found = gains(FakeStudy(), cells(ROWS))
     console = Console(file=io.StringIO(), width=200)
     for table in regimes.tables(found):
         console.print(table)

@@ -32,6 +32,8 @@ class AITM(EntireSpace):
     adds a loss where that exceeds the probability of the previous one. The conditional
     probability for serving is the ratio of the two, at most 1.
 
+    The calibrator counts every row of the batch, also those of sample weight 0.
+
     Args:
         stages: the names of the events, first to last, at least two.
         units: int, the width k of the transfer.

@@ -22,7 +22,7 @@ from keras_moe.layers._tasks import Tasks
 
 @keras.saving.register_keras_serializable("keras_moe")
 class DBMTL(Layer):
-    """Deep Bayesian multi-target learning: the features of each task see its parents'.
+    """Deep Bayesian multi-target learning: tasks read their parents' hidden units.
 
     Args:
         parents: dict by task of the names of the tasks that it depends on, which come

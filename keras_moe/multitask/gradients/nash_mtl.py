@@ -34,7 +34,7 @@ class NashMTL(GradientWeighting):
     which makes the weights t^(1/4) there. The paper's limit of the norm of the update
     is `clipnorm` or `global_clipnorm` of an optimizer. Of opposite gradients, whose
     weights would be infinite, the Gramian of the unit gradients has 1e-6 added to its
-    diagonal. A gradient of 0 has the weight 0 and no part in the game.
+    diagonal. A gradient of 0 has the weight 0 and is left out.
 
     Args:
         update_every: int, number of training steps for which weights are kept. The

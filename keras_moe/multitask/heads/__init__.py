@@ -62,6 +62,7 @@ def get(identifier: Any) -> Head:
         if isinstance(head, Head):
             return head
     raise ValueError(
-        f"`head` must be one of {sorted(_NAMES)}, or a head such as "
-        f"keras_moe.multitask.heads.Ordinal(5). Received: head={identifier!r}"
+        f"`head` must be one of {sorted(_NAMES)}, or a head with its size, such as "
+        "keras_moe.multitask.heads.Ordinal(5) or MultiClass(3). "
+        f"Received: head={identifier!r}"
     )

@@ -109,7 +109,10 @@ class FAMO(LossWeighting):
         shares = self._shares(mask)
         weights = shares / ops.maximum(ops.sum(shares / excess), _EPSILON)
         terms = ops.stop_gradient(weights) * ops.log(excess)
-        return ops.sum(ops.where(mask, terms, 0.0))
+        total = ops.sum(ops.where(mask, terms, 0.0))
+        # Below its minimum a loss would get a gradient of the wrong sign.
+        valid = ops.all(excess > 0)
+        return total * ops.where(valid, 1.0, float("nan"))
 
     def update(self, old_losses: Any, new_losses: Any, mask: Any = None) -> None:
         """Update xi after an optimizer step.

@@ -368,3 +368,11 @@ def test_flags_for_the_train_step():
     assert not LossWeighting.needs_new_losses
     assert GradNorm.scales_losses
     assert ops.shape(array(GradNorm()(np.eye(2)))) == (2,)
+
+
+def test_famo_is_nan_below_its_minimum():
+    """Its gradient would have the wrong sign."""
+    for losses, finite in (([0.7, 0.5], True), ([0.7, -0.5], False)):
+        total = float(FAMO()(np.array(losses, "float32")))
+        assert np.isfinite(total) == finite
+    assert np.isfinite(float(FAMO(min_losses=-1.0)(np.array([0.7, -0.5], "float32"))))
