@@ -112,7 +112,7 @@ class FAMO(LossWeighting):
         total = ops.sum(ops.where(mask, terms, 0.0))
         # Below its minimum a loss would get a gradient of the wrong sign.
         valid = ops.all(excess > 0)
-        return total * ops.where(valid, 1.0, float("nan"))
+        return total * ops.cast(ops.where(valid, 1.0, float("nan")), total.dtype)
 
     def update(self, old_losses: Any, new_losses: Any, mask: Any = None) -> None:
         """Update xi after an optimizer step.
