@@ -62,6 +62,8 @@ WEIGHTINGS = [
 ]
 # Base classes, a model, and a layer of square matrices.
 OTHERS = {"MultiTaskModel", "Router", "StackedKernels", "LossWeighting", "GradNorm"}
+# Keras' test feeds arrays; tests/multitask feeds these dicts.
+OF_DICTS = {"AITM", "DBMTL", "ESCM2", "ESMM", "NaiveConversion"}
 
 
 # Keras' own training warns of these: it shuffles a generator, and trains a router by
@@ -128,4 +130,4 @@ def test_every_public_layer_is_checked():
         and not name.startswith("_")
     }
     checked = {type(case.layer()).__name__ for case in (*CASES, *ROUTERS, *WEIGHTINGS)}
-    assert known - OTHERS - {"Layer"} == checked
+    assert known - OTHERS - OF_DICTS - {"Layer"} == checked
