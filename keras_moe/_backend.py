@@ -282,21 +282,20 @@ def stack_gradients(gradients: Sequence[Any]) -> StackedGradients:
     Sparse gradients (`tf.IndexedSlices`, of an embedding) stay sparse without XLA,
     which has no operation for a data-dependent number of rows.
     """
-    first = next(gradient for gradient in gradients if gradient is not None)
     if name() == "tensorflow":
         import tensorflow as tf
 
+        replicas = num_replicas()
         sparse = [isinstance(g, tf.IndexedSlices) for g in gradients if g is not None]
-        if all(sparse) and not under_xla() and num_replicas() == 1:
+        if all(sparse) and not under_xla() and replicas == 1:
             return _stack_sparse(gradients)
         # A sum over replicas needs dense gradients, too.
-        gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
-        replicas = num_replicas()
         gradients = [
-            None if g is None else sum_over_replicas(g) / replicas for g in gradients
+            None if g is None else sum_over_replicas(tf.convert_to_tensor(g)) / replicas
+            for g in gradients
         ]
-        first = next(gradient for gradient in gradients if gradient is not None)
-    zeros = ops.zeros_like(first)
+    known = next(gradient for gradient in gradients if gradient is not None)
+    zeros = ops.zeros_like(known)
     return StackedGradients(ops.stack([zeros if g is None else g for g in gradients]))
 
 

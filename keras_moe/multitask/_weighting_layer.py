@@ -69,7 +69,13 @@ def task_mask(mask: Any, values: Any) -> Any:
     return ops.cast(mask, "bool")
 
 
-def find(identifier: Any, known: Mapping[str, type], kinds: Any, what: str) -> Any:
+def find(
+    identifier: Any,
+    known: Mapping[str, type],
+    kinds: Any,
+    what: str,
+    argument: str = "identifier",
+) -> Any:
     """Return the layer that `identifier` specifies, or None for None."""
     if identifier is None:
         return None
@@ -82,7 +88,7 @@ def find(identifier: Any, known: Mapping[str, type], kinds: Any, what: str) -> A
         found = found()
     if not isinstance(found, kinds):
         raise ValueError(
-            f"`identifier` must be None, one of {list(known)}, or {what} or its "
-            f"config. Received: identifier={identifier!r}"
+            f"`{argument}` must be None, one of {list(known)}, or {what} or its "
+            f"config. Received: {argument}={identifier!r}"
         )
     return found

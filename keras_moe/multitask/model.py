@@ -16,6 +16,7 @@ from keras_moe.multitask._compiled import CompiledTasks
 from keras_moe.multitask._declared import DeclaredTasks
 from keras_moe.multitask._per_task import PerTaskTraining
 from keras_moe.multitask._train_steps import LossParts
+from keras_moe.multitask._weighting_layer import find
 from keras_moe.multitask.task import Task
 
 
@@ -108,7 +109,14 @@ class MultiTaskModel(PerTaskTraining):
                 f"Received: {outputs!r}"
             )
         names = Tasks(list(outputs))
-        loss_weighting = _loss_weighting(loss_weighting)
+        loss_weighting = find(
+            loss_weighting,
+            {**weighting.KNOWN, **gradients.KNOWN},
+            keras.layers.Layer,
+            "a layer that maps the task losses to the total loss, such as "
+            "keras_moe.multitask.weighting.DWA(steps=100)",
+            argument="loss_weighting",
+        )
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self._tasks = names
         self.loss_weighting = loss_weighting
@@ -347,25 +355,6 @@ class MultiTaskModel(PerTaskTraining):
             name=functional.name,
             trainable=config["trainable"],
         )
-
-
-def _loss_weighting(identifier: Any) -> Any:
-    """Return None or a layer."""
-    if isinstance(identifier, str):
-        known = {**weighting.KNOWN, **gradients.KNOWN}
-        if identifier in known:
-            return known[identifier]()
-        raise ValueError(
-            f"`loss_weighting` must be one of {[*known]}, or a layer such as "
-            "keras_moe.multitask.weighting.DWA(steps=100). "
-            f"Received: loss_weighting={identifier!r}"
-        )
-    if identifier is not None and not isinstance(identifier, keras.layers.Layer):
-        raise ValueError(
-            "`loss_weighting` must be None, a name, or a layer that maps the task "
-            f"losses to the total loss. Received: {identifier!r}"
-        )
-    return identifier
 
 
 def _shared_layers(names: Any, model: keras.Model) -> list[str] | None:

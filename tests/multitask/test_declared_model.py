@@ -349,7 +349,7 @@ def test_bad_arguments_are_named():
     inputs = keras.Input((3,))
     with pytest.raises(ValueError, match="`shared_layers` must be names"):
         MultiTaskModel(inputs, {"a": inputs + 1.0}, shared_layers=["nothing"])
-    with pytest.raises(ValueError, match="`loss_weighting` must be one of"):
+    with pytest.raises(ValueError, match="`loss_weighting` must be None, one of"):
         MultiTaskModel(inputs, {"a": inputs + 1.0}, "nothing")
 
 

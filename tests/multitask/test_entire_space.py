@@ -312,7 +312,10 @@ def test_compiled_calls_are_the_eager_call(name):
         (lambda: ESCM2(min_propensity=0.0), "`min_propensity`"),
         (lambda: ESCM2(min_propensity=1.5), r"`min_propensity` must be in \(0, 1\]"),
         (lambda: ESCM2(conversion_weight=0.0), "`conversion_weight`"),
-        (lambda: ESCM2(joint_weight=-1.0), "`joint_weight` must be >= 0"),
+        (
+            lambda: ESCM2(joint_weight=-1.0),
+            "`joint_weight` must be a finite number >= 0",
+        ),
         (lambda: ESMM()({"click": np.zeros((1, 1))}), "ESMM expects a dict of logits"),
         (lambda: ESMM()(np.zeros((1, 1))), "ESMM expects a dict of logits"),
         (lambda: ESMM().declared_tasks({"buy": ["auc"]}), "keys of `metrics`"),

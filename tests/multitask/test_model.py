@@ -183,9 +183,13 @@ def test_bad_outputs_are_named(outputs, message):
 
 def test_bad_weighting_and_losses_are_named():
     inputs = keras.Input((3,))
-    with pytest.raises(ValueError, match="`loss_weighting` must be one of"):
+    with pytest.raises(
+        ValueError, match=r"`loss_weighting` must be None, one of \['famo'"
+    ):
         MultiTaskModel(inputs, {"a": inputs + 1.0}, loss_weighting="certainty")
-    with pytest.raises(ValueError, match="`loss_weighting` must be None, a name, or a"):
+    with pytest.raises(
+        ValueError, match=r"`loss_weighting` must be None, .* or a layer"
+    ):
         MultiTaskModel(inputs, {"a": inputs + 1.0}, loss_weighting=3)
     model = MultiTaskModel(inputs, {"a": inputs + 1.0}, UncertaintyWeighting())
     for loss in (None, {}, {"a": None}):

@@ -145,13 +145,7 @@ def assert_no_process_left(session):
 @pytest.fixture
 def command(capsys):
     """Run the command in this process; return status, stdout and stderr."""
-
-    def run(*arguments):
-        status = main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run
+    return processes.in_this_process(main, capsys)
 
 
 class TestErrors:

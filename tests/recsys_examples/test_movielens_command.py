@@ -78,13 +78,7 @@ def run(out):
 @pytest.fixture
 def command(capfd):
     """Run the command in this process; return status, stdout and stderr."""
-
-    def call(*arguments):
-        status = main([str(a) for a in arguments])
-        printed = capfd.readouterr()
-        return status, printed.out, printed.err
-
-    return call
+    return processes.in_this_process(main, capfd)
 
 
 class TestRun:

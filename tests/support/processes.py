@@ -47,3 +47,14 @@ def run_without(packages, code, cwd, *arguments, **environment):
     done = run(["-c", script, *arguments], cwd, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def in_this_process(main, capture):
+    """Return a function that runs a command: arguments to status, stdout and stderr."""
+
+    def call(*arguments):
+        status = main([str(argument) for argument in arguments])
+        printed = capture.readouterr()
+        return status, printed.out, printed.err
+
+    return call

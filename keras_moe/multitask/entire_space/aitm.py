@@ -84,14 +84,9 @@ class AITM(EntireSpace):
         super().__init__(stages, **kwargs)
         self.units = _checks.positive_int("units", units)
         self.tower_units = _checks.unit_sizes("tower_units", tower_units, True)
-        self.calibrator_weight = _checks.finite_number(
+        self.calibrator_weight = _checks.non_negative_number(
             "calibrator_weight", calibrator_weight
         )
-        if self.calibrator_weight < 0:
-            raise ValueError(
-                "`calibrator_weight` must be >= 0. "
-                f"Received: calibrator_weight={calibrator_weight!r}"
-            )
         self.dropout = _checks.rate("dropout", dropout)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.seed = _checks.seed(seed)

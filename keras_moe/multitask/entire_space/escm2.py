@@ -19,7 +19,7 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe.multitask.entire_space._base import EntireSpace
-from keras_moe.multitask.heads.binary import log_loss
+from keras_moe.multitask.heads.binary import LogLoss, log_loss
 from keras_moe.multitask.joint_loss import JointLoss, Rows, weights_or_ones
 from keras_moe.multitask.task import Task
 
@@ -73,18 +73,15 @@ class CounterfactualLoss(JointLoss):
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class ScaledLogLoss(keras.losses.Loss):
+class ScaledLogLoss(LogLoss):
     """A log loss times a constant."""
 
-    def __init__(
-        self, weight: float = 1.0, name: str = "log_loss", reduction: str | None = None
-    ) -> None:
-        super().__init__(name=name, reduction=reduction or "mean_with_sample_weight")
+    def __init__(self, weight: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.weight = weight
 
     def call(self, y_true: Any, y_pred: Any) -> Any:
-        labels = ops.reshape(y_true, ops.shape(y_pred))
-        return self.weight * ops.mean(log_loss(labels, y_pred), axis=-1)
+        return self.weight * super().call(y_true, y_pred)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "weight": self.weight}
@@ -157,11 +154,7 @@ class ESCM2(EntireSpace):
         self.conversion_weight = _checks.positive_number(
             "conversion_weight", conversion_weight
         )
-        self.joint_weight = _checks.finite_number("joint_weight", joint_weight)
-        if self.joint_weight < 0:
-            raise ValueError(
-                f"`joint_weight` must be >= 0. Received: joint_weight={joint_weight!r}"
-            )
+        self.joint_weight = _checks.non_negative_number("joint_weight", joint_weight)
         self.min_propensity = _checks.positive_number("min_propensity", min_propensity)
         if self.min_propensity > 1:
             raise ValueError(
