@@ -46,6 +46,15 @@ def on_accelerator() -> bool:
     return torch.cuda.is_available()
 
 
+def fuses_dense() -> bool:
+    """Whether a matmul, its bias and its activation run as one kernel.
+
+    TensorFlow does so on a CPU without XLA. One such matmul per expert is then faster
+    than one batched matmul for all of them.
+    """
+    return name() == "tensorflow" and not under_xla() and not on_accelerator()
+
+
 def has_grouped_matmul() -> bool:
     """Whether `jax.lax.ragged_dot` has a native kernel on this device (TPU)."""
     if name() != "jax":

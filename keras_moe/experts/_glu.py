@@ -92,6 +92,8 @@ class GLUExperts(StackedDense):
         )
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
+        if self.fast_in_turn:
+            return self.in_turn(inputs, training)
         leading = ops.shape(inputs)[:-1]
         rows = ops.reshape(inputs, (1, -1, inputs.shape[-1]))
         rows = ops.broadcast_to(rows, (self.num_experts, *ops.shape(rows)[1:]))

@@ -52,6 +52,8 @@ class StackedMLP(StackedDense):
             features = units
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
+        if self.fast_in_turn:
+            return self.in_turn(inputs, training)
         leading = ops.shape(inputs)[:-1]
         rows = ops.reshape(inputs, (-1, inputs.shape[-1]))
         outputs = self._first_layer(rows, training)
@@ -65,6 +67,12 @@ class StackedMLP(StackedDense):
             outputs,
             (*_backend.restored_axes(leading), self.num_experts, self.units[-1]),
         )
+
+    @property
+    def fast_in_turn(self) -> bool:
+        # Measured: one matmul for all experts is faster if each would be narrow.
+        wide = self.units[0] >= (32 if len(self.units) > 1 else 64)
+        return wide and super().fast_in_turn
 
     def on_rows(
         self, rows: Any, matmul: GroupedMatmul, training: bool | None = None
@@ -84,9 +92,10 @@ class StackedMLP(StackedDense):
         """(n, d) -> (n, e, h): one matmul, because all experts have the same rows."""
         kernel = ops.transpose(self.kernels[0], (1, 0, 2))  # (d, e, h)
         outputs = ops.matmul(rows, ops.reshape(kernel, (rows.shape[-1], -1)))
-        outputs = ops.reshape(outputs, (-1, self.num_experts, self.units[0]))
         if self.use_bias:
-            outputs = outputs + ops.convert_to_tensor(self.biases[0])
+            # `ops.add` lets TensorFlow fuse the bias into the matmul, `+` does not.
+            outputs = ops.add(outputs, ops.reshape(self.biases[0], (-1,)))
+        outputs = ops.reshape(outputs, (-1, self.num_experts, self.units[0]))
         return self._activate(0, outputs, training)
 
     def _later_layer(self, i: int, outputs: Any, training: bool | None) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe import _backend, _checks
 from keras_moe._layer import Layer
 from keras_moe.experts._protocol import GroupedMatmul, Prologue, apply_prologue
 from keras_moe.initializers import PerExpert
@@ -54,6 +54,11 @@ class StackedKernels(Layer):
         self.supports_masking = True
         self.num_experts = _checks.positive_int("num_experts", num_experts)
 
+    @property
+    def fast_in_turn(self) -> bool:
+        """Whether one matmul per expert is faster than one for all, in this graph."""
+        return _backend.fuses_dense()
+
     def on_rows(
         self, rows: Any, matmul: GroupedMatmul, training: bool | None = None
     ) -> Any:
@@ -62,6 +67,9 @@ class StackedKernels(Layer):
 
     def on_slots(self, slots: Any, training: bool | None = None) -> Any:
         """(e, c, d) -> (e, c, u): each expert on its own slots."""
+        if self.fast_in_turn:
+            pieces = ops.unstack(slots, num=self.num_experts)
+            return ops.stack(self.on_pieces(pieces, training=training))
 
         def matmul(
             rows: Any, kernel: Any, bias: Any = None, prologue: Prologue | None = None
@@ -101,6 +109,13 @@ class StackedKernels(Layer):
             self.on_rows(rows, matmul_of(k), training=training)
             for k, rows in enumerate(pieces)
         ]
+
+    def in_turn(self, inputs: Any, training: bool | None = None) -> Any:
+        """(..., d) -> (..., e, u): every expert on every row, one expert at a time."""
+        leading = ops.shape(inputs)[:-1]
+        rows = ops.reshape(inputs, (-1, inputs.shape[-1]))
+        outputs = self.on_pieces([rows] * self.num_experts, training=training)
+        return beside(outputs, leading)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "num_experts": self.num_experts}
@@ -176,6 +191,14 @@ class StackedDense(StackedKernels):
             "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
             "seed": self.seed,
         }
+
+
+def beside(outputs: Sequence[Any], leading: Sequence[Any]) -> Any:
+    """Return `outputs`, one (n, u) per expert, as (..., e, u)."""
+    e, u = len(outputs), outputs[0].shape[-1]
+    # Along the features, each row is one copy of e * u values.
+    rows = outputs[0] if e == 1 else ops.concatenate(outputs, axis=-1)
+    return ops.reshape(rows, (*_backend.restored_axes(leading), e, u))
 
 
 def activation_function(argument: str, activation: Any) -> Callable[..., Any]:

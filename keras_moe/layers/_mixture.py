@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_moe import _backend, _checks, routing
 from keras_moe.experts._mlp import StackedMLP
+from keras_moe.experts._stacked import beside
 from keras_moe.initializers import independent, is_seeded
 from keras_moe.layers._mlp_layer import TaskLayer
 from keras_moe.layers._parts import (
@@ -92,13 +94,9 @@ class Mixture(TaskLayer):
             ops.cast(expert_outputs, self.compute_dtype),
         )
 
-    def mix_own(self, gates: Any, expert_outputs: Any) -> Any:
-        """(..., t, m), (..., t * m, u) -> (..., t, u): mix each task's m experts."""
-        leading = ops.shape(expert_outputs)[:-2]
-        t, m = gates.shape[-2:]
-        blocks = (*_backend.restored_axes(leading), t, m, expert_outputs.shape[-1])
-        own = ops.reshape(expert_outputs, blocks)
-        return ops.squeeze(self.mix(ops.expand_dims(gates, -2), own), axis=-2)
+    def mixtures(self, gates: Any, expert_outputs: Any) -> list[Any]:
+        """(..., g, e), (..., e, u) -> g mixtures (..., u)."""
+        return list(ops.unstack(self.mix(gates, expert_outputs), axis=-2))
 
     def ensure_built(self, *inputs: Any) -> None:
         """Build the layer on `inputs` if it has not been called yet."""
@@ -268,22 +266,64 @@ def on_streams(
 
     If all streams are the same tensor, one matmul computes all experts.
     """
-    used = [s for s, count in zip(streams, counts, strict=True) if count]
-    if all(stream is used[0] for stream in used):
-        return stacked(used[0], training=training)
+    if _same(streams, counts):
+        used = next(s for s, count in zip(streams, counts, strict=True) if count)
+        return stacked(used, training=training)
+    leading = ops.shape(streams[0])[:-1]
+    if _fast_in_turn(stacked):
+        pieces = stacked.on_pieces(_pieces(streams, counts), training=training)
+        return beside(pieces, leading)
     outputs = stacked.on_slots(to_slots(streams, counts), training=training)
-    return from_slots(outputs, ops.shape(streams[0])[:-1])
+    return from_slots(outputs, leading)
+
+
+def on_streams_apart(
+    stacked: keras.layers.Layer,
+    streams: Sequence[Any],
+    counts: Sequence[int],
+    training: bool | None = None,
+) -> list[Any]:
+    """`on_streams` as one (..., counts[i], u) per stream, None for a count of 0."""
+    if not _fast_in_turn(stacked):
+        return apart(on_streams(stacked, streams, counts, training), counts, axis=-2)
+    outputs = iter(stacked.on_pieces(_pieces(streams, counts), training=training))
+    leading = ops.shape(streams[0])[:-1]
+    return [
+        beside([next(outputs) for _ in range(count)], leading) if count else None
+        for count in counts
+    ]
+
+
+def _fast_in_turn(stacked: keras.layers.Layer) -> bool:
+    # Layers of other packages may lack the property.
+    return bool(getattr(stacked, "fast_in_turn", _backend.fuses_dense()))
+
+
+def _same(streams: Sequence[Any], counts: Sequence[int]) -> bool:
+    """Whether all streams with experts are the same tensor."""
+    used = {id(s) for s, count in zip(streams, counts, strict=True) if count}
+    return len(used) == 1
+
+
+def apart(joined: Any, counts: Sequence[int], axis: int) -> list[Any]:
+    """Split `axis` of `joined` into parts of `counts`, None for a count of 0."""
+    ends = np.cumsum([count for count in counts if count])[:-1].tolist()
+    parts = iter(ops.split(joined, ends, axis=axis) if ends else [joined])
+    return [next(parts) if count else None for count in counts]
+
+
+def _pieces(streams: Sequence[Any], counts: Sequence[int]) -> list[Any]:
+    """Return `counts[i]` times each of `streams` (..., d), as rows (n, d)."""
+    return [
+        piece
+        for stream, count in zip(streams, counts, strict=True)
+        for piece in [ops.reshape(stream, (-1, stream.shape[-1]))] * count
+    ]
 
 
 def to_slots(streams: Sequence[Any], counts: Sequence[int]) -> Any:
     """Stack `counts[i]` copies of each `streams[i]` (..., d): (e, n, d)."""
-    return ops.stack(
-        [
-            ops.reshape(stream, (-1, stream.shape[-1]))
-            for stream, count in zip(streams, counts, strict=True)
-            for _ in range(count)
-        ]
-    )
+    return ops.stack(_pieces(streams, counts))
 
 
 def from_slots(outputs: Any, leading: Sequence[Any]) -> Any:

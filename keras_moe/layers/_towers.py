@@ -34,11 +34,11 @@ def run_towers(
 
     def matmul(rows: Any, kernel: Any, bias: Any = None, prologue: Any = None) -> Any:
         i = next(steps)
-        if i == 0:
-            rows = _shared_matmul(rows, kernel)
-        else:
-            rows = apply_prologue(prologue, rows)
-            rows = ops.matmul(transform(i - 1, rows), kernel)
+        if i > 0:
+            rows = transform(i - 1, apply_prologue(prologue, rows))
+        if towers.fast_in_turn:
+            return _in_turn(rows, kernel, bias)
+        rows = _shared_matmul(rows, kernel) if i == 0 else ops.matmul(rows, kernel)
         return rows if bias is None else rows + ops.expand_dims(bias, 1)
 
     leading = ops.shape(inputs)[:-1]
@@ -50,6 +50,20 @@ def run_towers(
         ops.reshape(output, shape)
         for output in ops.unstack(outputs, num=towers.num_experts)
     ]
+
+
+def _in_turn(rows: Any, kernel: Any, bias: Any) -> Any:
+    """(n, d) or (t, n, d), (t, d, h) -> (t, n, h), one fused matmul per task."""
+    t = kernel.shape[0]
+    pieces = ops.unstack(rows, num=t) if len(rows.shape) == 3 else [rows] * t
+    # Unstacked once: each gradient of `kernel[k]` would have the full size.
+    kernels = ops.unstack(ops.convert_to_tensor(kernel), num=t)
+    outputs = [ops.matmul(x, w) for x, w in zip(pieces, kernels, strict=True)]
+    if bias is not None:
+        biases = ops.unstack(ops.convert_to_tensor(bias), num=t)
+        # `ops.add` lets TensorFlow fuse the bias into the matmul, `+` does not.
+        outputs = [ops.add(y, b) for y, b in zip(outputs, biases, strict=True)]
+    return ops.stack(outputs)
 
 
 def _shared_matmul(rows: Any, kernel: Any) -> Any:

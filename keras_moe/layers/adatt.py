@@ -176,7 +176,7 @@ class AdaTT(GatedMixture):
         gates = self._level_gates(level, streams, training)
         if self.residual:
             gates = gates + self._residual(level, gates)
-        return ops.unstack(self.mix(gates, outputs), axis=-2)
+        return self.mixtures(gates, outputs)
 
     def _level_gates(
         self, level: int, streams: Sequence[Any], training: bool | None

@@ -217,7 +217,7 @@ class DSelectK(Mixture):
         weights, selected = self._gate(inputs, gate_inputs)
         self._add_losses(selected, None if self.static else mask)
         expert_outputs = self.experts(inputs, training=training)  # (..., e, u)
-        return self._tasks.pack(ops.unstack(self.mix(weights, expert_outputs), axis=-2))
+        return self._tasks.pack(self.mixtures(weights, expert_outputs))
 
     def gate_weights(self, inputs: Any, gate_inputs: Any = None) -> Any:
         """Return the gates, `(..., t, e)`.

@@ -27,7 +27,13 @@ from keras_moe import _backend, _checks
 from keras_moe._layer import given_or_attached
 from keras_moe.experts import MLPExperts
 from keras_moe.initializers import independent
-from keras_moe.layers._mixture import GatedMixture, from_slots, on_streams, to_slots
+from keras_moe.layers._mixture import (
+    GatedMixture,
+    apart,
+    from_slots,
+    on_streams,
+    to_slots,
+)
 from keras_moe.layers._parts import default_name
 
 
@@ -224,56 +230,59 @@ class HoME(GatedMixture):
         """Return the streams of the groups, with the shared stream last."""
         c, m, s = self.num_groups, self.num_task_experts, self.num_shared_experts
         streams = [inputs] * (c + 1)
-        outputs = self._experts_of(0, streams, [m] * c + [s], training, mask)
-        own, shared = outputs[..., : c * m, :], outputs[..., c * m :, :]
+        counts = [m] * c + [s]
+        *own, shared = self._experts_of(0, streams, counts, training, mask)
         # (..., c, m + s)
         gates = self.gate_probabilities(
             self.gate_logits(self.group_gates, inputs), training
         )
-        groups = self.mix_own(gates[..., :m], own) + self.mix(gates[..., m:], shared)
         all_gate = self.gate_probabilities(
             self.gate_logits(self.shared_gate, inputs), training
-        )
-        common = self.mix(all_gate, outputs)
+        )  # (..., 1, c * m + s)
+        own_gates, of_shared = gates[..., :m], gates[..., m:]
+        *of_own, of_common = apart(all_gate, counts, axis=-1)
         if self.self_gate:
-            own_gates = _self_gates(self.gate_logits(self.group_self_gates, inputs))
-            groups = groups + self.mix_own(own_gates, own)
-            shared_gates = _self_gates(self.gate_logits(self.shared_self_gate, inputs))
-            common = common + self.mix(shared_gates, shared)
-        return [*ops.unstack(groups, axis=-2), ops.squeeze(common, axis=-2)]
+            # A residual: more weight for the own experts.
+            logits = self.gate_logits(self.group_self_gates, inputs)
+            own_gates = own_gates + _self_gates(logits)
+            logits = self.gate_logits(self.shared_self_gate, inputs)
+            of_common = of_common + _self_gates(logits)
+        *groups, common = self.mixtures(
+            ops.concatenate([of_shared, of_common], axis=-2), shared
+        )
+        for group, experts in enumerate(own):
+            own_gate = own_gates[..., group : group + 1, :]
+            both = ops.concatenate([own_gate, of_own[group]], axis=-2)
+            mixture, part = self.mixtures(both, experts)
+            groups[group] = groups[group] + mixture
+            common = common + part
+        return [*groups, common]
 
     def _task_level(
         self,
         groups: Sequence[Any],
-        shared: Any,
+        shared_stream: Any,
         training: bool | None,
         mask: Any = None,
     ) -> list[Any]:
         t, c = self._tasks.count, self.num_groups
         m, s = self.num_task_experts, self.num_shared_experts
         of_task = [groups[group] for group in self.group_of_task]
-        streams = [*of_task, *groups, shared]
-        outputs = self._experts_of(1, streams, [m] * (t + c) + [s], training, mask)
-        own = outputs[..., : t * m, :]
-        # The experts of each task's group, task by task.
-        grouped = ops.concatenate(
-            [
-                outputs[..., (t + group) * m : (t + group + 1) * m, :]
-                for group in self.group_of_task
-            ],
-            axis=-2,
-        )
-        gate_inputs = self._task_gate_inputs(groups, shared)
+        streams = [*of_task, *groups, shared_stream]
+        counts = [m] * (t + c) + [s]
+        *own, shared = self._experts_of(1, streams, counts, training, mask)
+        gate_inputs = self._task_gate_inputs(groups, shared_stream)
         gates = self._task_gates(gate_inputs, training)  # (..., t, 2m + s)
-        mixtures = (
-            self.mix_own(gates[..., :m], own)
-            + self.mix_own(gates[..., m : 2 * m], grouped)
-            + self.mix(gates[..., 2 * m :], outputs[..., (t + c) * m :, :])
-        )
+        own_gates, of_group, of_shared = apart(gates, [m, m, s], axis=-1)
         if self.self_gate:
             logits = self.gate_logits(self.task_self_gates, gate_inputs)
-            mixtures = mixtures + self.mix_own(_self_gates(logits), own)
-        return ops.unstack(mixtures, axis=-2)
+            own_gates = own_gates + _self_gates(logits)
+        mixtures = self.mixtures(of_shared, shared)
+        for task, group in enumerate(self.group_of_task):
+            for gate, experts in ((own_gates, own[task]), (of_group, own[t + group])):
+                part = self.mixtures(gate[..., task : task + 1, :], experts)[0]
+                mixtures[task] = mixtures[task] + part
+        return mixtures
 
     def _task_gate_inputs(self, groups: Sequence[Any], shared: Any) -> list[Any]:
         """Return the gate inputs of each task: its group's and the shared stream."""
@@ -293,8 +302,8 @@ class HoME(GatedMixture):
         counts: Sequence[int],
         training: bool | None,
         mask: Any,
-    ) -> Any:
-        """(..., e, u): Swish(BatchNorm(MLP(x * FeatureGate(x)))) of every expert.
+    ) -> list[Any]:
+        """Swish(BatchNorm(MLP(x * FeatureGate(x)))): one (..., counts[i], u) a stream.
 
         Rows where the mask (n,) is False are excluded from the batch statistics.
         """
@@ -309,11 +318,12 @@ class HoME(GatedMixture):
         else:
             outputs = on_streams(experts, streams, counts, training)
         if norm is None:
-            return outputs
+            return apart(outputs, counts, axis=-2)
         leading, (e, u) = ops.shape(outputs)[:-2], outputs.shape[-2:]
         flat = ops.reshape(outputs, (-1, e * u))
         normal = ops.silu(norm(flat, training=training, mask=mask))
-        return ops.reshape(normal, (*_backend.restored_axes(leading), e, u))
+        normal = ops.reshape(normal, (*_backend.restored_axes(leading), e, u))
+        return apart(normal, counts, axis=-2)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> Any:
         return self._tasks.repeat((*input_shape[:-1], self.experts[0].units[-1]))

@@ -20,7 +20,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.layers._mixture import GatedMixture, on_streams
+from keras_moe.layers._mixture import GatedMixture, apart, on_streams_apart
 from keras_moe.layers._parts import checked_batch, default_name
 
 
@@ -163,24 +163,26 @@ class STEM(GatedMixture):
     ) -> list[Any]:
         """Return the streams of the next level; after the last, the task outputs."""
         t, m, s = self._tasks.count, self.num_task_experts, self.num_shared_experts
-        outputs = on_streams(self.experts[level], streams, [m] * t + [s], training)
+        counts = [m] * t + [s]
+        *own, shared = on_streams_apart(self.experts[level], streams, counts, training)
         gates = self._task_gates(level, streams, training)
-        own, shared = _diagonal_blocks(gates[..., : t * m], t, m), gates[..., t * m :]
-        others = gates * ops.cast(_of_other_tasks(t, m, s), gates.dtype)
-        mixtures = (
-            self.mix_own(own, outputs[..., : t * m, :])
-            + self.mix(shared, outputs[..., t * m :, :])
-            + self.mix(others, ops.stop_gradient(outputs))
-        )
-        streams_above = list(ops.unstack(mixtures, axis=-2))
+        own_gates, of_shared = apart(gates, [t * m, s], axis=-1)
+        # A task trains the shared experts and its own, not those of other tasks.
+        others = own_gates * ops.cast(_of_other_tasks(t, m), gates.dtype)
         if level < self.num_levels - 1:
             logits = self.gate_logits(self.shared_gates[level], streams[-1])
             gate = self.gate_probabilities(logits, training)
-            # Otherwise a task would train other tasks' experts via the shared stream.
-            of_tasks = ops.stop_gradient(outputs[..., : t * m, :])
-            mixed = ops.concatenate([of_tasks, outputs[..., t * m :, :]], axis=-2)
-            streams_above.append(ops.squeeze(self.mix(gate, mixed), axis=-2))
-        return streams_above
+            own_part, shared_part = apart(gate, [t * m, s], axis=-1)
+            others = ops.concatenate([others, own_part], axis=-2)
+            of_shared = ops.concatenate([of_shared, shared_part], axis=-2)
+        fixed = ops.stop_gradient(ops.concatenate(own, axis=-2))
+        above = list(
+            ops.unstack(self.mix(of_shared, shared) + self.mix(others, fixed), axis=-2)
+        )
+        for task in range(t):
+            gate = own_gates[..., task : task + 1, task * m : (task + 1) * m]
+            above[task] = above[task] + self.mixtures(gate, own[task])[0]
+        return above
 
     def _task_gates(
         self, level: int, streams: Sequence[Any], training: bool | None
@@ -229,16 +231,7 @@ class STEM(GatedMixture):
         }
 
 
-def _diagonal_blocks(gates: Any, t: int, m: int) -> Any:
-    """(..., t, t * m) -> (..., t, m): each task's weights of its own experts."""
-    blocks = [gates[..., k, k * m : (k + 1) * m] for k in range(t)]
-    return ops.stack(blocks, axis=-2)
-
-
-def _of_other_tasks(t: int, m: int, s: int) -> Any:
-    """(t, t * m + s): True where an expert belongs to another task."""
-    task_of_expert = ops.concatenate(
-        [ops.repeat(ops.arange(t, dtype="int32"), m), ops.full((s,), -1, "int32")]
-    )
-    tasks = ops.expand_dims(ops.arange(t, dtype="int32"), -1)
-    return ops.logical_and(task_of_expert != tasks, task_of_expert >= 0)
+def _of_other_tasks(t: int, m: int) -> Any:
+    """(t, t * m): True where an expert belongs to another task."""
+    task_of_expert = ops.repeat(ops.arange(t, dtype="int32"), m)
+    return task_of_expert != ops.expand_dims(ops.arange(t, dtype="int32"), -1)
