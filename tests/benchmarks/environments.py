@@ -57,6 +57,13 @@ def python_of(name: str) -> Path | None:
     return python if (FOLDER / name / _COMPLETE).exists() else None
 
 
+def available_cores() -> list[int]:
+    """Return the numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def set_up(name: str) -> None:
     """Make an environment anew.
 

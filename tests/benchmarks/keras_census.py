@@ -37,17 +37,7 @@ def workload(
         keras.utils.set_random_seed(number)
         model = build(number)
         labels = _like_outputs(model, rows.train.labels)
-        few = slice(sizes.rows)
-        start = model.get_weights()
-        # Compiles; the weights and the optimizer start anew.
-        model.train_on_batch(
-            {name: column[few] for name, column in rows.train.columns.items()},
-            _like_outputs(model, {t: y[few] for t, y in rows.train.labels.items()}),
-        )
-        model.set_weights(start)
-        for variable in model.optimizer.variables:
-            if "learning_rate" not in variable.path:
-                variable.assign(np.zeros(variable.shape, variable.dtype))
+        _compile(model, rows, sizes)
         started = time.perf_counter()
         model.fit(
             rows.train.columns,
@@ -65,6 +55,22 @@ def workload(
 
     parameters = keras_steps.count_parameters(build(0))
     return Workload(measure=measure, parameters=parameters, packages=packages)
+
+
+def _compile(model: Any, rows: CensusRows, sizes: Sizes) -> None:
+    """Train for two steps; then weights and optimizer are set back to their start."""
+    few = slice(sizes.rows * 3 // 2)  # A full batch and a last one.
+    start = model.get_weights()
+    model.fit(
+        {name: column[few] for name, column in rows.train.columns.items()},
+        _like_outputs(model, {t: y[few] for t, y in rows.train.labels.items()}),
+        batch_size=sizes.rows,
+        verbose=0,
+    )
+    model.set_weights(start)
+    for variable in model.optimizer.variables:
+        if "learning_rate" not in variable.path:
+            variable.assign(np.zeros(variable.shape, variable.dtype))
 
 
 def _like_outputs(model: Any, labels: dict[str, np.ndarray]) -> Any:

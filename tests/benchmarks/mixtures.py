@@ -56,13 +56,14 @@ PANELS = [{"model": model, "step": "training"} for model in ("MMoE", "PLE")]
 
 def groups(profile: str) -> list[Group]:
     """Return a group for each model, step and number of experts."""
-    counts = (8,) if profile == "fast" else (8, 16, 32)
-    steps = ("training",) if profile == "fast" else ("training", "serving")
+    if profile == "fast":
+        return [_group("MMoE", "training", 8, profile)]
+    counts = {"MMoE": (8, 16, 32), "PLE": (8, 16)}
     return [
         _group(model, step, experts, profile)
-        for model in ("MMoE", "PLE")
-        for step in steps
-        for experts in counts
+        for model in counts
+        for step in ("training", "serving")
+        for experts in counts[model]
     ]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.cases import Case
-from tests.benchmarks.environments import ROOT, python_of
+from tests.benchmarks.environments import ROOT, available_cores, python_of
 
 _POLL_SECONDS = 0.5
 _CLOSE_SECONDS = 10
@@ -58,7 +58,6 @@ class Remote:
             raise CaseError("absent", f"environment {case.environment!r} was not made")
         self._max_gib = max_gib
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        cores = sorted(os.sched_getaffinity(0))[:threads]
         self._process = subprocess.Popen(
             [str(python), "-m", "tests.benchmarks.worker"],
             stdin=subprocess.PIPE,
@@ -68,7 +67,9 @@ class Remote:
             cwd=ROOT,
             env=_variables(case, threads),
         )
-        os.sched_setaffinity(self._process.pid, cores)
+        if hasattr(os, "sched_setaffinity"):
+            cores = available_cores()[:threads]
+            os.sched_setaffinity(self._process.pid, cores)
 
     def ask(self, seconds: float, **request: Any) -> dict[str, Any]:
         """Return the reply to a request.

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.benchmarks.environments import available_cores
+
 FORMAT = 1
 
 
@@ -136,7 +138,7 @@ def machine() -> dict[str, Any]:
     """Return what the figures depend on."""
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(available_cores()),
         "memory_gib": round(
             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         ),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Callable
 from typing import Any
 
 from tests.benchmarks.cases import Case, Group, Profile
+from tests.benchmarks.environments import available_cores
 from tests.benchmarks.remote import CaseError, Remote
 from tests.benchmarks.results import Row
 
@@ -83,7 +83,7 @@ def _prepare(
     steps: dict[str, int],
 ) -> None:
     """Start a worker, let it compile, and find how many steps its rounds have."""
-    threads = group.threads or len(os.sched_getaffinity(0))
+    threads = group.threads or len(available_cores())
     remote = remotes[case.series] = Remote(case, threads, group.max_gib)
     made = {"module": case.module, "arguments": dict(case.arguments)}
     steps[case.series] = group.steps or 1
