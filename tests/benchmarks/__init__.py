@@ -1,1 +1,1 @@
-"""Benchmarks, which are not part of the test suite."""
+"""Benchmarks of the library beside its peers, which are not part of the test suite."""

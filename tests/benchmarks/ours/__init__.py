@@ -1,0 +1,1 @@
+"""Workloads of this library, and of Keras in the same environment."""

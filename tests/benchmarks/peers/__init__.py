@@ -1,0 +1,1 @@
+"""Workloads of other libraries, one library a file, in environments of their own."""
