@@ -19,7 +19,14 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-SUITES = ("mixtures",)
+SUITES = (
+    "mixtures",
+    "moe_layers",
+    "sparse_mmoe",
+    "optimizers",
+    "whole_step",
+    "growth",
+)
 
 
 @dataclass(frozen=True)
