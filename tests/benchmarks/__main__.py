@@ -22,10 +22,14 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from recsys_examples.command import interrupt_on_sigterm
 from tests.benchmarks.cases import PROFILES, SUITES, select
-from tests.benchmarks.display import group_table
-from tests.benchmarks.environments import ENVIRONMENTS, is_current, set_up
-from tests.benchmarks.results import Results, write
+from tests.benchmarks.compare import count, falls
+from tests.benchmarks.display import group_table, ratio_text
+from tests.benchmarks.environments import ENVIRONMENTS, ROOT, is_current, set_up
+from tests.benchmarks.page import PICTURE, markdown
+from tests.benchmarks.picture import png
+from tests.benchmarks.results import Results, read, write
 from tests.benchmarks.timing import measure
 
 COMMANDS = ("run", "setup", "compare", "page")
@@ -92,6 +96,36 @@ def setup(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def compare(options: argparse.Namespace, console: Console) -> int:
+    """Print where this library fell behind."""
+    old, new = read(options.old), read(options.new)
+    if dict(old.machine) != dict(new.machine):
+        console.print(
+            "the files are of two machines: ratios may differ for that reason"
+        )
+    found = list(falls(old, new))
+    for fall in found:
+        if fall.after is None:
+            console.print(f"{fall.what}: no longer measured, {fall.reason}")
+            continue
+        before, after = ratio_text(fall.before), ratio_text(fall.after)
+        console.print(f"{fall.what}, against {fall.against}: {before} -> {after}")
+    console.print(f"{len(found)} falls in {count(old, new)} cases")
+    return int(bool(found))
+
+
+def page(options: argparse.Namespace, console: Console) -> int:
+    """Write the page and its picture."""
+    results = read(options.file)
+    written = {"performance.md": markdown(results).encode(), PICTURE: png(results)}
+    for name, content in written.items():
+        path = options.docs / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        console.print(f"wrote {path}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks",
@@ -113,8 +147,17 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("setup", help="make the environments of the peers")
     command.set_defaults(work=setup)
     command.add_argument("environments", nargs="*", metavar="ENVIRONMENT")
+    command = commands.add_parser("compare", help="print what fell between two files")
+    command.set_defaults(work=compare)
+    command.add_argument("old", type=Path, metavar="OLD.json")
+    command.add_argument("new", type=Path, metavar="NEW.json")
+    command = commands.add_parser("page", help="write the page of the documentation")
+    command.set_defaults(work=page)
+    command.add_argument("file", type=Path, metavar="FILE.json")
+    command.add_argument("--docs", type=Path, default=ROOT / "docs", metavar="FOLDER")
     return parser
 
 
 if __name__ == "__main__":
+    interrupt_on_sigterm()
     sys.exit(main())

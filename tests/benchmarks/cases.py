@@ -7,6 +7,11 @@ A suite is a module of this package, named in `SUITES`, with
     BARS: list[Bar]                  the required results (may be empty)
     groups(profile) -> list[Group]   what to measure; profile is a key of `PROFILES`
     conclusions(rows) -> list[str]   optional: Markdown paragraphs below the tables
+    PANELS: list[dict]               optional: the panels of the picture, each the point
+                                     of its groups without the last key
+
+The page has a table for all groups whose points differ only in their last key, which
+names its columns: {"model": "MMoE", "e": 8} is a column of the table of MMoE.
 
 Modules of suites import nothing heavy: the libraries are imported in the workers.
 """
@@ -21,6 +26,8 @@ from typing import Any
 
 SUITES = (
     "mixtures",
+    "serving",
+    "census",
     "moe_layers",
     "sparse_mmoe",
     "optimizers",
@@ -61,6 +68,7 @@ class Case:
         variables: environment variables of the process, such as KERAS_BACKEND.
         ours: whether this library is measured, not a peer or a limit. `compare` looks
             at these cases.
+        missing: what the case lacks, if it cannot be run: it is reported as absent.
     """
 
     series: str
@@ -69,6 +77,7 @@ class Case:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
     ours: bool = False
+    missing: str = ""
 
 
 @dataclass(frozen=True)

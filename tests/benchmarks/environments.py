@@ -35,7 +35,7 @@ class Environment:
 ENVIRONMENTS = {
     # DeepCTR pins h5py 3.7.0, for which Python 3.11 has no wheel.
     "deepctr": Environment(
-        ("tensorflow==2.21.0", "keras==3.15.1", "requests==2.32.5"),
+        ("tensorflow==2.21.0", "keras==3.15.1", "requests==2.34.2"),
         alone=("deepctr==0.9.4",),
     ),
     "torch": Environment(

@@ -5,19 +5,81 @@ from __future__ import annotations
 from tests.benchmarks.cases import Bar, Case, Group
 
 TITLE = "MMoE and PLE"
-ABOUT = ""
-BARS: list[Bar] = []
+ABOUT = """\
+26 columns of ids (10,000 ids of 16 values each) and 13 columns of numbers, batches of
+4096 rows, experts of 256 and 128 units, a tower of 64 units for each of two tasks, both
+with a log loss. PLE has two levels; a quarter of the e experts of each level is shared.
 
-OURS, FUSED, DEEPCTR = "keras_moe", "keras_moe, FusedAdam", "DeepCTR"
+"Training" is a whole step: forward pass, losses, backward pass, Adam on all weights
+with the embeddings. For Keras models it is `model.train_function`, which `fit` compiles
+and calls, on an iterator that repeats one batch; without XLA, as Keras runs by default
+on a CPU. For torch-rechub it is a batch of its own `MTLTrainer.train_one_epoch`.
+"Serving" is `model.predict_on_batch`, on torch the call of the model in inference mode.
+
+All models have the same layers. DeepCTR runs without its penalty on the embeddings,
+torch-rechub without its batch normalization and weight decay; the rows "as published"
+have the normalization. "Bare matmuls" are the matrix products of the step alone.
+"""
+
+OURS, FUSED = "keras_moe", "keras_moe, FusedAdam"
+DEEPCTR, RECHUB = "DeepCTR", "torch-rechub"
+RECHUB_PUBLISHED = "torch-rechub, as published"
+MATMULS = "bare matmuls"
+
+
+def point(model: str, step: str, experts: int) -> dict[str, object]:
+    """Return the point of a group."""
+    return {"model": model, "step": step, "e": experts}
+
+
+def _bars() -> list[Bar]:
+    bars = []
+    for e in (8, 16, 32):
+        text = f"MMoE training against DeepCTR, e = {e}"
+        bars.append(Bar(text, 1.25, point("MMoE", "training", e), FUSED, DEEPCTR))
+    for e in (8, 16):
+        text = f"PLE training against DeepCTR, e = {e}"
+        bars.append(Bar(text, 1.15, point("PLE", "training", e), FUSED, DEEPCTR))
+    for model, counts in {"MMoE": (8, 16, 32), "PLE": (8, 16)}.items():
+        for e in counts:
+            at = point(model, "training", e)
+            text = f"{model} training, share of its bare matmuls, e = {e}"
+            bars.append(Bar(text, 0.70, at, FUSED, MATMULS))
+            text = f"{model} training against torch-rechub's trainer, e = {e}"
+            bars.append(Bar(text, 1.25, at, FUSED, RECHUB))
+    return bars
+
+
+BARS = _bars()
+PANELS = [{"model": model, "step": "training"} for model in ("MMoE", "PLE")]
 
 
 def groups(profile: str) -> list[Group]:
     """Return a group for each model, step and number of experts."""
-    arguments = {"model": "MMoE", "experts": 4, "step": "training"}
-    module = "tests.benchmarks.ours.mixtures"
-    fused = {**arguments, "optimizer": "FusedAdam"}
-    cases = (
-        Case(OURS, "own", module, arguments, ours=True),
-        Case(FUSED, "own", module, fused, ours=True),
-    )
-    return [Group("mixtures", {"model": "MMoE", "e": 4}, cases, baseline=OURS)]
+    counts = (8,) if profile == "fast" else (8, 16, 32)
+    steps = ("training",) if profile == "fast" else ("training", "serving")
+    return [
+        _group(model, step, experts, profile)
+        for model in ("MMoE", "PLE")
+        for step in steps
+        for experts in counts
+    ]
+
+
+def _group(model: str, step: str, experts: int, profile: str) -> Group:
+    arguments = {"model": model, "experts": experts, "step": step}
+    own, peers = "tests.benchmarks.ours", "tests.benchmarks.peers"
+    cases = [
+        Case(DEEPCTR, "deepctr", f"{peers}.deepctr", arguments),
+        Case(OURS, "own", f"{own}.mixtures", arguments, ours=True),
+        Case(MATMULS, "own", f"{own}.matmuls", arguments),
+        Case(RECHUB, "torch", f"{peers}.torch_rechub", arguments),
+    ]
+    if step == "training":
+        fused = {**arguments, "optimizer": "FusedAdam"}
+        cases.insert(2, Case(FUSED, "own", f"{own}.mixtures", fused, ours=True))
+        if profile != "fast":
+            published = {**arguments, "normalized": True}
+            module = f"{peers}.torch_rechub"
+            cases.append(Case(RECHUB_PUBLISHED, "torch", module, published))
+    return Group("mixtures", point(model, step, experts), tuple(cases), DEEPCTR)

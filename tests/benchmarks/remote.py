@@ -51,6 +51,8 @@ class Remote:
     """
 
     def __init__(self, case: Case, threads: int, max_gib: float) -> None:
+        if case.missing:
+            raise CaseError("absent", case.missing)
         python = python_of(case.environment)
         if python is None:
             raise CaseError("absent", f"environment {case.environment!r} was not made")

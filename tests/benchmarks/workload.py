@@ -22,6 +22,7 @@ class Workload:
         measure: in place of `run`, for figures other than the time of a step: called
             with the number of the round, it returns its figures by name. "seconds" is
             the one that is compared.
+        kept: an object that must live as long as the workload.
     """
 
     run: Callable[[int], Any] | None = None
@@ -29,6 +30,7 @@ class Workload:
     packages: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     measure: Callable[[int], dict[str, float]] | None = None
+    kept: Any = None
 
     def round(self, steps: int, number: int) -> dict[str, float]:
         """Return the figures of a round."""
