@@ -87,6 +87,10 @@ def _hub_point(e: int) -> dict[str, Any]:
     return _point("GLU", n=_HUB_ROWS, e=e)
 
 
+PANELS = [
+    {key: value for key, value in point.items() if key != "e"}
+    for point in (_point("MLP"), _point("MLP", "XLA"), _point("GLU"))
+]
 BARS = [
     Bar(
         f"MoE against the dense layer, {compiler}, e = {e}",

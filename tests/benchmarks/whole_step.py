@@ -12,9 +12,11 @@ A step is the function that `fit` compiles and calls: forward, losses, backward 
 optimizer. The optimizer updates all experts in every step: its cost grows with e, that
 of the layer does not.
 """
-DENSE_ADAM, MOE_ADAM, MOE_FUSED = "dense, Adam", "MoE, Adam", "MoE, FusedAdam"
+DENSE_ADAM, DENSE_FUSED = "dense, Adam", "dense, FusedAdam"
+MOE_ADAM, MOE_FUSED = "MoE, Adam", "MoE, FusedAdam"
 _ROWS, _EXPERTS = 4096, (8, 32, 128, 256)
 
+PANELS = [{"n": _ROWS}]
 BARS = [
     Bar(
         "Whole step with FusedAdam against the same model with Keras' Adam, e = 128",
@@ -33,10 +35,13 @@ def groups(profile: str) -> list[Group]:
         "regular": [(_ROWS, e) for e in _EXPERTS] + [(1024, 128), (16384, 128)],
         "large": [(n, e) for n in (1024, _ROWS, 16384) for e in _EXPERTS],
     }[profile]
-    return [_group(n, e) for n, e in points]
+    series = [DENSE_ADAM, MOE_ADAM, MOE_FUSED]
+    if profile != "fast":
+        series.insert(1, DENSE_FUSED)
+    return [_group(n, e, series) for n, e in points]
 
 
-def _group(rows: int, experts: int) -> Group:
+def _group(rows: int, experts: int, names: list[str]) -> Group:
     module = "tests.benchmarks.ours.whole_step"
     cases = [
         Case(
@@ -51,7 +56,7 @@ def _group(rows: int, experts: int) -> Group:
             },
             ours=series.startswith("MoE"),
         )
-        for series in (DENSE_ADAM, "dense, FusedAdam", MOE_ADAM, MOE_FUSED)
+        for series in names
     ]
     point = {"n": rows, "e": experts}
     return Group("whole_step", point, tuple(cases), baseline=DENSE_ADAM)

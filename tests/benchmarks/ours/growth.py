@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 
+from tests.benchmarks import power_law
 from tests.benchmarks.ours import shared_model, sparse_layers, tables
 from tests.benchmarks.workload import Workload
 
@@ -13,24 +14,30 @@ SECONDS = 0.1  # A round of a size has as many steps as take about this time.
 
 
 def make(axis: str, sizes: Sequence[int]) -> Workload:
-    """Return the time of a step by size.
+    """Return the exponent of the time of a step, and the time at both ends.
 
     Args:
         axis: a key of `growth.AXES`.
         sizes: the sizes.
     """
-    workloads = {f"{axis} = {size}": _workload(axis, size) for size in sizes}
+    workloads = {size: _workload(axis, size) for size in sizes}
     steps = {}
-    for name, workload in workloads.items():
+    for size, workload in workloads.items():
         workload.round(1, 0)  # Compiles.
         seconds = workload.round(1, 0)["seconds"]
-        steps[name] = math.ceil(SECONDS / max(seconds, 1e-3))
+        steps[size] = math.ceil(SECONDS / max(seconds, 1e-3))
 
     def measure(number: int) -> dict[str, float]:
         order = list(workloads)
         random.Random(number).shuffle(order)
-        found = {n: workloads[n].round(steps[n], number)["seconds"] for n in order}
-        return {name: found[name] for name in workloads}
+        times = {i: workloads[i].round(steps[i], number)["seconds"] for i in order}
+        law = power_law.fit(times)
+        return {
+            "exponent": law.exponent,
+            "standard error of the exponent": law.standard_error,
+            "ms at the smallest size": 1e3 * times[min(times)],
+            "ms at the largest size": 1e3 * times[max(times)],
+        }
 
     return Workload(measure=measure, packages=("keras", "tensorflow"))
 
