@@ -122,8 +122,9 @@ def _group(point: dict[str, Any], profile: str) -> Group:
 
 
 def _is_slow(point: dict[str, Any]) -> bool:
-    """Return whether a peer that computes all experts takes seconds."""
-    return point["n"] * point["e"] >= _HUB_ROWS * 64
+    """Return whether a step of a peer takes seconds."""
+    all_experts = point["experts"] == "GLU" and point["n"] * point["e"] >= 2**18
+    return all_experts or point["n"] > _ROWS
 
 
 def _cases(point: dict[str, Any], profile: str) -> list[Case]:
