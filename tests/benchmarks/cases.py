@@ -24,7 +24,16 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-SUITES = ("mixtures", "serving", "census")
+SUITES = (
+    "mixtures",
+    "serving",
+    "census",
+    "moe_layers",
+    "sparse_mmoe",
+    "optimizers",
+    "whole_step",
+    "growth",
+)
 
 
 @dataclass(frozen=True)

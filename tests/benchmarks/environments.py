@@ -38,7 +38,24 @@ ENVIRONMENTS = {
         ("tensorflow==2.21.0", "keras==3.15.1", "requests==2.34.2"),
         alone=("deepctr==0.9.4",),
     ),
-    "torch": Environment(("torch==2.13.0", "torch-rechub==0.9.0")),
+    "torch": Environment(
+        (
+            "torch==2.13.0",
+            "torch-rechub==0.9.0",
+            "transformers==5.24.0",
+            "st-moe-pytorch==0.1.8",
+            "mixture-of-experts==0.2.3",
+        )
+    ),
+    # tf_keras is Keras 2, a peer of its own.
+    "keras_hub": Environment(
+        (
+            "tensorflow==2.21.0",
+            "keras==3.15.1",
+            "keras-hub==0.32.0",
+            "tf_keras==2.21.0",
+        )
+    ),
 }
 
 

@@ -12,17 +12,28 @@ from collections.abc import Callable
 from typing import Any
 
 
-def training(model: Any, x: Any, y: Any) -> Callable[[int], None]:
-    """Return `run` of a training step of a compiled model."""
+def training(model: Any, x: Any, y: Any, batches: int = 1) -> Callable[[int], None]:
+    """Return `run` of a training step of a compiled model.
+
+    Args:
+        model: the model.
+        x: arrays of one batch, or of several, one after the other.
+        y: the labels, likewise.
+        batches: number of batches in them, which take turns.
+    """
     import tensorflow as tf
 
-    batches = iter(tf.data.Dataset.from_tensors((x, y)).repeat())
+    def by_batch(rows: Any) -> Any:
+        return rows.reshape(batches, -1, *rows.shape[1:])
+
+    parts = tf.nest.map_structure(by_batch, (x, y))
+    iterator = iter(tf.data.Dataset.from_tensor_slices(parts).repeat())
     model.make_train_function()
 
     def run(steps: int) -> None:
         logs: dict[str, Any] = {}
         for _ in range(steps):
-            logs = model.train_function(batches)
+            logs = model.train_function(iterator)
         float(logs["loss"])
 
     return run

@@ -79,8 +79,8 @@ class Remote:
             **request: the request.
 
         Raises:
-            CaseError: if the worker reports an error, ends, does not reply in time,
-                or takes too much memory.
+            CaseError: if the worker reports an error or a package that is absent, ends,
+                does not reply in time, or takes too much memory.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -99,6 +99,8 @@ class Remote:
         if not line:
             raise self._ended()
         reply = json.loads(line)
+        if "absent" in reply:
+            raise CaseError("absent", reply["absent"])
         if "error" in reply:
             raise CaseError("failed", reply["error"])
         return reply

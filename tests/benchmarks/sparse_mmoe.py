@@ -1,81 +1,35 @@
-"""Training step of `MMoE(top_k=)`, relative to that with dense gates.
-
-    python -m tests.benchmarks.sparse_mmoe
-
-Two tasks, e experts of 256 -> 512 -> 256, 8192 rows, TensorFlow, with and without XLA.
-The layers of one e are measured in alternating calls in the same process; "step" is the
-forward and backward pass, with gradients of the inputs and all weights. A share of 0.25
-is a quarter of the time.
-"""
+"""`MMoE` whose gates choose a few experts, beside dense gates."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import statistics
-import time
-from typing import Any
+from tests.benchmarks.cases import Bar, Case, Group
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-import numpy as np
-import tensorflow as tf
-from rich.console import Console
-from rich.table import Table
-
-from keras_moe.layers import MMoE
-
-ROWS, FEATURES, EXPERT_UNITS, TASKS = 8192, 256, (512, 256), 2
-KINDS = {"dense gates": None, "top 2": 2, "top 1": 1}
+TITLE = "Sparse gates of MMoE"
+ABOUT = """\
+A forward and backward pass of `MMoE` with two tasks, 8192 rows, e experts of
+256 -> 512 -> 256: with dense gates, and with gates that choose the best 2 or the best
+expert of each task.
+"""
+BARS: list[Bar] = []
+DENSE = "dense gates"
 
 
-def main() -> None:
-    """Measure, and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--experts", nargs="+", type=int, default=[4, 8, 16, 32])
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    rng = np.random.default_rng(0)
-    x = tf.constant(rng.normal(size=(ROWS, FEATURES)).astype("float32"))
-    table = Table(title=f"step, ms and share; median of {arguments.rounds}")
-    for column in ("compiler", "e", *KINDS):
-        table.add_column(column, justify="right")
-    for jit in (False, True):
-        for e in arguments.experts:
-            medians = _medians(e, jit, x, arguments.rounds)
-            table.add_row(
-                "XLA" if jit else "graph",
-                str(e),
-                *(f"{1e3 * m:.0f} ({m / medians[0]:.2f})" for m in medians),
-            )
-    Console(width=90).print(table)
+def groups(profile: str) -> list[Group]:
+    """Return a group for each compiler and e; none in the fast profile."""
+    experts = {"fast": (), "regular": (8, 32), "large": (4, 8, 16, 32, 64)}[profile]
+    return [_group(c, e) for c in ("graph", "XLA") for e in experts]
 
 
-def _medians(e: int, jit: bool, x: Any, rounds: int) -> list[float]:
-    steps = []
-    for top_k in KINDS.values():
-        layer = MMoE(num_experts=e, expert_units=EXPERT_UNITS, tasks=TASKS, top_k=top_k)
-        layer(x)
-        steps.append(tf.function(_step(layer), jit_compile=jit))
-        steps[-1](x)  # Compile.
-    times: list[list[float]] = [[] for _ in steps]
-    for _ in range(rounds):
-        for step, seconds in zip(steps, times, strict=True):
-            start = time.perf_counter()
-            step(x)[0].numpy()
-            seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds) for seconds in times]
-
-
-def _step(layer: MMoE) -> Any:
-    def step(x: Any) -> list[Any]:
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            loss = tf.add_n([tf.reduce_sum(tf.square(y)) for y in layer(x)])
-        return tape.gradient(loss, [x, *(w.value for w in layer.trainable_variables)])
-
-    return step
-
-
-if __name__ == "__main__":
-    main()
+def _group(compiler: str, experts: int) -> Group:
+    cases = [
+        Case(
+            series,
+            "own",
+            "tests.benchmarks.ours.sparse_mmoe",
+            {"experts": experts, "top_k": top_k, "compiler": compiler},
+            ours=True,
+        )
+        for series, top_k in {DENSE: None, "top 2": 2, "top 1": 1}.items()
+    ]
+    point = {"compiler": compiler, "e": experts}
+    return Group("sparse_mmoe", point, tuple(cases), baseline=DENSE)

@@ -7,7 +7,8 @@
 {"memory": true}                                {"peak_mib": ..., "resident_mib": ...}
 {"describe": true}                              parameters, versions and facts
 
-A failed request is answered with {"error": text}. What libraries print goes to stderr.
+A failed request is answered with {"error": text}, and with {"absent": text} if a
+package is not installed. What libraries print goes to stderr.
 The process ends when its stdin is closed.
 """
 
@@ -32,6 +33,8 @@ def main() -> None:
         for line in sys.stdin:
             try:
                 reply = handler(json.loads(line))
+            except ModuleNotFoundError as error:
+                reply = {"absent": str(error)}
             except Exception as error:
                 import traceback
 
