@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe.optimizers import _tensorflow
+from keras_moe.optimizers import _arguments, _tensorflow
 from keras_moe.optimizers._sparse_gradients import SparseGradients
 
 
@@ -38,7 +38,9 @@ class FusedAdagrad(SparseGradients, keras.optimizers.Adagrad):
             so that a step reads the whole of a table.
 
     Raises:
-        ValueError: if an argument is invalid, as in `keras.optimizers.Adagrad`.
+        ValueError: if an argument is invalid, as in `keras.optimizers.Adagrad`; or for
+            `ema_overwrite_frequency` and `gradient_accumulation_steps` on several
+            `tf.distribute` replicas, where Keras' Adagrad fails.
 
     Example:
 
@@ -61,6 +63,7 @@ class FusedAdagrad(SparseGradients, keras.optimizers.Adagrad):
     def build(self, var_list: Any) -> None:
         if self.built:
             return
+        _arguments.refuse_under_replicas(self)
         super(keras.optimizers.Adagrad, self).build(var_list)
         self._accumulators = self.add_optimizer_variables(
             var_list,

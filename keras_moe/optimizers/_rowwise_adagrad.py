@@ -9,8 +9,8 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.optimizers import _tensorflow
-from keras_moe.optimizers._lazy_adam import EMBEDDINGS, LazyAdam
+from keras_moe.optimizers import _arguments, _tensorflow
+from keras_moe.optimizers._lazy_adam import LazyAdam
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -76,7 +76,7 @@ class RowwiseAdagrad(LazyAdam):
         *,
         table_learning_rate_multiplier: float = 10.0,
         initial_accumulator_value: float = 0.0,
-        tables: str = EMBEDDINGS,
+        tables: str = _arguments.EMBEDDINGS,
         **kwargs: Any,
     ) -> None:
         super().__init__(
