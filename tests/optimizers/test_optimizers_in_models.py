@@ -133,31 +133,6 @@ def test_slots_of_keras_can_be_loaded(kind, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.skipif(
-    not hasattr(keras.optimizers, "MultiOptimizer"), reason="since Keras 3.15"
-)
-@pytest.mark.parametrize("kind", ["LazyAdam", "RowwiseAdagrad"])
-def test_one_optimizer_for_tables_and_another_for_the_rest(kind, tmp_path):
-    def both():
-        return keras.optimizers.MultiOptimizer(
-            keras.optimizers.OptimizerMap(
-                optimizers.FusedAdam(0.01, weight_decay=0.1),
-                {"table/embeddings": KINDS[kind]()},
-            )
-        )
-
-    built = model(both())
-    before = built.get_layer("table").get_weights()[0]
-    losses = fit(built)
-    assert losses[-1] < losses[0]
-    after = built.get_layer("table").get_weights()[0]
-    unseen = ~np.isin(np.arange(40), data()[0])
-    np.testing.assert_array_equal(after[unseen], before[unseen])
-    built.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(loaded.predict(data()[0]), built.predict(data()[0]))
-
-
 def test_one_table_for_two_features():
     """The gradients of both look-ups come as one."""
     found = []

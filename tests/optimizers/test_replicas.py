@@ -17,6 +17,12 @@ CASES = [
     "FusedAdagrad",
     "LazyAdam",
     "RowwiseAdagrad",
+    pytest.param(
+        "MultiOptimizer",
+        marks=pytest.mark.skipif(
+            not hasattr(keras.optimizers, "MultiOptimizer"), reason="since Keras 3.15"
+        ),
+    ),
     "scaled",
 ]
 

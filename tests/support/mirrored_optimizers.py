@@ -23,6 +23,12 @@ CASES = {
     "RowwiseAdagrad": lambda: optimizers.RowwiseAdagrad(0.01),
     "scaled": lambda: keras.optimizers.LossScaleOptimizer(optimizers.LazyAdam(0.01)),
 }
+if hasattr(keras.optimizers, "MultiOptimizer"):  # Since Keras 3.15.
+    CASES["MultiOptimizer"] = lambda: keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(
+            optimizers.FusedAdam(0.01), {".*/embeddings": optimizers.LazyAdam(0.01)}
+        )
+    )
 REFUSED = {
     f"{kind.__name__}, {name}": lambda kind=kind, given=given: kind(0.01, **given)
     for kind in (optimizers.FusedAdam, optimizers.FusedAdagrad)
