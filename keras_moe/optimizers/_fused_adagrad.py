@@ -77,11 +77,13 @@ class FusedAdagrad(SparseGradients, keras.optimizers.Adagrad):
         if _tensorflow.is_sparse(gradient):
             ids, sums = _tensorflow.row_gradients(gradient, variable)
             squares = ops.square(sums)
-            total = _tensorflow.gather(accumulator, ids) + squares
-            _tensorflow.add_to_rows(accumulator, ids, squares)
+            before = _tensorflow.slot_rows(accumulator, ids)
+            rows = _tensorflow.table_rows(variable, ids)
+            total = before + squares
             # Rows of zeros fill up the gradient under XLA; they must not be 0 / 0.
             root = ops.sqrt(ops.where(total > 0, total, ops.ones_like(total)))
-            _tensorflow.add_to_rows(variable, ids, -rate * sums / root)
+            _tensorflow.change_slot(accumulator, ids, before, squares)
+            _tensorflow.change_table(variable, ids, rows, -rate * sums / root)
         elif _tensorflow.has_kernel_for(variable):
             _tensorflow.apply_adagrad(variable, accumulator, gradient, learning_rate)
         else:

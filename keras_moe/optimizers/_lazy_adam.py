@@ -121,11 +121,13 @@ class LazyAdam(SparseGradients, FusedAdam):
     def _update_rows(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._get_variable_index(variable)
         ids, sums = _tensorflow.row_gradients(gradient, variable)
-        slots = (variable, self._momentums[index], self._velocities[index])
-        m, v = (_tensorflow.gather(slot, ids) for slot in slots[1:])
-        changes = self._changes(sums, m, v, learning_rate)
-        for slot, change in zip(slots, changes, strict=True):
-            _tensorflow.add_to_rows(slot, ids, change)
+        rows = _tensorflow.table_rows(variable, ids)
+        slots = (self._momentums[index], self._velocities[index])
+        m, v = (_tensorflow.slot_rows(slot, ids) for slot in slots)
+        update, *changes = self._changes(sums, m, v, learning_rate)
+        for slot, before, change in zip(slots, (m, v), changes, strict=True):
+            _tensorflow.change_slot(slot, ids, before, change)
+        _tensorflow.change_table(variable, ids, rows, update)
 
     def _update_table(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._get_variable_index(variable)

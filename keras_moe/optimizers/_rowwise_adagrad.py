@@ -133,9 +133,11 @@ class RowwiseAdagrad(LazyAdam):
         if _tensorflow.is_sparse(gradient):
             ids, sums = _tensorflow.row_gradients(gradient, variable)
             squares = _mean_square(sums)
-            total = _tensorflow.gather(accumulator, ids) + squares
-            _tensorflow.add_to_rows(accumulator, ids, squares)
-            _tensorflow.add_to_rows(variable, ids, self._change(sums, total, rate))
+            before = _tensorflow.slot_rows(accumulator, ids)
+            rows = _tensorflow.table_rows(variable, ids)
+            changes = self._change(sums, before + squares, rate)
+            _tensorflow.change_slot(accumulator, ids, before, squares)
+            _tensorflow.change_table(variable, ids, rows, changes)
             return
         gradient = ops.cast(gradient, variable.dtype)
         self.assign_add(accumulator, _mean_square(gradient))
