@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe.optimizers import _tensorflow
+from keras_moe.optimizers import _arguments, _tensorflow
 from keras_moe.optimizers._sparse_gradients import SparseGradients
 
 
@@ -38,7 +38,9 @@ class FusedAdagrad(SparseGradients, keras.optimizers.Adagrad):
             so that a step reads the whole of a table.
 
     Raises:
-        ValueError: if an argument is invalid, as in `keras.optimizers.Adagrad`.
+        ValueError: if an argument is invalid, as in `keras.optimizers.Adagrad`; or for
+            `ema_overwrite_frequency` and `gradient_accumulation_steps` on several
+            `tf.distribute` replicas, where Keras' Adagrad fails.
 
     Example:
 
@@ -61,6 +63,7 @@ class FusedAdagrad(SparseGradients, keras.optimizers.Adagrad):
     def build(self, var_list: Any) -> None:
         if self.built:
             return
+        _arguments.refuse_under_replicas(self)
         super(keras.optimizers.Adagrad, self).build(var_list)
         self._accumulators = self.add_optimizer_variables(
             var_list,
@@ -74,11 +77,13 @@ class FusedAdagrad(SparseGradients, keras.optimizers.Adagrad):
         if _tensorflow.is_sparse(gradient):
             ids, sums = _tensorflow.row_gradients(gradient, variable)
             squares = ops.square(sums)
-            total = _tensorflow.gather(accumulator, ids) + squares
-            _tensorflow.add_to_rows(accumulator, ids, squares)
+            before = _tensorflow.slot_rows(accumulator, ids)
+            rows = _tensorflow.table_rows(variable, ids)
+            total = before + squares
             # Rows of zeros fill up the gradient under XLA; they must not be 0 / 0.
             root = ops.sqrt(ops.where(total > 0, total, ops.ones_like(total)))
-            _tensorflow.add_to_rows(variable, ids, -rate * sums / root)
+            _tensorflow.change_slot(accumulator, ids, before, squares)
+            _tensorflow.change_table(variable, ids, rows, -rate * sums / root)
         elif _tensorflow.has_kernel_for(variable):
             _tensorflow.apply_adagrad(variable, accumulator, gradient, learning_rate)
         else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_moe.optimizers import _tensorflow
+from keras_moe.optimizers import _arguments, _tensorflow
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -44,7 +44,9 @@ class FusedAdam(keras.optimizers.Adam):
             `gradient_accumulation_steps` and `name`, as in `keras.optimizers.Adam`.
 
     Raises:
-        ValueError: if an argument is invalid, as in `keras.optimizers.Adam`.
+        ValueError: if an argument is invalid, as in `keras.optimizers.Adam`; or for
+            `ema_overwrite_frequency` and `gradient_accumulation_steps` on several
+            `tf.distribute` replicas, where Keras' Adam fails.
 
     Example:
 
@@ -60,6 +62,10 @@ class FusedAdam(keras.optimizers.Adam):
         - [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101)
           (Loshchilov & Hutter, 2019)
     """
+
+    def build(self, variables: Any) -> None:
+        _arguments.refuse_under_replicas(self)
+        super().build(variables)
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         super().apply([self._received(g) for g in grads], trainable_variables)

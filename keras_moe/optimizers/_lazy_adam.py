@@ -8,11 +8,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe.optimizers import _tensorflow
+from keras_moe.optimizers import _arguments, _tensorflow
 from keras_moe.optimizers._fused_adam import FusedAdam
 from keras_moe.optimizers._sparse_gradients import SparseGradients
-
-EMBEDDINGS = r"(^|/)embeddings$"
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -82,10 +80,10 @@ class LazyAdam(SparseGradients, FusedAdam):
         beta_2: float = 0.999,
         epsilon: float = 1e-7,
         *,
-        tables: str = EMBEDDINGS,
+        tables: str = _arguments.EMBEDDINGS,
         **kwargs: Any,
     ) -> None:
-        _refuse(type(self).__name__, kwargs)
+        _arguments.refuse_for_tables(type(self).__name__, kwargs)
         super().__init__(
             learning_rate=learning_rate,
             beta_1=beta_1,
@@ -93,7 +91,7 @@ class LazyAdam(SparseGradients, FusedAdam):
             epsilon=epsilon,
             **kwargs,
         )
-        self.tables = _checked_pattern(tables)
+        self.tables = _arguments.checked_pattern(tables)
 
     def build(self, var_list: Any) -> None:
         if self.built:
@@ -123,11 +121,13 @@ class LazyAdam(SparseGradients, FusedAdam):
     def _update_rows(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._get_variable_index(variable)
         ids, sums = _tensorflow.row_gradients(gradient, variable)
-        slots = (variable, self._momentums[index], self._velocities[index])
-        m, v = (_tensorflow.gather(slot, ids) for slot in slots[1:])
-        changes = self._changes(sums, m, v, learning_rate)
-        for slot, change in zip(slots, changes, strict=True):
-            _tensorflow.add_to_rows(slot, ids, change)
+        rows = _tensorflow.table_rows(variable, ids)
+        slots = (self._momentums[index], self._velocities[index])
+        m, v = (_tensorflow.slot_rows(slot, ids) for slot in slots)
+        update, *changes = self._changes(sums, m, v, learning_rate)
+        for slot, before, change in zip(slots, (m, v), changes, strict=True):
+            _tensorflow.change_slot(slot, ids, before, change)
+        _tensorflow.change_table(variable, ids, rows, update)
 
     def _update_table(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._get_variable_index(variable)
@@ -157,27 +157,3 @@ class LazyAdam(SparseGradients, FusedAdam):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "tables": self.tables}
-
-
-def _checked_pattern(tables: Any) -> str:
-    try:
-        re.compile(tables)
-    except (re.error, TypeError) as problem:
-        raise ValueError(
-            "`tables` must be a regular expression for the paths of variables. "
-            f"Received: tables={tables!r}"
-        ) from problem
-    return tables
-
-
-def _refuse(optimizer: str, arguments: dict[str, Any]) -> None:
-    """Raise ValueError for arguments that change all rows of a table in each step."""
-    refused = ("weight_decay", "use_ema", "gradient_accumulation_steps", "amsgrad")
-    for name in refused:
-        if arguments.get(name):
-            raise ValueError(
-                f"{optimizer} updates only the rows of a table that have a gradient, "
-                f"and `{name}` must not be set. Give tables an optimizer of their own "
-                "with keras.optimizers.MultiOptimizer. "
-                f"Received: {name}={arguments[name]!r}"
-            )

@@ -9,8 +9,8 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.optimizers import _tensorflow
-from keras_moe.optimizers._lazy_adam import EMBEDDINGS, LazyAdam
+from keras_moe.optimizers import _arguments, _tensorflow
+from keras_moe.optimizers._lazy_adam import LazyAdam
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -76,7 +76,7 @@ class RowwiseAdagrad(LazyAdam):
         *,
         table_learning_rate_multiplier: float = 10.0,
         initial_accumulator_value: float = 0.0,
-        tables: str = EMBEDDINGS,
+        tables: str = _arguments.EMBEDDINGS,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -133,9 +133,11 @@ class RowwiseAdagrad(LazyAdam):
         if _tensorflow.is_sparse(gradient):
             ids, sums = _tensorflow.row_gradients(gradient, variable)
             squares = _mean_square(sums)
-            total = _tensorflow.gather(accumulator, ids) + squares
-            _tensorflow.add_to_rows(accumulator, ids, squares)
-            _tensorflow.add_to_rows(variable, ids, self._change(sums, total, rate))
+            before = _tensorflow.slot_rows(accumulator, ids)
+            rows = _tensorflow.table_rows(variable, ids)
+            changes = self._change(sums, before + squares, rate)
+            _tensorflow.change_slot(accumulator, ids, before, squares)
+            _tensorflow.change_table(variable, ids, rows, changes)
             return
         gradient = ops.cast(gradient, variable.dtype)
         self.assign_add(accumulator, _mean_square(gradient))

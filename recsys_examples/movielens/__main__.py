@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ METRICS = {
     "rating_rmse": "rating: RMSE",
 }
 BODIES = {"mmoe": "MMoE", "shared_bottom": "shared bottom", "moe": "sparse MoE"}
+OPTIMIZERS = ("adam", "fused_adam", "lazy_adam", "rowwise_adagrad")
 OUT = "runs/movielens"
 # Seconds for tuning ALS on other data than the default: in a run, and with --quick.
 ALS_BUDGET, QUICK_ALS_BUDGET = 180.0, 5.0
@@ -154,6 +156,10 @@ def _write_models_and_plots(folder: Path, windows: Windows, outcome: Outcome) ->
 def study(options: argparse.Namespace) -> None:
     """Run all models over several seeds; results on disk are reused."""
     data = read_data(options)
+    from recsys_examples.movielens.optimizer_study import (
+        optimizers_table,
+        run_optimizers,
+    )
     from recsys_examples.movielens.study import run_study
     from recsys_examples.runs import make_folder
     from recsys_examples.tables import results_table
@@ -162,6 +168,20 @@ def study(options: argparse.Namespace) -> None:
     windows, settings, _ = _prepare(data, options, console)
     folder = options.out / "study"
     make_folder(folder)
+    if options.optimizer:
+        title = f"{data.name}: test window, {options.seeds} seeds"
+        names = dict.fromkeys(options.optimizer)  # each once
+        found = run_optimizers(
+            windows,
+            settings,
+            list(names),
+            options.seeds,
+            folder,
+            data.name,
+            console.print,
+        )
+        console.print(optimizers_table(title, found))
+        return
     results = run_study(
         windows, settings, options.seeds, folder, data.name, console.print
     )
@@ -201,8 +221,10 @@ def _prepare(
     from recsys_examples.movielens.pipeline import make_windows
 
     settings = Settings(body=options.body)
+    if options.optimizer and not options.study:
+        settings = replace(settings, optimizer=options.optimizer[0])
     if options.quick:
-        settings = Settings(body=options.body, max_epochs=2)
+        settings = replace(settings, max_epochs=2)
         console.print("A quick run, to test the installation: figures mean nothing.")
     windows = make_windows(data)
     console.print(
@@ -249,6 +271,15 @@ def _parser() -> argparse.ArgumentParser:
         help="layer shared by the tasks (default: %(default)s)",
     )
     parser.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        nargs="+",
+        metavar="NAME",
+        help="optimizer of the ranker: "
+        f"{', '.join(OPTIMIZERS)} (default: adam); with --study, compare those named, "
+        "each with its learning rate tuned, instead of the models",
+    )
+    parser.add_argument(
         "--jit-compile",
         action="store_true",
         help="compile the training step with XLA",
@@ -263,6 +294,8 @@ def _train_or_study(options: argparse.Namespace) -> None:
         raise InputError("--body cannot be used with --study, which runs all bodies")
     if options.study and options.jit_compile:
         raise InputError("--jit-compile cannot be used with --study")
+    if not options.study and len(options.optimizer or ()) > 1:
+        raise InputError("--optimizer must be one name without --study")
     (study if options.study else train)(options)
 
 

@@ -54,7 +54,10 @@ class Settings:
         dropout: dropout rate of the inputs of the body.
         block: number of next movies per training example.
         batch_size: training examples per step.
-        learning_rate: initial learning rate of Adam, with cosine decay to 5%.
+        optimizer: "adam", or a name in `training.OPTIMIZERS`.
+        learning_rate: initial learning rate, with cosine decay to 5%.
+        table_multiplier: learning rate of the tables over the others' in
+            "rowwise_adagrad".
         max_epochs: maximal number of epochs.
         level_weight: weight of the cross-entropy in the watch loss, see `WatchLoss`.
         task_weights: loss weights of like and rating; that of watch is 1.
@@ -69,7 +72,9 @@ class Settings:
     dropout: float = 0.2
     block: int = 5
     batch_size: int = 128
+    optimizer: str = "adam"
     learning_rate: float = 5e-3
+    table_multiplier: float = 10.0
     max_epochs: int = 4
     level_weight: float = 0.05
     task_weights: tuple[float, float] = (0.1, 0.1)

@@ -68,8 +68,9 @@ def run_study(
     Returns:
         The metrics of each seed, by model.
     """
-    results_on_disk = _results_on_disk(windows, settings, folder, data_name, announce)
-    scorers = _tuned_baselines(windows, results_on_disk, data_name)
+    grids = [baselines.ALS_GRID, baselines.KNN_GRID]
+    on_disk = results_on_disk(windows, settings, grids, folder, data_name, announce)
+    scorers = _tuned_baselines(windows, on_disk, data_name)
     bottom = shared_bottom_of_equal_size(windows, settings)
 
     def ranked(scorer: Scorer) -> Metrics:
@@ -90,31 +91,33 @@ def run_study(
             "ALS": partial(factorised, seed),
         }
         for model, run in runs.items():
-            results[model].append(results_on_disk.get(f"{model}, seed {seed}", run))
+            results[model].append(on_disk.get(f"{model}, seed {seed}", run))
     results["item-kNN"].append(ranked(scorers["item-kNN"]()))
     results["popularity"].append(ranked(scorers["popularity"]()))
     return results
 
 
-def _results_on_disk(
+def results_on_disk(
     windows: Windows,
     settings: Settings,
+    grids: list[Any],
     folder: Path,
     data_name: str,
     announce: Callable[[str], None],
-) -> _Results:
+) -> ResultsOnDisk:
+    """Return the results in `folder` that depend on the same data and arguments."""
     depends_on = {
         "data": data_name,
         "ratings": _fingerprint(windows),
         "settings": asdict(settings),
-        "grids": [baselines.ALS_GRID, baselines.KNN_GRID],
+        "grids": grids,
         "versions": versions("keras-moe", "keras", "tensorflow", "implicit"),
     }
-    return _Results(folder, depends_on, announce)
+    return ResultsOnDisk(folder, depends_on, announce)
 
 
 def _tuned_baselines(
-    windows: Windows, results: _Results, data_name: str
+    windows: Windows, results: ResultsOnDisk, data_name: str
 ) -> dict[str, Callable[..., Scorer]]:
     """Tune ALS and item-kNN on validation; return functions that fit each baseline."""
 
@@ -169,7 +172,7 @@ def _single_tasks(windows: Windows, settings: Settings, seed: int) -> Metrics:
     return metrics | rank(fused, windows.test_task)
 
 
-class _Results:
+class ResultsOnDisk:
     """Results on disk, one file per name and dependencies."""
 
     def __init__(

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe import optimizers
 from recsys_examples.movielens.features import Catalogue, Sequences
 
 # `fuse` and `UNKNOWN_USER` are re-exported for backward compatibility.
@@ -30,6 +31,13 @@ from recsys_examples.movielens.model import (
     build_ranker,
 )
 from recsys_examples.movielens.ranking import RankingTask, Scorer, rank
+
+OPTIMIZERS = {
+    "adam": keras.optimizers.Adam,
+    "fused_adam": optimizers.FusedAdam,
+    "lazy_adam": optimizers.LazyAdam,
+    "rowwise_adagrad": optimizers.RowwiseAdagrad,
+}
 
 
 class WatchLoss(keras.losses.Loss):
@@ -197,7 +205,7 @@ def compile_ranker(
     Args:
         model: model with outputs watch (b, i), like and rating (b, c, 1); watch and
             like are logits.
-        settings: learning rate and loss weights.
+        settings: optimizer, learning rate and loss weights.
         tasks: the tasks of the model.
         steps: batches per epoch.
         jit_compile: whether to compile with XLA.
@@ -218,10 +226,17 @@ def compile_ranker(
         settings.learning_rate, settings.max_epochs * steps, alpha=0.05
     )
     model.compile(
-        keras.optimizers.Adam(schedule),
+        _optimizer(settings, schedule),
         loss={task: losses[task] for task in tasks},
         loss_weights={task: weights[task] for task in tasks},
         weighted_metrics={task: metrics[task] for task in tasks},
         # "auto" does not compile a model with lookup layers.
         jit_compile=True if jit_compile else "auto",
     )
+
+
+def _optimizer(settings: Settings, schedule: Any) -> keras.optimizers.Optimizer:
+    make = OPTIMIZERS[settings.optimizer]
+    if make is optimizers.RowwiseAdagrad:
+        return make(schedule, table_learning_rate_multiplier=settings.table_multiplier)
+    return make(schedule)

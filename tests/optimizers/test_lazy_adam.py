@@ -159,28 +159,6 @@ def test_a_sparse_gradient_makes_any_variable_a_table():
     np.testing.assert_allclose(steps.array(weight), wanted, **EXACT)
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [
-        {"weight_decay": 0.1},
-        {"use_ema": True},
-        {"gradient_accumulation_steps": 2},
-        {"amsgrad": True},
-    ],
-    ids=lambda argument: next(iter(argument)),
-)
-def test_what_would_change_all_rows_is_refused_by_name(argument):
-    (name,) = argument
-    with pytest.raises(ValueError, match=f"LazyAdam.*`{name}` must not be set"):
-        LazyAdam(**argument)
-
-
-@pytest.mark.parametrize("tables", ["(", None, 3])
-def test_tables_must_be_a_regular_expression(tables):
-    with pytest.raises(ValueError, match="`tables` must be a regular expression"):
-        LazyAdam(tables=tables)
-
-
 def test_is_a_fused_adam_with_its_own_config():
     optimizer = LazyAdam(0.25, tables="table$", clipnorm=1.0)
     assert isinstance(optimizer, FusedAdam)

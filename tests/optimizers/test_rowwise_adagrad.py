@@ -94,22 +94,6 @@ def test_tables_of_any_rank(form, shape):
 
 
 @pytest.mark.parametrize(
-    "argument",
-    [
-        {"weight_decay": 0.1},
-        {"use_ema": True},
-        {"gradient_accumulation_steps": 2},
-        {"amsgrad": True},
-    ],
-    ids=lambda argument: next(iter(argument)),
-)
-def test_what_would_change_all_rows_is_refused_by_name(argument):
-    (name,) = argument
-    with pytest.raises(ValueError, match=f"RowwiseAdagrad.*`{name}` must not be set"):
-        RowwiseAdagrad(**argument)
-
-
-@pytest.mark.parametrize(
     ("name", "value"),
     [("table_learning_rate_multiplier", 0.0), ("initial_accumulator_value", -1.0)],
 )

@@ -227,6 +227,11 @@ def test_a_sparse_moe_compiled_by_xla(movielens, tmp_path, command):
     assert re.search(r"^│ +5 │", output, flags=re.MULTILINE)
 
 
+def test_a_single_run_has_one_optimizer(command):
+    status, _, err = command("--optimizer", "adam", "lazy_adam")
+    assert (status, err) == (2, "error: --optimizer must be one name without --study\n")
+
+
 @pytest.mark.parametrize("option", [["--body", "moe"], ["--jit-compile"]], ids=" ".join)
 def test_options_of_single_runs_only(command, option):
     status, _, err = command("--study", *option)
@@ -296,6 +301,7 @@ class TestRecommend:
             ["--study", "--seeds", "0"],
             ["--seed", "-1"],
             ["--body", "tower"],
+            ["--optimizer", "sgd"],
         ],
         ids=" ".join,
     )

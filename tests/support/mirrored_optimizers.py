@@ -18,9 +18,24 @@ CASES = {
     "FusedAdam": lambda: optimizers.FusedAdam(0.01, weight_decay=0.1),
     "FusedAdam, clipped": lambda: optimizers.FusedAdam(0.01, clipnorm=100.0),
     "FusedAdagrad": lambda: optimizers.FusedAdagrad(0.1),
+    "FusedAdam, averaged": lambda: optimizers.FusedAdam(0.01, use_ema=True),
     "LazyAdam": lambda: optimizers.LazyAdam(0.01),
     "RowwiseAdagrad": lambda: optimizers.RowwiseAdagrad(0.01),
     "scaled": lambda: keras.optimizers.LossScaleOptimizer(optimizers.LazyAdam(0.01)),
+}
+if hasattr(keras.optimizers, "MultiOptimizer"):  # Since Keras 3.15.
+    CASES["MultiOptimizer"] = lambda: keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(
+            optimizers.FusedAdam(0.01), {".*/embeddings": optimizers.LazyAdam(0.01)}
+        )
+    )
+REFUSED = {
+    f"{kind.__name__}, {name}": lambda kind=kind, given=given: kind(0.01, **given)
+    for kind in (optimizers.FusedAdam, optimizers.FusedAdagrad)
+    for name, given in {
+        "ema_overwrite_frequency": {"use_ema": True, "ema_overwrite_frequency": 2},
+        "gradient_accumulation_steps": {"gradient_accumulation_steps": 2},
+    }.items()
 }
 
 
@@ -55,6 +70,11 @@ def main() -> None:
     found = {
         name: [run(make, strategy) for strategy in both] for name, make in CASES.items()
     }
+    for name, make in REFUSED.items():
+        try:
+            run(make, mirrored)
+        except ValueError as error:
+            found[name] = str(error)
     json.dump(found, sys.stdout)
 
 

@@ -26,25 +26,27 @@ def make(model: str, experts: int, step: str) -> Workload:
     """
     sizes = Sizes()
     n, shapes = sizes.rows, list(layer_shapes(model, experts, sizes))
-    widths = sorted({width for shape in shapes for width in shape})
+    widths = sorted({inputs for inputs, _ in shapes})
     rows = {width: tf.random.normal((n, width)) for width in widths}
     kernels = [tf.random.normal(shape) for shape in shapes]
+    # One for each layer: TensorFlow computes equal products of a graph only once.
+    upstream = [tf.random.normal((n, outputs)) for _, outputs in shapes]
 
     @tf.function
-    def products(rows, kernels):
+    def products(rows, kernels, upstream):
         found = []
-        for kernel in kernels:
-            inputs, outputs = kernel.shape
-            found.append(tf.matmul(rows[inputs], kernel))
+        for kernel, gradient in zip(kernels, upstream, strict=True):
+            inputs = rows[kernel.shape[0]]
+            found.append(tf.matmul(inputs, kernel))
             if step == "training":
-                found.append(tf.matmul(rows[outputs], kernel, transpose_b=True))
-                found.append(tf.matmul(rows[inputs], rows[outputs], transpose_a=True))
+                found.append(tf.matmul(gradient, kernel, transpose_b=True))
+                found.append(tf.matmul(inputs, gradient, transpose_a=True))
         return [product[0, 0] for product in found]  # Cheap to return.
 
     multiplied = sum(inputs * outputs for inputs, outputs in shapes)
     passes = 3 if step == "training" else 1
     return Workload(
-        run=repeated(lambda: products(rows, kernels)[-1].numpy()),
+        run=repeated(lambda: products(rows, kernels, upstream)[-1].numpy()),
         packages=("tensorflow",),
         facts={"flops": 2 * n * passes * multiplied},
     )

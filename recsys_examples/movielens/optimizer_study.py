@@ -1,0 +1,173 @@
+"""The study of optimizers: one ranker, several seeds, each learning rate tuned.
+
+Every optimizer has as many settings to choose from. A setting is judged by the mean of
+the best NDCG@10 on validation over the tuning seeds; the test window is used with the
+best alone. Every result is written to its own file, from which a study resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from recsys_examples.movielens.model import Settings
+from recsys_examples.movielens.pipeline import Windows, run_ranker
+from recsys_examples.movielens.study import Metrics, ResultsOnDisk, results_on_disk
+from recsys_examples.movielens.training import Validation, fit_ranker
+from recsys_examples.tables import summary
+
+TUNING_SEEDS = 1
+# (learning rate, multiplier of the tables); the latter is RowwiseAdagrad's.
+ADAM_GRID = [(rate, 10.0) for rate in (2.5e-3, 3.75e-3, 5e-3, 7.5e-3)]
+ADAGRAD_GRID = list(product((2.5e-3, 5e-3), (10.0, 30.0)))
+GRIDS = {
+    "adam": ADAM_GRID,
+    "fused_adam": ADAM_GRID,
+    "lazy_adam": ADAM_GRID,
+    "rowwise_adagrad": ADAGRAD_GRID,
+}
+
+
+@dataclass(frozen=True)
+class Studied:
+    """Results of one optimizer.
+
+    Attributes:
+        settings: the best settings on validation.
+        ndcg: their NDCG@10 on validation, the mean over the tuning seeds.
+        metrics: metrics of the test window, by seed.
+    """
+
+    settings: Settings
+    ndcg: float
+    metrics: list[Metrics]
+
+
+def run_optimizers(
+    windows: Windows,
+    settings: Settings,
+    optimizers: Sequence[str],
+    seeds: int,
+    folder: Path,
+    data_name: str,
+    announce: Callable[[str], None] = print,
+) -> dict[str, Studied]:
+    """Tune every optimizer on validation, then run it with every seed.
+
+    Args:
+        windows: the data.
+        settings: settings of the ranker.
+        optimizers: names, from `GRIDS`.
+        seeds: number of seeds, from 0.
+        folder: folder of the results, one JSON file each.
+        data_name: name of the data set.
+        announce: callback, called with each new result.
+
+    Returns:
+        The results by optimizer.
+    """
+    on_disk = results_on_disk(windows, settings, [], folder, data_name, announce)
+    found = {}
+    for name in optimizers:
+        best, ndcg = _tuned(windows, replace(settings, optimizer=name), on_disk)
+        metrics = [
+            on_disk.get(
+                f"{_name(best)}, seed {seed}", partial(_run, windows, best, seed)
+            )
+            for seed in range(seeds)
+        ]
+        found[name] = Studied(best, ndcg, metrics)
+    return found
+
+
+def _tuned(
+    windows: Windows, settings: Settings, on_disk: ResultsOnDisk
+) -> tuple[Settings, float]:
+    """Return the best settings and their NDCG@10 on validation."""
+    tried = {}
+    for rate, multiplier in GRIDS[settings.optimizer]:
+        setting = replace(settings, learning_rate=rate, table_multiplier=multiplier)
+        tried[setting] = np.mean(
+            [
+                on_disk.get(
+                    f"{_name(setting)}, tuning seed {seed}",
+                    partial(_validate, windows, setting, seed),
+                )["validation_ndcg@10"]
+                for seed in range(TUNING_SEEDS)
+            ]
+        )
+    best = max(tried, key=tried.__getitem__)
+    return best, float(tried[best])
+
+
+def _name(settings: Settings) -> str:
+    name = f"{settings.optimizer}, rate {settings.learning_rate:g}"
+    if settings.optimizer == "rowwise_adagrad":
+        return f"{name}, tables {settings.table_multiplier:g}"
+    return name
+
+
+def _validate(windows: Windows, settings: Settings, seed: int) -> dict[str, Any]:
+    fit = fit_ranker(
+        windows.train,
+        windows.catalogue,
+        settings,
+        seed=seed,
+        validation=Validation(windows.before_test, windows.validation_task),
+        verbose=0,
+    )
+    return {"validation_ndcg@10": max(fit.curves["val_ndcg@10"]), "epochs": fit.epochs}
+
+
+def _run(windows: Windows, settings: Settings, seed: int) -> Metrics:
+    return run_ranker(windows, settings, seed=seed, verbose=0).metrics
+
+
+def optimizers_table(title: str, found: dict[str, Studied]) -> Table:
+    """Return a table of NDCG@10 by optimizer, with the paired difference to the first.
+
+    Args:
+        title: title of the table.
+        found: results by optimizer.
+    """
+    first = next(iter(found))
+    table = Table(title=title, title_justify="left")
+    headings = (
+        "optimizer",
+        "learning rate (of tables)",
+        "validation NDCG@10",
+        "test NDCG@10",
+        f"minus {first} (standard error)",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name, studied in found.items():
+        rate = studied.settings.learning_rate
+        rates = f"{rate:g}"
+        if name == "rowwise_adagrad":
+            rates += f" ({rate * studied.settings.table_multiplier:g})"
+        table.add_row(
+            name,
+            rates,
+            f"{studied.ndcg:.4f}",
+            summary(studied.metrics, "ndcg@10"),
+            "-" if name == first else _difference(studied, found[first]),
+        )
+    return table
+
+
+def _difference(studied: Studied, other: Studied) -> str:
+    """Mean of the paired differences in NDCG@10, and its standard error."""
+    pairs = zip(studied.metrics, other.metrics, strict=True)
+    differences = np.array([a["ndcg@10"] - b["ndcg@10"] for a, b in pairs])
+    if len(differences) == 1:
+        return f"{differences[0]:+.4f}"
+    error = differences.std(ddof=1) / np.sqrt(len(differences))
+    return f"{differences.mean():+.4f} ({error:.4f})"
