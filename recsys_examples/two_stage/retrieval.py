@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import keras_rs
 import numpy as np
+import tensorflow as tf
 
 from recsys_examples.movielens.features import Catalogue, Sequences
 from recsys_examples.movielens.training import Validation, fit_ranker
@@ -26,6 +28,9 @@ from recsys_examples.two_stage.towers import (
     query_tower,
     tower_settings,
 )
+
+_GROUP = 16  # scores of a group of `best_scores`
+_LARGE = 256  # it groups from so many times k scores
 
 
 def fit_retrieval(
@@ -85,14 +90,60 @@ def _fit_with_keras(
 class UnseenRetrieval(keras_rs.layers.BruteForceRetrieval):
     """keras-rs' brute-force retrieval of movies that a user has not seen.
 
+    It stores the vectors as columns (d, i) and selects by `best_scores`, both of which
+    are faster on CPUs.
+
     Call arguments:
         inputs: queries (b, d), and (n, 2) positions in the scores (b, i) of the movies
             to exclude.
     """
 
-    def compute_score(self, query_embedding: Any, candidate_embedding: Any) -> Any:
-        queries, seen = query_embedding
-        return mask_scores(super().compute_score(queries, candidate_embedding), seen)
+    candidate_embeddings: Any
+
+    def update_candidates(
+        self, candidate_embeddings: Any, candidate_ids: Any = None
+    ) -> None:
+        self._validate_candidate_embeddings_and_ids(candidate_embeddings, candidate_ids)
+        columns = np.ascontiguousarray(np.transpose(candidate_embeddings))
+        if self.candidate_embeddings is None:
+            self.candidate_embeddings = keras.Variable(columns, trainable=False)
+        else:
+            self.candidate_embeddings.assign(columns)
+        self.built = True
+
+    def call(self, inputs: Any) -> tuple[Any, Any]:
+        queries, seen = inputs
+        scores = tf.matmul(queries, self.candidate_embeddings.value)
+        return best_scores(mask_scores(scores, seen), self.k)
+
+
+def best_scores(scores: Any, k: int) -> tuple[Any, Any]:
+    """Return the k best scores (b, k) in descending order, and their positions.
+
+    As `tf.math.top_k`, but for a large i first over the maxima of groups: the k best
+    scores are in the k groups with the best maxima. Among equal scores, the positions
+    may differ.
+
+    Args:
+        scores: (b, i).
+        k: number of scores.
+    """
+    size = scores.shape[1] or 0
+    if size < _LARGE * k:
+        return tf.math.top_k(scores, k)
+    batch, stride = tf.shape(scores)[0], size // _GROUP
+    # Group j has the positions j, j + stride, ...: its maximum is one vector operation.
+    grouped = tf.reshape(scores[:, : stride * _GROUP], (batch, _GROUP, stride))
+    groups = tf.math.top_k(tf.reduce_max(grouped, axis=1), k, sorted=False).indices
+    places = groups[:, None] + stride * tf.range(_GROUP)[:, None]  # (b, group, k)
+    rest = tf.broadcast_to(
+        tf.range(stride * _GROUP, size), (batch, size - stride * _GROUP)
+    )
+    places = tf.concat([tf.reshape(places, (batch, _GROUP * k)), rest], axis=1)
+    offsets = size * tf.range(batch, dtype=tf.int64)[:, None]
+    kept = tf.gather(tf.reshape(scores, (-1,)), offsets + tf.cast(places, tf.int64))
+    best, at = tf.math.top_k(kept, k)
+    return best, tf.gather(places, at, batch_dims=1)
 
 
 def make_index(
