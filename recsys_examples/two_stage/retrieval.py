@@ -131,17 +131,20 @@ def best_scores(scores: Any, k: int) -> tuple[Any, Any]:
     size = scores.shape[1] or 0
     if size < _LARGE * k:
         return tf.math.top_k(scores, k)
-    batch, stride = tf.shape(scores)[0], size // _GROUP
-    # Group j has the positions j, j + stride, ...: its maximum is one vector operation.
-    grouped = tf.reshape(scores[:, : stride * _GROUP], (batch, _GROUP, stride))
-    groups = tf.math.top_k(tf.reduce_max(grouped, axis=1), k, sorted=False).indices
-    places = groups[:, None] + stride * tf.range(_GROUP)[:, None]  # (b, group, k)
+    batch, count = tf.shape(scores)[0], size // _GROUP
+    whole = scores if size == count * _GROUP else scores[:, : count * _GROUP]
+    groups = tf.reshape(whole, (batch * count, _GROUP))
+    maxima = tf.reshape(tf.reduce_max(groups, axis=1), (batch, count))
+    chosen = tf.math.top_k(maxima, k, sorted=False).indices  # (b, k)
+    kept = tf.gather(groups, chosen + count * tf.range(batch)[:, None])
+    places = _GROUP * chosen[..., None] + tf.range(_GROUP)  # (b, k, group)
     rest = tf.broadcast_to(
-        tf.range(stride * _GROUP, size), (batch, size - stride * _GROUP)
+        tf.range(count * _GROUP, size), (batch, size - count * _GROUP)
     )
-    places = tf.concat([tf.reshape(places, (batch, _GROUP * k)), rest], axis=1)
-    offsets = size * tf.range(batch, dtype=tf.int64)[:, None]
-    kept = tf.gather(tf.reshape(scores, (-1,)), offsets + tf.cast(places, tf.int64))
+    kept = tf.concat(
+        [tf.reshape(kept, (batch, k * _GROUP)), scores[:, count * _GROUP :]], axis=1
+    )
+    places = tf.concat([tf.reshape(places, (batch, k * _GROUP)), rest], axis=1)
     best, at = tf.math.top_k(kept, k)
     return best, tf.gather(places, at, batch_dims=1)
 

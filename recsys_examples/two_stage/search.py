@@ -46,7 +46,7 @@ def read_index(file: Path, threads: int) -> Callable[[np.ndarray, int], Any]:
     """Return a search: queries (b, d) and n -> scores and rows (b, n), -1 if fewer."""
     import faiss
 
-    index = faiss.read_index(str(file))
+    index: Any = faiss.read_index(str(file))
     index.nprobe = PROBES
     faiss.omp_set_num_threads(threads)
     return index.search

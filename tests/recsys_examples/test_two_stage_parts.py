@@ -241,10 +241,10 @@ class TestPairs:
 class TestRetrieval:
     def test_groups_contain_the_best_scores(self):
         rng = np.random.default_rng(4)
-        # 16 groups of 160 and a rest of 5: from 256 * 10 scores they are grouped.
+        # 160 groups of 16 and a rest of 5: from 256 * 10 scores they are grouped.
         scores = rng.permutation(3 * 2565).reshape(3, 2565).astype(np.float32)
         scores[0, -5:] += 1e4  # the best are in the rest
-        scores[1, 7:2560:160] += 1e4  # and in one group
+        scores[1, 32:48] += 1e4  # and in one group
         best, places = best_scores(tf.constant(scores), 10)
         expected = np.argsort(-scores, axis=1)[:, :10]
         np.testing.assert_array_equal(places, expected)
