@@ -2,20 +2,20 @@
 
 python -m recsys_examples.two_stage                train, evaluate and export
 python -m recsys_examples.two_stage --study        over several seeds; see --resume
-python -m recsys_examples.two_stage latency        measure latency of exported models
+python -m recsys_examples.two_stage latency        measure latency of exported models,
+                                                   or by size of the catalogue
 python -m recsys_examples.two_stage recommend      recommend with an exported model
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # Set before TensorFlow and BLAS are loaded: no log messages, one thread pool.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -28,11 +28,9 @@ from recsys_examples.command import (
     interrupt_on_sigterm,
     make_console,
     run_command,
-    whole_number,
 )
 from recsys_examples.errors import InputError
 from recsys_examples.movielens.command import (
-    add_model,
     add_recommend,
     add_run_arguments,
     print_list,
@@ -40,6 +38,7 @@ from recsys_examples.movielens.command import (
     read_data,
     run_metadata,
 )
+from recsys_examples.two_stage.latency_command import SAVED_MODELS, add_latency
 from recsys_examples.two_stage.settings import LIST_LENGTH, RANKERS, STACKS, Settings
 
 if TYPE_CHECKING:
@@ -49,11 +48,6 @@ if TYPE_CHECKING:
     from recsys_examples.two_stage.pipeline import Outcome
 
 OUT = "runs/two_stage"
-SAVED_MODELS = {
-    "two stages": "saved_model",
-    "first example": "full_catalogue",
-    "its ranker on all": "ranker_of_all",
-}
 METRICS = {
     "ndcg@10": "NDCG@10",
     "ndcg@10 without diversity": "NDCG@10, without diversity",
@@ -66,12 +60,6 @@ METRICS = {
     "coverage@10": "coverage@10",
     "coverage@10 without diversity": "the same, without diversity",
     "coverage@10 of retrieval": "the same, retrieval alone",
-}
-LATENCY = {
-    "p50_ms": "one user, p50 (ms)",
-    "p99_ms": "one user, p99 (ms)",
-    "batch_ms": "64 users, median (ms)",
-    "users_per_second": "users per second, batches of 64",
 }
 
 
@@ -226,32 +214,6 @@ def study(options: argparse.Namespace) -> None:
     console.print(f"Written to {folder}")
 
 
-def latency(options: argparse.Namespace) -> None:
-    """Measure the latency of the models of a run."""
-    from recsys_examples.runs import find_saved_model, write_json
-    from recsys_examples.tables import results_table
-    from recsys_examples.two_stage.latency import measure_latency
-
-    find_saved_model(options.model)
-    folders = {
-        name: options.model / folder
-        for name, folder in SAVED_MODELS.items()
-        if (options.model / folder).is_dir()
-    }
-    users = _users_of(options.model)
-    console = make_console()
-    found = {}
-    for threads in options.threads:
-        found[threads] = measure_latency(folders, users, threads, options.calls)
-        table = {name: [figures] for name, figures in found[threads].items()}
-        console.print(results_table(f"{threads} thread(s)", table, LATENCY))
-        for name, figures in found[threads].items():
-            share = found[threads]["two stages"]["batch_ms"] / figures["batch_ms"]
-            if name != "two stages":
-                console.print(f"64 users: {share:.2f} of the time of {name}")
-    write_json(options.model / "latency.json", found)
-
-
 def recommend(options: argparse.Namespace) -> None:
     """Print the recommendations of a run's SavedModel for a user."""
     from recsys_examples.runs import find_saved_model
@@ -270,15 +232,6 @@ def recommend(options: argparse.Namespace) -> None:
         )
     answer = signature(user_id=tf.constant([options.user], tf.int64))
     print_list(options.user, answer, options.k)
-
-
-def _users_of(model: Path) -> list[int]:
-    """Return the ids of the test users of a run."""
-    path = model / "metrics.json"
-    try:
-        return json.loads(path.read_text())["users"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not the metrics of a run: {error!r}") from error
 
 
 def _prepare(
@@ -314,6 +267,14 @@ def _prepare(
     )
     warnings = print_order_warnings(console, data)
     return windows, settings, full, data.name, warnings
+
+
+def _prepare_latency(
+    options: argparse.Namespace, console: Console
+) -> tuple[Windows, Settings, str]:
+    """Return the windows, the settings and the name of the data."""
+    windows, settings, _, name, _ = _prepare(options, console)
+    return windows, settings, name
 
 
 def _import_tfrs() -> None:
@@ -362,29 +323,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands")
     add_recommend(commands, recommend, OUT, LIST_LENGTH)
-    _add_latency(commands)
+    add_latency(commands, OUT, _prepare_latency)
     return parser
-
-
-def _add_latency(commands: Any) -> None:
-    parser = commands.add_parser(
-        "latency", help="measure the latency of the models of a run"
-    )
-    parser.set_defaults(run=latency)
-    add_model(parser, OUT)
-    parser.add_argument(
-        "--calls",
-        type=whole_number(10, 10**6),
-        default=300,
-        help="number of calls with one user (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=whole_number(1, 1024),
-        nargs="+",
-        default=[1, 2],
-        help="numbers of TensorFlow threads (default: 1 2)",
-    )
 
 
 def _train_or_study(options: argparse.Namespace) -> None:

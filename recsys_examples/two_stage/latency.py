@@ -48,8 +48,21 @@ def measure_latency(
         "threads": threads,
         "calls": calls,
     }
+    return run_apart("recsys_examples.two_stage.latency", request)
+
+
+def run_apart(module: str, request: dict[str, Any]) -> Any:
+    """Run a module in a new process; return what it prints, parsed as JSON.
+
+    Args:
+        module: a module that reads a request as JSON from stdin.
+        request: the request.
+
+    Raises:
+        InputError: if the process fails.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "recsys_examples.two_stage.latency"],
+        [sys.executable, "-m", module],
         input=json.dumps(request),
         capture_output=True,
         text=True,

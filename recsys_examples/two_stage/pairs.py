@@ -3,11 +3,11 @@
 The two towers of the retrieval stage see the user and the movie separately. Pair
 features are co-occurrence statistics, such as how often the movie follows those that
 the user has just seen, and matches between the movie's genres and those the user rates
-highly. They are computed from the ratings given to the layer, without training;
-training and serving use the same layer.
+highly. They are computed from statistics (statistics.py), without training; training
+and serving use the same layer.
 
 Axis letters: b batch, c candidates, l history length, i movies of the catalogue,
-g genres, s related movies of a movie, d columns of the table.
+g genres, s related movies of a movie, m related movies of a history.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from scipy import sparse
 
-from recsys_examples.movielens.features import NO_MOVIE, Catalogue, Sequences
+from recsys_examples.movielens.features import NO_MOVIE
 from recsys_examples.movielens.ranking import LIKED
+from recsys_examples.two_stage.statistics import Related, Statistics
 
 PAIR_FEATURES = (
     "score_to_best",
@@ -36,13 +36,11 @@ PAIR_FEATURES = (
     "liked",
     "year",
 )
-_NUM_MOVIE_FEATURES = 4  # columns of the table before the genres
-_WINDOW = 10  # number of following movies that are counted
-_DECAY = 0.8  # of their weights, per position
 _NUM_LATEST = 20  # latest movies of the history whose followers are used
 _TIME_CONSTANTS = (3.0, 10.0)  # of the weights of the history, in movies
 _SCALES = (10.0, 5.0, 0.5, 0.5)  # scale the count features to about 1
-_PRIOR = 5.0  # number of pseudo-ratings for smoothing
+_LARGE_CATALOGUE = 50_000  # movies from which few candidates are searched for
+_LARGE_SHARE = 16  # of the catalogue, in candidates
 _FIRST_MOVIE = 2  # IntegerLookup maps padding to 0 and unknown movies to 1
 
 
@@ -50,9 +48,7 @@ class PairFeatures(keras.layers.Layer):
     """Features of users, and of pairs of a user and a candidate.
 
     Args:
-        past: the ratings that statistics are computed from.
-        catalogue: all movies.
-        related: number s of following and of similar movies that are kept per movie.
+        statistics: statistics of the movies, from the ratings of the past.
 
     Call arguments:
         user: features of users, see `Sequences.histories`.
@@ -64,20 +60,22 @@ class PairFeatures(keras.layers.Layer):
         order of `PAIR_FEATURES`.
     """
 
-    def __init__(self, past: Sequences, catalogue: Catalogue, related: int) -> None:
+    def __init__(self, statistics: Statistics) -> None:
         super().__init__(trainable=False)
         self._lookup = keras.layers.IntegerLookup(
-            vocabulary=catalogue.movie_ids, mask_token=NO_MOVIE
+            vocabulary=statistics.movie_ids, mask_token=NO_MOVIE
         )
-        self.num_movies = len(catalogue)
-        genres = genre_vectors(catalogue)
+        self.num_movies = len(statistics.movie_ids)
         # An additional row of zeros for the padding of histories.
-        self.genres = tf.constant(np.pad(genres, ((0, 1), (0, 0))))
-        self._table = tf.constant(
-            np.concatenate([_movie_features(past, catalogue), genres], 1)
-        )
-        self._following = _Related(follow_shares(past, self.num_movies), related)
-        self._similar = _Related(similarity(past, self.num_movies), related)
+        self._genres = _constant(np.pad(statistics.genres, ((0, 1), (0, 0))))
+        self._movies = _constant(statistics.movies)
+        self._following = SumOfRelated(statistics.following)
+        self._similar = SumOfRelated(statistics.similar)
+
+    @property
+    def genres(self) -> Any:
+        """(i + 1, g): the genre vectors, and zeros."""
+        return self._genres.value
 
     def call(self, user: dict[str, Any], rows: Any, scores: Any) -> tuple[Any, Any]:
         history = self._rows_of(user["history"])
@@ -100,7 +98,6 @@ class PairFeatures(keras.layers.Layer):
             ],
             axis=1,
         )
-        table = tf.gather(self._table, rows)  # (b, c, d)
         place = tf.math.log1p(tf.range(tf.shape(rows)[1], dtype=tf.float32))
         columns = [
             scores - scores[:, :1],
@@ -109,8 +106,8 @@ class PairFeatures(keras.layers.Layer):
         ]
         of_pair = [
             tf.stack(columns, axis=-1),
-            tf.matmul(table[..., _NUM_MOVIE_FEATURES:], genres, transpose_b=True),
-            table[..., :_NUM_MOVIE_FEATURES],
+            tf.matmul(tf.gather(self.genres, rows), genres, transpose_b=True),
+            tf.gather(self._movies.value, rows),
         ]
         return of_user, tf.concat(of_pair, axis=-1)
 
@@ -120,17 +117,13 @@ class PairFeatures(keras.layers.Layer):
         """Return four features (b, c) from the co-occurrence statistics."""
         latest = history[:, :_NUM_LATEST]
         ago = np.arange(_NUM_LATEST, dtype=np.float32)
+        recent = watched[:, :_NUM_LATEST]
+        decayed = [recent * np.exp(-ago / recency) for recency in _TIME_CONSTANTS]
         found = [
-            self._following.of(
-                latest, watched[:, :_NUM_LATEST] * np.exp(-ago / recency)
-            )
-            for recency in _TIME_CONSTANTS
+            *self._following(latest, decayed, rows),
+            *self._similar(history, [watched, taste], rows),
         ]
-        found += [self._similar.of(history, watched), self._similar.of(history, taste)]
-        return [
-            scale * tf.gather(values, rows, batch_dims=1)
-            for scale, values in zip(_SCALES, found, strict=True)
-        ]
+        return [scale * f for scale, f in zip(_SCALES, found, strict=True)]
 
     def rows_seen(self, history: Any) -> Any:
         """(b, l) movie ids -> (n, 2) pairs (row of the batch, row of a known movie)."""
@@ -156,99 +149,77 @@ class PairFeatures(keras.layers.Layer):
         return tf.math.l2_normalize(profiles, axis=-1)
 
 
-def genre_vectors(catalogue: Catalogue) -> np.ndarray:
-    """Return (i, g) float32 rows of norm 1, or 0 for movies without genres."""
-    names = np.unique(catalogue.genres)
-    names = names[names != ""]
-    hot = (catalogue.genres[:, :, None] == names).any(axis=1).astype(np.float32)
-    return hot / np.maximum(np.sqrt(hot.sum(axis=1, keepdims=True)), 1.0)
-
-
-def follow_counts(past: Sequences, num_movies: int) -> sparse.csr_matrix:
-    """Return (i, i) weighted counts of movie b (column) following movie a (row).
-
-    The weight is 1 if b comes next, `_DECAY` if there is one movie between, and so on.
-    Ratings with equal timestamps count half in each direction.
-    """
-    users, times = past.users, past.timestamps
-    before, after, weights = [], [], []
-    for gap in range(1, min(_WINDOW, len(users) - 1) + 1):
-        same_user = users[:-gap] == users[gap:]
-        a, b = past.movies[:-gap][same_user], past.movies[gap:][same_user]
-        tied = (times[:-gap] == times[gap:])[same_user]
-        weight = np.where(tied, 0.5, 1.0) * _DECAY ** (gap - 1)
-        before += [a, b[tied]]
-        after += [b, a[tied]]
-        weights += [weight, weight[tied]]
-    if not before:
-        return sparse.csr_matrix((num_movies, num_movies))
-    pairs = (np.concatenate(before), np.concatenate(after))
-    return sparse.csr_matrix((np.concatenate(weights), pairs), (num_movies, num_movies))
-
-
-def follow_shares(past: Sequences, num_movies: int) -> sparse.csr_matrix:
-    """(i, i): counts of b following a, divided by the sum over b; smoothed to 0."""
-    counts = follow_counts(past, num_movies)
-    return sparse.diags(1 / (np.asarray(counts.sum(axis=1)).ravel() + _PRIOR)) @ counts
-
-
-def similarity(past: Sequences, num_movies: int) -> sparse.csr_matrix:
-    """(i, i): smoothed cosine similarity of the movies' users; 0 on the diagonal."""
-    users = past.matrix(num_movies)
-    length = np.sqrt(np.asarray(users.sum(axis=0)).ravel() + _PRIOR)
-    scale = sparse.diags(1 / length)
-    alike = (scale @ (users.T @ users) @ scale).tocsr()
-    alike.setdiag(0)
-    alike.eliminate_zeros()
-    return alike
-
-
-class _Related:
-    """The s most related movies of each movie and their weights, (i + 1, s) each.
+class SumOfRelated(keras.layers.Layer):
+    """The summed weights of the candidates among the related movies of a history.
 
     Args:
-        relation: (i, i) weights.
-        kept: number s of movies that are kept per row.
+        related: the related movies of each movie.
+
+    Call arguments:
+        history: (b, l) catalogue rows, `num_movies` for padding.
+        weights: (b, l) weights of the history, one tensor per feature.
+        rows: (b, c) catalogue rows of the candidates.
+
+    Returns:
+        One (b, c) tensor per feature.
     """
 
-    def __init__(self, relation: sparse.csr_matrix, kept: int) -> None:
-        self._num_movies = relation.shape[0]
-        rows = np.zeros((self._num_movies + 1, kept), np.int32)
-        weights = np.zeros((self._num_movies + 1, kept), np.float32)
-        ends = zip(relation.indptr, relation.indptr[1:], strict=False)
-        for movie, (start, end) in enumerate(ends):
-            values = relation.data[start:end]
-            best = np.argsort(-values, kind="stable")[:kept]
-            rows[movie, : len(best)] = relation.indices[start:end][best]
-            weights[movie, : len(best)] = values[best]
-        self._rows, self._weights = tf.constant(rows), tf.constant(weights)
+    def __init__(self, related: Related) -> None:
+        super().__init__(trainable=False)
+        self.num_movies, kept = related.rows.shape
+        self._length = kept
+        # An additional row without weight for the padding of histories.
+        self._rows = _constant(np.pad(related.rows, ((0, 1), (0, 0))))
+        self._weights = _constant(np.pad(related.weights, ((0, 1), (0, 0))))
 
-    def of(self, history: Any, weights: Any) -> Any:
-        """(b, l) rows and weights -> (b, i): weighted sum over the history."""
-        rows = tf.gather(self._rows, history)  # (b, l, s)
-        values = tf.gather(self._weights, history) * weights[..., None]
-        per_user = [tf.shape(history)[0], history.shape[1] * self._rows.shape[1]]
-        return tf.math.bincount(
-            tf.reshape(rows, per_user),
-            tf.reshape(values, per_user),
-            minlength=self._num_movies,
-            maxlength=self._num_movies,
-            axis=-1,
-        )
+    def call(self, history: Any, weights: list[Any], rows: Any) -> list[Any]:
+        shape = [tf.shape(history)[0], history.shape[1] * self._length]
+        found = tf.reshape(tf.gather(self._rows.value, history), shape)
+        kept = tf.gather(self._weights.value, history)  # (b, l, s)
+        values = [tf.reshape(kept * w[..., None], shape) for w in weights]
+        if _is_sparse(rows.shape[1], self.num_movies):
+            return sums_by_search(found, values, rows)
+        return [
+            tf.gather(_sums(found, v, self.num_movies), rows, batch_dims=1)
+            for v in values
+        ]
 
 
-def _movie_features(past: Sequences, catalogue: Catalogue) -> np.ndarray:
-    """(i, 4): popularity, smoothed mean of stars and of likes, year; standardised."""
+def sums_by_search(found: Any, values: list[Any], rows: Any) -> list[Any]:
+    """Sum the values of each candidate, without a table of the whole catalogue.
 
-    def summed(values: np.ndarray) -> np.ndarray:
-        return np.bincount(past.movies, values, minlength=len(catalogue))
+    Args:
+        found: (b, m) catalogue rows.
+        values: tensors (b, m).
+        rows: (b, c) catalogue rows of the candidates, each at most once.
 
-    count = summed(np.ones(len(past.movies)))
-    columns = [np.log1p(count)]
-    for values in (past.ratings, (past.ratings >= LIKED).astype(float)):
-        columns.append((summed(values) + _PRIOR * values.mean()) / (count + _PRIOR))
-    years = catalogue.years.astype(float)
-    dated = years > 0
-    columns.append(np.where(dated, years, years[dated].mean() if dated.any() else 0.0))
-    table = np.stack(columns, axis=1)
-    return ((table - table.mean(0)) / (table.std(0) + 1e-6)).astype(np.float32)
+    Returns:
+        For each of `values` the sums (b, c) over the places where `found` is the row.
+    """
+    count = tf.shape(rows)[1]
+    order = tf.argsort(rows, axis=1)
+    ordered = tf.gather(rows, order, batch_dims=1)
+    place = tf.minimum(tf.searchsorted(ordered, found), count - 1)
+    hit = tf.cast(tf.gather(ordered, place, batch_dims=1) == found, tf.float32)
+    sums = tf.stack([_sums(place, value * hit, count) for value in values], axis=-1)
+    back = tf.argsort(order, axis=1)
+    return tf.unstack(tf.gather(sums, back, batch_dims=1), axis=-1)
+
+
+def _is_sparse(candidates: int | None, num_movies: int) -> bool:
+    """Whether a search costs less than a table (b, i), by measurement."""
+    return (
+        candidates is not None
+        and num_movies >= _LARGE_CATALOGUE
+        and candidates * _LARGE_SHARE < num_movies
+    )
+
+
+def _sums(places: Any, values: Any, size: Any) -> Any:
+    """(b, m) places and values -> (b, size): sums of the values by place."""
+    return tf.math.bincount(places, values, minlength=size, maxlength=size, axis=-1)
+
+
+def _constant(values: np.ndarray) -> keras.Variable:
+    """Return a variable that is not trained: it is not copied into the graph."""
+    return keras.Variable(values, trainable=False, dtype=values.dtype.name)

@@ -34,10 +34,11 @@ from recsys_examples.two_stage.fusion import (
     fuse,
     intra_list_diversity,
 )
-from recsys_examples.two_stage.pairs import PairFeatures, genre_vectors
+from recsys_examples.two_stage.pairs import PairFeatures
 from recsys_examples.two_stage.ranker import Examples, Moments, fit_ranker
 from recsys_examples.two_stage.retrieval import fit_retrieval, make_index
 from recsys_examples.two_stage.settings import LIST_LENGTH, TASKS, Settings
+from recsys_examples.two_stage.statistics import Statistics, genre_vectors
 from recsys_examples.two_stage.towers import MASKED_SCORE, Retrieval
 
 _BATCH_SIZE = 256
@@ -78,7 +79,7 @@ class FirstStage:
         self.retrieval, self.past, self.catalogue = retrieval, past, catalogue
         popularity = np.bincount(past.movies, minlength=len(catalogue))
         self.index = make_index(retrieval.candidates, popularity, settings)
-        self.pairs = PairFeatures(past, catalogue, settings.related)
+        self.pairs = PairFeatures(Statistics.of(past, catalogue, settings.related))
 
     def candidates(
         self, sequences: Sequences, users: np.ndarray, ends: np.ndarray

@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import keras_rs
 import numpy as np
+import tensorflow as tf
 
 from recsys_examples.movielens.features import Catalogue, Sequences
 from recsys_examples.movielens.training import Validation, fit_ranker
@@ -26,6 +28,9 @@ from recsys_examples.two_stage.towers import (
     query_tower,
     tower_settings,
 )
+
+_GROUP = 16  # scores of a group of `best_scores`
+_LARGE = 256  # it groups from so many times k scores
 
 
 def fit_retrieval(
@@ -85,14 +90,63 @@ def _fit_with_keras(
 class UnseenRetrieval(keras_rs.layers.BruteForceRetrieval):
     """keras-rs' brute-force retrieval of movies that a user has not seen.
 
+    It stores the vectors as columns (d, i) and selects by `best_scores`, both of which
+    are faster on CPUs.
+
     Call arguments:
         inputs: queries (b, d), and (n, 2) positions in the scores (b, i) of the movies
             to exclude.
     """
 
-    def compute_score(self, query_embedding: Any, candidate_embedding: Any) -> Any:
-        queries, seen = query_embedding
-        return mask_scores(super().compute_score(queries, candidate_embedding), seen)
+    candidate_embeddings: Any
+
+    def update_candidates(
+        self, candidate_embeddings: Any, candidate_ids: Any = None
+    ) -> None:
+        self._validate_candidate_embeddings_and_ids(candidate_embeddings, candidate_ids)
+        columns = np.ascontiguousarray(np.transpose(candidate_embeddings))
+        if self.candidate_embeddings is None:
+            self.candidate_embeddings = keras.Variable(columns, trainable=False)
+        else:
+            self.candidate_embeddings.assign(columns)
+        self.built = True
+
+    def call(self, inputs: Any) -> tuple[Any, Any]:
+        queries, seen = inputs
+        scores = tf.matmul(queries, self.candidate_embeddings.value)
+        return best_scores(mask_scores(scores, seen), self.k)
+
+
+def best_scores(scores: Any, k: int) -> tuple[Any, Any]:
+    """Return the k best scores (b, k) in descending order, and their positions.
+
+    As `tf.math.top_k`, but for a large i first over the maxima of groups: the k best
+    scores are in the k groups with the best maxima. Among equal scores, the positions
+    may differ.
+
+    Args:
+        scores: (b, i).
+        k: number of scores.
+    """
+    size = scores.shape[1] or 0
+    if size < _LARGE * k:
+        return tf.math.top_k(scores, k)
+    batch, count = tf.shape(scores)[0], size // _GROUP
+    whole = scores if size == count * _GROUP else scores[:, : count * _GROUP]
+    groups = tf.reshape(whole, (batch * count, _GROUP))
+    maxima = tf.reshape(tf.reduce_max(groups, axis=1), (batch, count))
+    chosen = tf.math.top_k(maxima, k, sorted=False).indices  # (b, k)
+    kept = tf.gather(groups, chosen + count * tf.range(batch)[:, None])
+    places = _GROUP * chosen[..., None] + tf.range(_GROUP)  # (b, k, group)
+    rest = tf.broadcast_to(
+        tf.range(count * _GROUP, size), (batch, size - count * _GROUP)
+    )
+    kept = tf.concat(
+        [tf.reshape(kept, (batch, k * _GROUP)), scores[:, count * _GROUP :]], axis=1
+    )
+    places = tf.concat([tf.reshape(places, (batch, k * _GROUP)), rest], axis=1)
+    best, at = tf.math.top_k(kept, k)
+    return best, tf.gather(places, at, batch_dims=1)
 
 
 def make_index(

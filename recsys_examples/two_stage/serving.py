@@ -66,7 +66,31 @@ class Recommender(keras.layers.Layer):
 
     def call(self, features: dict[str, Any], seen: Any) -> dict[str, Any]:
         queries = self._query(features, training=False)
-        first, rows = self._index((queries, seen))
+        return self.rank(features, *self._index((queries, seen)))
+
+    def retrieve(self, user_id: Any) -> dict[str, Any]:
+        """Return the candidates of known users (b, c): scores `first` and `rows`."""
+        features, seen, _ = self._users(user_id)
+        queries = self._query(features, training=False)
+        return dict(zip(("first", "rows"), self._index((queries, seen)), strict=True))
+
+    def queries(self, user_id: Any) -> dict[str, Any]:
+        """Return the queries (b, d) of known users, for an index outside the model."""
+        features, _, _ = self._users(user_id)
+        return {"queries": self._query(features, training=False)}
+
+    def recommend_among(self, user_id: Any, first: Any, rows: Any) -> dict[str, Any]:
+        """Return the lists of users (b,) from candidates found by another index.
+
+        Args:
+            user_id: (b,) ids.
+            first: (b, c) scores of the first stage, in descending order.
+            rows: (b, c) catalogue rows of the candidates.
+        """
+        return self.rank(self._users(user_id)[0], first, rows)
+
+    def rank(self, features: dict[str, Any], first: Any, rows: Any) -> dict[str, Any]:
+        """Return the lists of the second stage, from the candidates of the first."""
         pairs = self._pairs(features, rows, first)
         scores = self._ranker(list(pairs), training=False)
         scores = {task: tf.reshape(scores[task], tf.shape(rows)) for task in TASKS}
@@ -130,4 +154,27 @@ def export_saved_model(
         "last_seen": tf.TensorSpec((None,), tf.int64, "last_seen"),
     }
     archive.add_endpoint("serving_default", recommender.recommend_for, [features])
+    archive.write_out(folder, verbose=False)
+
+
+def export_stages(recommender: Recommender, folder: Path, candidates: int) -> None:
+    """Write a SavedModel of both stages, and of each one for an index outside of it.
+
+    The signatures are `recommend`, `retrieve`, `queries` and `recommend_among`, see
+    `Recommender`.
+    """
+    recommender.recommend(tf.constant([0], tf.int64))
+    archive = keras.export.ExportArchive()
+    archive.track(recommender)
+    users = tf.TensorSpec((None,), tf.int64, "user_id")
+    found = [
+        tf.TensorSpec((None, candidates), tf.float32, "first"),
+        tf.TensorSpec((None, candidates), tf.int32, "rows"),
+    ]
+    archive.add_endpoint("recommend", recommender.recommend, [users])
+    archive.add_endpoint("retrieve", recommender.retrieve, [users])
+    archive.add_endpoint("queries", recommender.queries, [users])
+    archive.add_endpoint(
+        "recommend_among", recommender.recommend_among, [users, *found]
+    )
     archive.write_out(folder, verbose=False)

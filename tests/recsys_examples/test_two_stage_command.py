@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from recsys_examples.two_stage import pictures, pipeline, study
-from recsys_examples.two_stage.__main__ import LATENCY, METRICS, SAVED_MODELS, main
+from recsys_examples.two_stage.__main__ import METRICS, main
+from recsys_examples.two_stage.latency_command import LATENCY, SAVED_MODELS
 from recsys_examples.two_stage.study import FULL, NAMES, paired
 from tests.recsys_examples.test_movielens_command import write_csv
 from tests.support import processes

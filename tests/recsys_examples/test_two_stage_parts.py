@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from recsys_examples.errors import InputError
 from recsys_examples.movielens.features import Catalogue, Sequences
+from recsys_examples.two_stage import pairs
 from recsys_examples.two_stage.fusion import (
     Fusion,
     diverse_top,
@@ -18,15 +19,23 @@ from recsys_examples.two_stage.fusion import (
 from recsys_examples.two_stage.pairs import (
     PAIR_FEATURES,
     PairFeatures,
+    sums_by_search,
+)
+from recsys_examples.two_stage.pipeline import check_candidates, cut_late
+from recsys_examples.two_stage.ranker import Examples, Moments
+from recsys_examples.two_stage.retrieval import (
+    UnseenRetrieval,
+    best_scores,
+    make_index,
+)
+from recsys_examples.two_stage.settings import Settings
+from recsys_examples.two_stage.statistics import (
+    Statistics,
     follow_counts,
     follow_shares,
     genre_vectors,
     similarity,
 )
-from recsys_examples.two_stage.pipeline import check_candidates, cut_late
-from recsys_examples.two_stage.ranker import Examples, Moments
-from recsys_examples.two_stage.retrieval import UnseenRetrieval, make_index
-from recsys_examples.two_stage.settings import Settings
 from recsys_examples.two_stage.towers import MASKED_SCORE
 
 
@@ -152,11 +161,11 @@ class TestPairs:
         np.testing.assert_allclose(genre_vectors(catalogue), expected, atol=1e-6)
 
     def features(self, catalogue, past, rows, scores):
-        layer = PairFeatures(past, catalogue, related=4)
+        layer = PairFeatures(Statistics.of(past, catalogue, 4))
         user = past.histories(catalogue, np.arange(3))
         tensors = {name: tf.constant(values) for name, values in user.items()}
-        users, pairs = layer(tensors, tf.constant(rows), tf.constant(scores))
-        return users.numpy(), pairs.numpy()
+        of_user, of_pair = layer(tensors, tf.constant(rows), tf.constant(scores))
+        return of_user.numpy(), of_pair.numpy()
 
     def test_features_of_a_pair(self, catalogue, past):
         rows = np.array([[2, 3], [0, 4], [1, 2]], np.int32)
@@ -205,14 +214,49 @@ class TestPairs:
         assert np.isfinite(pairs).all()
 
     def test_movies_seen_are_those_of_the_catalogue(self, catalogue, past):
-        layer = PairFeatures(past, catalogue, related=2)
+        layer = PairFeatures(Statistics.of(past, catalogue, 2))
         seen = layer.rows_seen(
             tf.constant([[50, 7, 0], [0, 0, 0], [10, 30, 0]], tf.int64)
         )
         np.testing.assert_array_equal(seen, [[0, 4], [2, 0], [2, 2]])
 
+    def test_sums_of_candidates_without_a_table(self):
+        # Candidate 5 is found twice: 1 + 4. Row 9 is no candidate, 8 is never found.
+        found = tf.constant([[5, 9, 2, 5], [0, 0, 7, 9]])
+        rows = tf.constant([[5, 8, 2], [9, 7, 0]])
+        values = tf.constant([[1.0, 2, 3, 4], [1, 2, 3, 4]])
+        once, twice = sums_by_search(found, [values, 2 * values], rows)
+        np.testing.assert_array_equal(once, [[5, 0, 3], [4, 3, 3]])
+        np.testing.assert_array_equal(twice, 2 * once)
+
+    def test_a_search_gives_the_same_features(self, catalogue, past, monkeypatch):
+        rows = np.array([[2, 3], [0, 4], [1, 2]], np.int32)
+        scores = np.ones((3, 2), np.float32)
+        _, table = self.features(catalogue, past, rows, scores)
+        monkeypatch.setattr(pairs, "_is_sparse", lambda *_: True)
+        _, searched = self.features(catalogue, past, rows, scores)
+        np.testing.assert_allclose(searched, table, rtol=1e-6)
+
 
 class TestRetrieval:
+    def test_groups_contain_the_best_scores(self):
+        rng = np.random.default_rng(4)
+        # 160 groups of 16 and a rest of 5: from 256 * 10 scores they are grouped.
+        scores = rng.permutation(3 * 2565).reshape(3, 2565).astype(np.float32)
+        scores[0, -5:] += 1e4  # the best are in the rest
+        scores[1, 32:48] += 1e4  # and in one group
+        best, places = best_scores(tf.constant(scores), 10)
+        expected = np.argsort(-scores, axis=1)[:, :10]
+        np.testing.assert_array_equal(places, expected)
+        np.testing.assert_array_equal(best, np.take_along_axis(scores, expected, 1))
+
+    def test_new_vectors(self):
+        layer = UnseenRetrieval(np.eye(3, dtype=np.float32), k=1)
+        layer.update_candidates(np.eye(3, dtype=np.float32)[[1, 0, 2]])
+        nothing = tf.zeros((0, 2), tf.int64)
+        _, rows = layer((tf.constant([[1.0, 0, 0]]), nothing))
+        np.testing.assert_array_equal(rows, [[1]])
+
     def test_best_unseen_movies(self):
         rng = np.random.default_rng(3)
         queries = rng.normal(size=(4, 6)).astype(np.float32)
@@ -314,4 +358,4 @@ def test_a_first_stage_without_two_ratings(catalogue):
     lonely = sequences(catalogue, [(0, 4.0, 1)], [(1, 2.0, 2)], [])
     assert follow_shares(lonely, 5).nnz == similarity(lonely, 5).nnz == 0
     without_years = replace(catalogue, years=np.zeros(5, np.int64))
-    assert np.isfinite(PairFeatures(lonely, without_years, 2)._table).all()
+    assert np.isfinite(Statistics.of(lonely, without_years, 2).movies).all()
