@@ -277,21 +277,17 @@ def on_streams(
     return from_slots(outputs, leading)
 
 
-def on_streams_apart(
-    stacked: keras.layers.Layer,
-    streams: Sequence[Any],
-    counts: Sequence[int],
-    training: bool | None = None,
-) -> list[Any]:
-    """`on_streams` as one (..., counts[i], u) per stream, None for a count of 0."""
-    if not _fast_in_turn(stacked):
-        return apart(on_streams(stacked, streams, counts, training), counts, axis=-2)
-    outputs = iter(stacked.on_pieces(_pieces(streams, counts), training=training))
-    leading = ops.shape(streams[0])[:-1]
-    return [
-        beside([next(outputs) for _ in range(count)], leading) if count else None
-        for count in counts
-    ]
+def spread(gates: Any, owners: Sequence[int], num_blocks: int) -> Any:
+    """(..., t, m) -> (..., t, num_blocks * m): gate i weights block `owners[i]`.
+
+    With 0 elsewhere, one matmul mixes the outputs of all experts, which is faster than
+    a small one per task.
+    """
+    t, m = gates.shape[-2:]
+    is_own = np.eye(num_blocks)[list(owners)][:, :, None]  # OpenVINO lacks `ops.eye`.
+    blocks = ops.expand_dims(gates, -2) * ops.cast(is_own, gates.dtype)
+    leading = _backend.restored_axes(ops.shape(gates)[:-2])
+    return ops.reshape(blocks, (*leading, t, num_blocks * m))
 
 
 def _fast_in_turn(stacked: keras.layers.Layer) -> bool:
@@ -303,13 +299,6 @@ def _same(streams: Sequence[Any], counts: Sequence[int]) -> bool:
     """Whether all streams with experts are the same tensor."""
     used = {id(s) for s, count in zip(streams, counts, strict=True) if count}
     return len(used) == 1
-
-
-def apart(joined: Any, counts: Sequence[int], axis: int) -> list[Any]:
-    """Split `axis` of `joined` into parts of `counts`, None for a count of 0."""
-    ends = np.cumsum([count for count in counts if count])[:-1].tolist()
-    parts = iter(ops.split(joined, ends, axis=axis) if ends else [joined])
-    return [next(parts) if count else None for count in counts]
 
 
 def _pieces(streams: Sequence[Any], counts: Sequence[int]) -> list[Any]:

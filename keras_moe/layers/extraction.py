@@ -19,7 +19,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.layers._mixture import GatedMixture, apart, on_streams_apart
+from keras_moe.layers._mixture import GatedMixture, on_streams, spread
 from keras_moe.layers._parts import default_name
 
 
@@ -151,27 +151,16 @@ class PLE(GatedMixture):
     ) -> list[Any]:
         """Return the streams of the next level; after the last, the task outputs."""
         t, m, s = self._tasks.count, self.num_task_experts, self.num_shared_experts
-        counts = [m] * t + [s]
-        *own, shared = on_streams_apart(self.experts[level], streams, counts, training)
+        outputs = on_streams(self.experts[level], streams, [m] * t + [s], training)
         gates = self._task_gates(level, streams, training)  # (..., t, m + s)
-        own_gates, gates = apart(gates, [m, s], axis=-1)
-        own_gates = ops.split(own_gates, t, axis=-2) if m else []  # (..., 1, m) each
+        if m:
+            own = spread(gates[..., :m], range(t), t)
+            gates = ops.concatenate([own, gates[..., m:]], axis=-1)  # (..., t, e)
         if level < self.num_levels - 1:
-            # The shared stream mixes all experts: one more gate for every part.
             logits = self.gate_logits(self.shared_gates[level], streams[-1])
-            gate = self.gate_probabilities(logits, training)
-            *of_own, of_shared = apart(gate, counts, axis=-1)
-            own_gates = [
-                ops.concatenate([g, extra], axis=-2)
-                for g, extra in zip(own_gates, of_own, strict=False)
-            ]
-            gates = ops.concatenate([gates, of_shared], axis=-2)
-        above = self.mixtures(gates, shared) if s else [0.0] * t
-        for task, gate in enumerate(own_gates):
-            parts = self.mixtures(gate, own[task])  # Of the task, and the shared one.
-            for stream, part in zip((task, t), parts, strict=False):
-                above[stream] = above[stream] + part
-        return above
+            shared = self.gate_probabilities(logits, training)
+            gates = ops.concatenate([gates, shared], axis=-2)
+        return self.mixtures(gates, outputs)
 
     def _task_gates(
         self, level: int, streams: Sequence[Any], training: bool | None

@@ -29,9 +29,9 @@ from keras_moe.experts import MLPExperts
 from keras_moe.initializers import independent
 from keras_moe.layers._mixture import (
     GatedMixture,
-    apart,
     from_slots,
     on_streams,
+    spread,
     to_slots,
 )
 from keras_moe.layers._parts import default_name
@@ -230,8 +230,7 @@ class HoME(GatedMixture):
         """Return the streams of the groups, with the shared stream last."""
         c, m, s = self.num_groups, self.num_task_experts, self.num_shared_experts
         streams = [inputs] * (c + 1)
-        counts = [m] * c + [s]
-        *own, shared = self._experts_of(0, streams, counts, training, mask)
+        outputs = self._experts_of(0, streams, [m] * c + [s], training, mask)
         # (..., c, m + s)
         gates = self.gate_probabilities(
             self.gate_logits(self.group_gates, inputs), training
@@ -239,50 +238,41 @@ class HoME(GatedMixture):
         all_gate = self.gate_probabilities(
             self.gate_logits(self.shared_gate, inputs), training
         )  # (..., 1, c * m + s)
-        own_gates, of_shared = gates[..., :m], gates[..., m:]
-        *of_own, of_common = apart(all_gate, counts, axis=-1)
+        own, shared = gates[..., :m], gates[..., m:]
         if self.self_gate:
             # A residual: more weight for the own experts.
-            logits = self.gate_logits(self.group_self_gates, inputs)
-            own_gates = own_gates + _self_gates(logits)
+            own = own + _self_gates(self.gate_logits(self.group_self_gates, inputs))
             logits = self.gate_logits(self.shared_self_gate, inputs)
-            of_common = of_common + _self_gates(logits)
-        *groups, common = self.mixtures(
-            ops.concatenate([of_shared, of_common], axis=-2), shared
-        )
-        for group, experts in enumerate(own):
-            own_gate = own_gates[..., group : group + 1, :]
-            both = ops.concatenate([own_gate, of_own[group]], axis=-2)
-            mixture, part = self.mixtures(both, experts)
-            groups[group] = groups[group] + mixture
-            common = common + part
-        return [*groups, common]
+            last = ops.zeros_like(all_gate[..., : c * m])
+            last = ops.concatenate([last, _self_gates(logits)], axis=-1)
+            all_gate = all_gate + last
+        gates = ops.concatenate([spread(own, range(c), c), shared], axis=-1)
+        return self.mixtures(ops.concatenate([gates, all_gate], axis=-2), outputs)
 
     def _task_level(
         self,
         groups: Sequence[Any],
-        shared_stream: Any,
+        shared: Any,
         training: bool | None,
         mask: Any = None,
     ) -> list[Any]:
         t, c = self._tasks.count, self.num_groups
         m, s = self.num_task_experts, self.num_shared_experts
         of_task = [groups[group] for group in self.group_of_task]
-        streams = [*of_task, *groups, shared_stream]
+        streams = [*of_task, *groups, shared]
         counts = [m] * (t + c) + [s]
-        *own, shared = self._experts_of(1, streams, counts, training, mask)
-        gate_inputs = self._task_gate_inputs(groups, shared_stream)
+        outputs = self._experts_of(1, streams, counts, training, mask)
+        gate_inputs = self._task_gate_inputs(groups, shared)
         gates = self._task_gates(gate_inputs, training)  # (..., t, 2m + s)
-        own_gates, of_group, of_shared = apart(gates, [m, m, s], axis=-1)
+        own = gates[..., :m]
         if self.self_gate:
-            logits = self.gate_logits(self.task_self_gates, gate_inputs)
-            own_gates = own_gates + _self_gates(logits)
-        mixtures = self.mixtures(of_shared, shared)
-        for task, group in enumerate(self.group_of_task):
-            for gate, experts in ((own_gates, own[task]), (of_group, own[t + group])):
-                part = self.mixtures(gate[..., task : task + 1, :], experts)[0]
-                mixtures[task] = mixtures[task] + part
-        return mixtures
+            own = own + _self_gates(self.gate_logits(self.task_self_gates, gate_inputs))
+        weights = [
+            spread(own, range(t), t),
+            spread(gates[..., m : 2 * m], self.group_of_task, c),
+            gates[..., 2 * m :],
+        ]
+        return self.mixtures(ops.concatenate(weights, axis=-1), outputs)
 
     def _task_gate_inputs(self, groups: Sequence[Any], shared: Any) -> list[Any]:
         """Return the gate inputs of each task: its group's and the shared stream."""
@@ -302,8 +292,8 @@ class HoME(GatedMixture):
         counts: Sequence[int],
         training: bool | None,
         mask: Any,
-    ) -> list[Any]:
-        """Swish(BatchNorm(MLP(x * FeatureGate(x)))): one (..., counts[i], u) a stream.
+    ) -> Any:
+        """(..., e, u): Swish(BatchNorm(MLP(x * FeatureGate(x)))) of every expert.
 
         Rows where the mask (n,) is False are excluded from the batch statistics.
         """
@@ -318,12 +308,11 @@ class HoME(GatedMixture):
         else:
             outputs = on_streams(experts, streams, counts, training)
         if norm is None:
-            return apart(outputs, counts, axis=-2)
+            return outputs
         leading, (e, u) = ops.shape(outputs)[:-2], outputs.shape[-2:]
         flat = ops.reshape(outputs, (-1, e * u))
         normal = ops.silu(norm(flat, training=training, mask=mask))
-        normal = ops.reshape(normal, (*_backend.restored_axes(leading), e, u))
-        return apart(normal, counts, axis=-2)
+        return ops.reshape(normal, (*_backend.restored_axes(leading), e, u))
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> Any:
         return self._tasks.repeat((*input_shape[:-1], self.experts[0].units[-1]))

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.layers._mixture import GatedMixture, apart, on_streams_apart
+from keras_moe.layers._mixture import GatedMixture, on_streams
 from keras_moe.layers._parts import checked_batch, default_name
 
 
@@ -163,26 +164,17 @@ class STEM(GatedMixture):
     ) -> list[Any]:
         """Return the streams of the next level; after the last, the task outputs."""
         t, m, s = self._tasks.count, self.num_task_experts, self.num_shared_experts
-        counts = [m] * t + [s]
-        *own, shared = on_streams_apart(self.experts[level], streams, counts, training)
+        outputs = on_streams(self.experts[level], streams, [m] * t + [s], training)
         gates = self._task_gates(level, streams, training)
-        own_gates, of_shared = apart(gates, [t * m, s], axis=-1)
-        # A task trains the shared experts and its own, not those of other tasks.
-        others = own_gates * ops.cast(_of_other_tasks(t, m), gates.dtype)
         if level < self.num_levels - 1:
             logits = self.gate_logits(self.shared_gates[level], streams[-1])
-            gate = self.gate_probabilities(logits, training)
-            own_part, shared_part = apart(gate, [t * m, s], axis=-1)
-            others = ops.concatenate([others, own_part], axis=-2)
-            of_shared = ops.concatenate([of_shared, shared_part], axis=-2)
-        fixed = ops.stop_gradient(ops.concatenate(own, axis=-2))
-        above = list(
-            ops.unstack(self.mix(of_shared, shared) + self.mix(others, fixed), axis=-2)
-        )
-        for task in range(t):
-            gate = own_gates[..., task : task + 1, task * m : (task + 1) * m]
-            above[task] = above[task] + self.mixtures(gate, own[task])[0]
-        return above
+            shared = self.gate_probabilities(logits, training)
+            gates = ops.concatenate([gates, shared], axis=-2)
+        # A stream trains its own experts and the shared ones, not those of other tasks.
+        trained = ops.cast(_trained(t, m, s)[: gates.shape[-2]], gates.dtype)
+        mixed = self.mix(gates * trained, outputs)
+        mixed = mixed + self.mix(gates * (1.0 - trained), ops.stop_gradient(outputs))
+        return list(ops.unstack(mixed, axis=-2))
 
     def _task_gates(
         self, level: int, streams: Sequence[Any], training: bool | None
@@ -231,7 +223,7 @@ class STEM(GatedMixture):
         }
 
 
-def _of_other_tasks(t: int, m: int) -> Any:
-    """(t, t * m): True where an expert belongs to another task."""
-    task_of_expert = ops.repeat(ops.arange(t, dtype="int32"), m)
-    return task_of_expert != ops.expand_dims(ops.arange(t, dtype="int32"), -1)
+def _trained(t: int, m: int, s: int) -> np.ndarray:
+    """(t + 1, t * m + s): 1 where a stream, the shared one last, trains an expert."""
+    own = np.repeat(np.eye(t + 1, t), m, axis=1)
+    return np.concatenate([own, np.ones((t + 1, s))], axis=1)
