@@ -227,10 +227,12 @@ def test_the_page_has_goals_tables_and_a_picture(tmp_path):
     text = markdown(results)
     assert "on 2026-01-01:\n2 cores of P, 8 GiB, S; deepctr 0.9.4." in text
     assert (
-        "| MMoE training against DeepCTR, e = 8 | ≥ 1.25 | 2.00 ± 0.00 | yes |" in text
+        "| MMoE training (FusedAdam) against DeepCTR (Adam), e = 8 | ≥ 1.25 "
+        "| 2.00 ± 0.00 | yes |" in text
     )
     assert (
-        "| MMoE training against DeepCTR, e = 16 | ≥ 1.25 | 1.00 ± 0.00 | no |" in text
+        "| MMoE training (FusedAdam) against DeepCTR (Adam), e = 16 | ≥ 1.25 | 1.00 ± 0.00 | no |"
+        in text
     )
     assert "| speed, time | e = 8 | e = 16 |" in text
     assert (

@@ -3,7 +3,12 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
+from keras_moe.experts import (
+    GLUExperts,
+    LayerExperts,
+    MLPExperts,
+    StackedKernels,
+)
 from keras_moe.layers import PLE, MMoE, MoE
 from tests.support import backends, moe_oracles, oracles
 
@@ -24,6 +29,63 @@ def test_equals_each_expert_alone(units, use_bias):
     )
     found = ops.convert_to_numpy(experts(x))
     np.testing.assert_allclose(found, expected, **backends.tolerance(1e-9))
+
+
+def test_wide_experts_equal_each_expert_alone():
+    """They are computed one by one on TensorFlow; see layers/test_wide_experts.py."""
+    experts = MLPExperts(3, (33, 4), dtype="float64")
+    x = np.random.default_rng(0).normal(size=(5, 2))
+    experts(x)
+    expected = oracles.mlp_experts(
+        x,
+        [ops.convert_to_numpy(k) for k in experts.kernels],
+        [ops.convert_to_numpy(b) for b in experts.biases],
+    )
+    found = ops.convert_to_numpy(experts(x))
+    np.testing.assert_allclose(found, expected, **backends.tolerance(1e-9))
+
+
+def test_kernels_that_experts_compute_are_told_apart():
+    """The second kernel may have the address of the first, which is free by then."""
+
+    class Squared(StackedKernels):
+        def build(self, input_shape):
+            self.first = self.add_weight(shape=(2, 3, 3), name="first")
+            self.second = self.add_weight(shape=(2, 3, 3), name="second")
+
+        def on_rows(self, rows, matmul, training=None):
+            rows = matmul(rows, ops.square(self.first))
+            return matmul(rows, ops.square(self.second))
+
+    experts = Squared(2, dtype="float64")
+    experts.build((None, 3))
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    found = experts.on_pieces([ops.convert_to_tensor(x)] * 2)
+    first, second = (ops.convert_to_numpy(w) ** 2 for w in experts.weights)
+    for k in range(2):
+        expected = x @ first[k] @ second[k]
+        result = ops.convert_to_numpy(found[k])
+        np.testing.assert_allclose(result, expected, **backends.tolerance(1e-9))
+
+
+def test_experts_with_slots_alone_are_mixed_from_several_streams():
+    """`on_pieces` is needed by a dispatch only."""
+
+    class Slots(keras.layers.Layer):
+        num_experts = 3
+
+        def build(self, input_shape):
+            shape = (3, input_shape[-1], 4)
+            self.kernel = self.add_weight(shape=shape, name="kernel")
+
+        def call(self, inputs, training=None):
+            return ops.einsum("nd,edu->neu", inputs, self.kernel)
+
+        def on_slots(self, slots, training=None):
+            return ops.matmul(slots, self.kernel)
+
+    ple = PLE(2, 1, 1, tasks=2, experts=[Slots(), Slots()])
+    assert [tuple(y.shape) for y in ple(np.ones((5, 2)))] == [(5, 4)] * 2
 
 
 def test_leading_axes_are_kept():

@@ -56,8 +56,11 @@ class StackedKernels(Layer):
 
     @property
     def fast_in_turn(self) -> bool:
-        """Whether one matmul per expert is faster than one for all, in this graph."""
-        return _backend.fuses_dense()
+        """Whether one matmul per expert is faster than one for all, in this graph.
+
+        `on_slots`, and mixtures with several streams, then call `on_pieces`.
+        """
+        return False
 
     def on_rows(
         self, rows: Any, matmul: GroupedMatmul, training: bool | None = None
@@ -83,14 +86,16 @@ class StackedKernels(Layer):
         self, pieces: Sequence[Any], training: bool | None = None
     ) -> list[Any]:
         """Return (rows, u) for each (rows, d) of `pieces`, one piece per expert."""
-        parts: dict[int, Sequence[Any]] = {}
+        parts: dict[int, tuple[Any, Sequence[Any]]] = {}
 
         def part(stacked: Any, k: int) -> Any:
             # Unstacked once: each gradient of `stacked[k]` would have the full size.
             if id(stacked) not in parts:
                 tensor = ops.convert_to_tensor(stacked)
-                parts[id(stacked)] = ops.unstack(tensor, num=self.num_experts)
-            return parts[id(stacked)][k]
+                # With `stacked` itself, whose id would else be free for another one.
+                pieces = ops.unstack(tensor, num=self.num_experts)
+                parts[id(stacked)] = stacked, pieces
+            return parts[id(stacked)][1][k]
 
         def matmul_of(k: int) -> GroupedMatmul:
             def matmul(
@@ -154,6 +159,10 @@ class StackedDense(StackedKernels):
         self.seed = _checks.seed(seed)
         if self.dropout > 0.0:
             self.seed_generator = keras.random.SeedGenerator(self.seed)
+
+    @property
+    def fast_in_turn(self) -> bool:
+        return _backend.fuses_dense()
 
     def _add_dense(
         self, i: int, features: int, units: int, kernel: str, bias: str

@@ -270,7 +270,7 @@ def on_streams(
         used = next(s for s, count in zip(streams, counts, strict=True) if count)
         return stacked(used, training=training)
     leading = ops.shape(streams[0])[:-1]
-    if _fast_in_turn(stacked):
+    if getattr(stacked, "fast_in_turn", False):  # Custom experts may lack it.
         pieces = stacked.on_pieces(_pieces(streams, counts), training=training)
         return beside(pieces, leading)
     outputs = stacked.on_slots(to_slots(streams, counts), training=training)
@@ -281,18 +281,13 @@ def spread(gates: Any, owners: Sequence[int], num_blocks: int) -> Any:
     """(..., t, m) -> (..., t, num_blocks * m): gate i weights block `owners[i]`.
 
     With 0 elsewhere, one matmul mixes the outputs of all experts, which is faster than
-    a small one per task.
+    a small one per task. (An infinite output is then NaN for all gates: 0 times it.)
     """
     t, m = gates.shape[-2:]
     is_own = np.eye(num_blocks)[list(owners)][:, :, None]  # OpenVINO lacks `ops.eye`.
     blocks = ops.expand_dims(gates, -2) * ops.cast(is_own, gates.dtype)
     leading = _backend.restored_axes(ops.shape(gates)[:-2])
     return ops.reshape(blocks, (*leading, t, num_blocks * m))
-
-
-def _fast_in_turn(stacked: keras.layers.Layer) -> bool:
-    # Layers of other packages may lack the property.
-    return bool(getattr(stacked, "fast_in_turn", _backend.fuses_dense()))
 
 
 def _same(streams: Sequence[Any], counts: Sequence[int]) -> bool:

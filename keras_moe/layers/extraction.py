@@ -68,7 +68,8 @@ class PLE(GatedMixture):
     >>> ple(np.ones((2, 8)))["buy"].shape == (2, 16)
     True
 
-    Gates are computed in float32 under any dtype policy, then cast once.
+    Gates are computed in float32 under any dtype policy, then cast once. If an expert's
+    output is infinite, those of all tasks are NaN.
 
     References:
         - [Tang et al., 2020: Progressive Layered Extraction (PLE): A Novel Multi-Task

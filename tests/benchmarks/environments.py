@@ -60,7 +60,7 @@ ENVIRONMENTS = {
 
 
 def python_of(name: str) -> Path | None:
-    """Return the interpreter of an environment, or None if it was not made.
+    """Return the interpreter of an environment, or None if it was not made as now.
 
     Raises:
         ValueError: if there is no environment of this name.
@@ -70,8 +70,7 @@ def python_of(name: str) -> Path | None:
     if name not in ENVIRONMENTS:
         known = ", ".join([OWN, *ENVIRONMENTS])
         raise ValueError(f"environment must be one of {known}; got {name!r}")
-    python = _python(FOLDER / name)
-    return python if (FOLDER / name / _COMPLETE).exists() else None
+    return _python(FOLDER / name) if is_current(name) else None
 
 
 def available_cores() -> list[int]:

@@ -16,13 +16,15 @@ and calls, on an iterator that repeats one batch; without XLA, as Keras runs by 
 on a CPU. For torch-rechub it is a batch of its own `MTLTrainer.train_one_epoch`.
 "Serving" is `model.predict_on_batch`, on torch the call of the model in inference mode.
 
-All models have the same layers. DeepCTR runs without its penalty on the embeddings,
-torch-rechub without its batch normalization and weight decay; the rows "as published"
-have the normalization. "Bare matmuls" are the matrix products of the step alone.
+All models have the same layers. DeepCTR runs with `l2_reg_embedding=0`; it then still
+adds penalties of weight 0, except in the row "no penalties". torch-rechub runs without
+its batch normalization and weight decay; the row "as published" has both. "Bare
+matmuls" are the matrix products of the step alone.
 """
 
 OURS, FUSED = "keras_moe", "keras_moe, FusedAdam"
 DEEPCTR, RECHUB = "DeepCTR", "torch-rechub"
+DEEPCTR_BARE = "DeepCTR, no penalties"
 RECHUB_PUBLISHED = "torch-rechub, as published"
 MATMULS = "bare matmuls"
 
@@ -35,10 +37,10 @@ def point(model: str, step: str, experts: int) -> dict[str, object]:
 def _bars() -> list[Bar]:
     bars = []
     for e in (8, 16, 32):
-        text = f"MMoE training against DeepCTR, e = {e}"
+        text = f"MMoE training (FusedAdam) against DeepCTR (Adam), e = {e}"
         bars.append(Bar(text, 1.25, point("MMoE", "training", e), FUSED, DEEPCTR))
     for e in (8, 16):
-        text = f"PLE training against DeepCTR, e = {e}"
+        text = f"PLE training (FusedAdam) against DeepCTR (Adam), e = {e}"
         bars.append(Bar(text, 1.15, point("PLE", "training", e), FUSED, DEEPCTR))
     for model, counts in {"MMoE": (8, 16, 32), "PLE": (8, 16)}.items():
         for e in counts:
@@ -80,7 +82,9 @@ def _group(model: str, step: str, experts: int, profile: str) -> Group:
         fused = {**arguments, "optimizer": "FusedAdam"}
         cases.insert(2, Case(FUSED, "own", f"{own}.mixtures", fused, ours=True))
         if profile != "fast":
-            published = {**arguments, "normalized": True}
+            bare = {**arguments, "penalties": False}
+            cases.append(Case(DEEPCTR_BARE, "deepctr", f"{peers}.deepctr", bare))
+            published = {**arguments, "published": True}
             module = f"{peers}.torch_rechub"
             cases.append(Case(RECHUB_PUBLISHED, "torch", module, published))
     return Group("mixtures", point(model, step, experts), tuple(cases), DEEPCTR)

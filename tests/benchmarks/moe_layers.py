@@ -191,7 +191,8 @@ def _peers_ahead(rows: list[Row]) -> str:
                 ahead.append(
                     f"{row.series} is {1 / speed.median:.2f} times as fast ({label})"
                 )
-            if (row.peak_mib or 0) < (ours.peak_mib or 0):
+            peaks = row.peak_mib, ours.peak_mib
+            if None not in peaks and row.peak_mib < ours.peak_mib:
                 ahead.append(
                     f"{row.series} needs {row.peak_mib:,.0f} MiB, "
                     f"`MoE` {ours.peak_mib:,.0f} MiB ({label})"

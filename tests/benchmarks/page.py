@@ -57,11 +57,12 @@ def _head(results: Results) -> str:
 
 
 def _bars(results: Results) -> Iterator[str]:
+    suites = {row.suite for row in results.rows}
     found = [
-        (bar, value)
+        (bar, bar_ratio(bar, name, results))
         for name in SUITES
+        if name in suites
         for bar in load_suite(name).BARS
-        if (value := bar_ratio(bar, name, results)) is not None
     ]
     if not found:
         return
@@ -69,9 +70,12 @@ def _bars(results: Results) -> Iterator[str]:
     lines = ["| what | goal | measured | reached |", "|---|---|---|---|"]
     for bar, value in found:
         sign = "≤" if bar.at_most else "≥"
-        reached = "yes" if reaches(bar, value) else "no"
-        cells = (bar.text, f"{sign} {bar.target:.2f}", _with_spread(value), reached)
-        lines.append(f"| {' | '.join(cells)} |")
+        goal = f"{sign} {bar.target:.2f}"
+        measured, reached = "not measured", ""
+        if value is not None:
+            measured = _with_spread(value)
+            reached = "yes" if reaches(bar, value) else "no"
+        lines.append(f"| {' | '.join((bar.text, goal, measured, reached))} |")
     yield "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ median of the calls of a round (p50), and p99 is that of the slowest hundredth.
 
 OURS, DEEPCTR = "keras_moe", "DeepCTR"
 EXPERTS = 8
-CALLS = {1: 300, 256: 200, 4096: 60}
+CALLS = {1: 300, 256: 200, 4096: 200}
 
 
 def first_step_point(model: str) -> dict[str, object]:

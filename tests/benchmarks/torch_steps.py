@@ -51,9 +51,10 @@ def _training(module: torch.nn.Module, call: Any, x: torch.Tensor) -> Any:
 
     def step() -> None:
         rows = x.detach().requires_grad_()
-        module.zero_grad(set_to_none=True)
         outputs, auxiliary = call(rows)
         (outputs.square().sum() + auxiliary).backward()
+        # Kept gradients would count as memory from before the step.
+        module.zero_grad(set_to_none=True)
 
     return step
 

@@ -1,7 +1,8 @@
 """DeepCTR's MMOE and PLE, on `tf.keras`, which is Keras 3 here.
 
-The sizes are those of the other models, and `l2_reg_embedding` is 0 in place of 1e-5,
-which would add a pass over all tables. Its gates have no bias.
+The sizes are those of the other models, and `l2_reg_embedding` is 0 in place of 1e-5.
+DeepCTR then still adds penalties of weight 0, which make the gradients of its tables
+dense; `penalties=False` removes them. Its gates have no bias.
 """
 
 from __future__ import annotations
@@ -18,18 +19,24 @@ from tests.benchmarks.mixture_sizes import ple_sizes
 from tests.benchmarks.workload import Workload
 
 
-def make(model: str, experts: int, step: str) -> Workload:
+def make(model: str, experts: int, step: str, penalties: bool = True) -> Workload:
     """Return the training or serving step of a model.
 
     Args:
         model: "MMoE" or "PLE".
         experts: number of experts, for PLE of each level.
         step: "training" or "serving".
+        penalties: whether to keep DeepCTR's penalties of weight 0.
     """
     keras.utils.set_random_seed(0)
     sizes = Sizes()
     x, labels = draw(sizes)
     built = build(model, experts, sizes)
+    if not penalties:
+        for variable in built.trainable_variables:
+            variable.regularizer = None
+        if built.losses:
+            raise RuntimeError("DeepCTR's model has penalties that were not removed.")
     built.compile(keras.optimizers.Adam(1e-3), ["binary_crossentropy"] * len(TASKS))
     if step == "training":
         run = keras_steps.training(built, x, tuple(labels[t] for t in TASKS))

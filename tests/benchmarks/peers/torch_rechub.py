@@ -1,8 +1,8 @@
 """torch-rechub's MMOE and PLE, in the loop of its own trainer.
 
 Its MLPs normalise each layer by batch, also the gates before their softmax. With
-`normalized=False` these modules are taken out, so that all models do the same work. The
-optimizer is Adam without the trainer's weight decay.
+`published=False` these modules are taken out, so that all models do the same work, and
+the optimizer is Adam without the trainer's default weight decay.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from tests.benchmarks.mixture_sizes import ple_sizes
 from tests.benchmarks.workload import Workload
 
 
-def make(model: str, experts: int, step: str, normalized: bool = False) -> Workload:
+def make(model: str, experts: int, step: str, published: bool = False) -> Workload:
     """Return the training or serving step of a model.
 
     Args:
         model: "MMoE" or "PLE".
         experts: number of experts, for PLE of each level.
         step: "training" (a batch of `MTLTrainer.train_one_epoch`) or "serving".
-        normalized: whether to keep the batch normalization.
+        published: whether to keep the batch normalization and the weight decay.
     """
     torch.manual_seed(0)
     sizes = Sizes()
@@ -33,14 +33,18 @@ def make(model: str, experts: int, step: str, normalized: bool = False) -> Workl
     x = {name: torch.from_numpy(column[:, 0]) for name, column in columns.items()}
     y = torch.from_numpy(np.concatenate([labels[task] for task in TASKS], axis=1))
     built = build(model, experts, sizes)
-    if not normalized:
+    if not published:
         remove_normalization(built)
     if step == "training":
         types = ["classification"] * len(TASKS)
-        trainer = MTLTrainer(built, types, optimizer_params={"lr": 1e-3})
+        decay = 1e-5 if published else 0.0
+        options = {"lr": 1e-3, "weight_decay": decay}
+        trainer = MTLTrainer(built, types, optimizer_params=options)
 
         def run(steps: int) -> None:
             trainer.train_one_epoch([(x, y)] * steps)
+            # Kept gradients would count as memory from before the next step.
+            trainer.optimizer.zero_grad()
 
     else:
         built.eval()
