@@ -88,7 +88,8 @@ def test_an_environment_that_was_not_made_is_reported(monkeypatch, tmp_path):
     ]
     rows = measure(group(*cases), PROFILES["fast"])
     assert [found.status for found in rows] == ["absent", "absent"]
-    assert [x.reason for x in rows] == ["environment 'torch' was not made", "no rows"]
+    assert "is not made; run python -m tests.benchmarks setup torch" in rows[0].reason
+    assert rows[1].reason == "no rows"
     with pytest.raises(ValueError, match=r"environment must be one of own, .*'none'"):
         environments.python_of("none")
 
@@ -195,8 +196,15 @@ def test_the_command_compares(tmp_path, capsys):
     for path, seconds in zip(paths, (0.5, 0.7), strict=True):
         write(_pair([seconds] * 3), environments.Path(path))
     assert main(["compare", *paths]) == 1
-    assert "1 falls in 1 cases" in capsys.readouterr().out
+    assert "falls: 1; cases: 1" in capsys.readouterr().out
     assert main(["compare", paths[0], paths[0]]) == 0
+    write(Results("fast", MACHINE, "2026-01-01T00:00:00", []), tmp_path / "none.json")
+    none = str(tmp_path / "none.json")
+    assert main(["compare", paths[0], none]) == 2
+    assert "no measured case" in capsys.readouterr().err
+    assert main(["page", none, "--docs", str(tmp_path)]) == 2
+    assert main(["--only", "mixtures", "--json", str(tmp_path / "no" / "x.json")]) == 2
+    assert main(["--only", "mixtures:e = 7"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -231,8 +239,8 @@ def test_the_page_has_goals_tables_and_a_picture(tmp_path):
         "| 2.00 ± 0.00 | yes |" in text
     )
     assert (
-        "| MMoE training (FusedAdam) against DeepCTR (Adam), e = 16 | ≥ 1.25 | 1.00 ± 0.00 | no |"
-        in text
+        "| MMoE training (FusedAdam) against DeepCTR (Adam), e = 16 | ≥ 1.25 "
+        "| 1.00 ± 0.00 | no |" in text
     )
     assert "| speed, time | e = 8 | e = 16 |" in text
     assert (

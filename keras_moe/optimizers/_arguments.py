@@ -29,9 +29,10 @@ def refuse_for_tables(optimizer: str, arguments: dict[str, Any]) -> None:
     for name in _NOT_FOR_TABLES:
         if arguments.get(name):
             raise ValueError(
-                f"{optimizer} updates only the rows of a table that have a gradient, "
-                f"and `{name}` must not be set. Give tables an optimizer of their own "
-                "with keras.optimizers.MultiOptimizer. "
+                f"{optimizer}: `{name}` must not be set. It updates only the rows of a "
+                "table that have a gradient, and has no AMSGrad. For the variables "
+                "that are not tables, an optimizer of their own in "
+                f"keras.optimizers.MultiOptimizer may have `{name}`. "
                 f"Received: {name}={arguments[name]!r}"
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import keras
@@ -101,11 +102,15 @@ class LazyAdam(SparseGradients, FusedAdam):
 
     def _tables_among(self, variables: Any) -> frozenset[int]:
         """Return the indices of the tables."""
-        return frozenset(
-            index
-            for index, variable in enumerate(variables)
-            if re.search(self.tables, getattr(variable, "path", variable.name))
-        )
+        paths = [getattr(variable, "path", variable.name) for variable in variables]
+        found = [i for i, path in enumerate(paths) if re.search(self.tables, path)]
+        if not found and self.tables != _arguments.EMBEDDINGS:
+            warnings.warn(
+                f"{type(self).__name__}: `tables` finds none of the variables. "
+                f"Received: tables={self.tables!r} for the paths {paths}",
+                stacklevel=2,
+            )
+        return frozenset(found)
 
     def _received(self, gradient: Any) -> Any:
         return gradient

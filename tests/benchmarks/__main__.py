@@ -49,11 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     try:
         return options.work(options, console)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: --json has the groups that were finished", file=sys.stderr)
+        kept = getattr(options, "json", None)
+        note = f": {kept} has the groups that were finished" if kept else ""
+        print(f"interrupted{note}", file=sys.stderr)
         return 130
 
 
@@ -61,6 +63,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """Measure, and print a table for each group."""
     groups = select(options.only, options.profile)
     results = Results(options.profile)
+    if options.json:
+        write(results, options.json)  # A file that cannot be written is an error now.
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bar = progress.add_task("", total=len(groups))
@@ -103,6 +107,12 @@ def compare(options: argparse.Namespace, console: Console) -> int:
         console.print(
             "the files are of two machines: ratios may differ for that reason"
         )
+    shared = count(old, new)
+    if not shared:
+        files = f"{options.old} and {options.new}"
+        raise ValueError(f"{files} have no measured case of this library in common")
+    if old.profile != new.profile:
+        console.print(f"the profiles differ: {old.profile} and {new.profile}")
     found = list(falls(old, new))
     for fall in found:
         if fall.after is None:
@@ -110,13 +120,15 @@ def compare(options: argparse.Namespace, console: Console) -> int:
             continue
         before, after = ratio_text(fall.before), ratio_text(fall.after)
         console.print(f"{fall.what}, against {fall.against}: {before} -> {after}")
-    console.print(f"{len(found)} falls in {count(old, new)} cases")
+    console.print(f"falls: {len(found)}; cases: {shared}")
     return int(bool(found))
 
 
 def page(options: argparse.Namespace, console: Console) -> int:
     """Write the page and its picture."""
     results = read(options.file)
+    if not results.rows:
+        raise ValueError(f"{options.file} has no results")
     written = {"performance.md": markdown(results).encode(), PICTURE: png(results)}
     for name, content in written.items():
         path = options.docs / name
@@ -130,6 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks",
         description="Measure the library beside its peers. Without a command: run.",
+        epilog="\n".join(__doc__.splitlines()[2:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("run", help="measure (the default)")
@@ -146,15 +160,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, metavar="FILE", help="file of results")
     command = commands.add_parser("setup", help="make the environments of the peers")
     command.set_defaults(work=setup)
-    command.add_argument("environments", nargs="*", metavar="ENVIRONMENT")
+    names = f"any of {', '.join(ENVIRONMENTS)}; default: all"
+    command.add_argument("environments", nargs="*", metavar="ENVIRONMENT", help=names)
     command = commands.add_parser("compare", help="print what fell between two files")
     command.set_defaults(work=compare)
-    command.add_argument("old", type=Path, metavar="OLD.json")
-    command.add_argument("new", type=Path, metavar="NEW.json")
+    command.add_argument("old", type=Path, metavar="OLD.json", help="from --json")
+    command.add_argument("new", type=Path, metavar="NEW.json", help="from --json")
     command = commands.add_parser("page", help="write the page of the documentation")
     command.set_defaults(work=page)
-    command.add_argument("file", type=Path, metavar="FILE.json")
-    command.add_argument("--docs", type=Path, default=ROOT / "docs", metavar="FOLDER")
+    command.add_argument("file", type=Path, metavar="FILE.json", help="from --json")
+    where = "folder of the page (default: docs, whose page is overwritten)"
+    docs = ROOT / "docs"
+    command.add_argument(
+        "--docs", type=Path, default=docs, metavar="FOLDER", help=where
+    )
     return parser
 
 

@@ -167,10 +167,16 @@ def select(only: list[str], profile: str) -> list[Group]:
         only: names of suites, each with or without `:TEXT`, which keeps the groups
             whose point contains the text ("mixtures:e = 8"); empty: all groups.
         profile: a key of `PROFILES`.
+
+    Raises:
+        ValueError: if there is no such suite, or a choice has no group.
     """
     found = []
     for choice in only or SUITES:
         name, _, text = choice.partition(":")
         groups = load_suite(name).groups(profile)
-        found += [group for group in groups if text in point_label(group.point)]
+        chosen = [group for group in groups if text in point_label(group.point)]
+        if only and not chosen:
+            raise ValueError(f"{choice!r} has no group in the profile {profile!r}")
+        found += chosen
     return found

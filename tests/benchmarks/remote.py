@@ -55,7 +55,11 @@ class Remote:
             raise CaseError("absent", case.missing)
         python = python_of(case.environment)
         if python is None:
-            raise CaseError("absent", f"environment {case.environment!r} was not made")
+            raise CaseError(
+                "absent",
+                f"environment {case.environment!r} is not made; run python -m "
+                f"tests.benchmarks setup {case.environment}",
+            )
         self._max_gib = max_gib
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
