@@ -77,6 +77,8 @@ def _bars(results: Results) -> Iterator[str]:
             reached = "yes" if reaches(bar, value) else "no"
         lines.append(f"| {' | '.join((bar.text, goal, measured, reached))} |")
     yield "\n".join(lines)
+    if any(value is None for _, value in found):
+        yield '"Not measured": this run had only a part of the groups (`--only`).'
 
 
 def bar_ratio(bar: Bar, suite: str, results: Results) -> Spread | None:
