@@ -266,9 +266,9 @@ def on_streams(
 
     If all streams are the same tensor, one matmul computes all experts.
     """
-    if _same(streams, counts):
-        used = next(s for s, count in zip(streams, counts, strict=True) if count)
-        return stacked(used, training=training)
+    used = [s for s, count in zip(streams, counts, strict=True) if count]
+    if all(stream is used[0] for stream in used):
+        return stacked(used[0], training=training)
     leading = ops.shape(streams[0])[:-1]
     if getattr(stacked, "fast_in_turn", False):  # Custom experts may lack it.
         pieces = stacked.on_pieces(_pieces(streams, counts), training=training)
@@ -288,12 +288,6 @@ def spread(gates: Any, owners: Sequence[int], num_blocks: int) -> Any:
     blocks = ops.expand_dims(gates, -2) * ops.cast(is_own, gates.dtype)
     leading = _backend.restored_axes(ops.shape(gates)[:-2])
     return ops.reshape(blocks, (*leading, t, num_blocks * m))
-
-
-def _same(streams: Sequence[Any], counts: Sequence[int]) -> bool:
-    """Whether all streams with experts are the same tensor."""
-    used = {id(s) for s, count in zip(streams, counts, strict=True) if count}
-    return len(used) == 1
 
 
 def _pieces(streams: Sequence[Any], counts: Sequence[int]) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from mixture_of_experts import MoE
@@ -47,12 +46,9 @@ def make(
         layer.experts.w1.copy_(torch.from_numpy(kernels["up"]))
         layer.experts.w2.copy_(torch.from_numpy(kernels["down"]))
 
-    def call(x: Any) -> tuple[Any, Any]:
-        return layer(x)
-
     return torch_steps.workload(
         layer,
-        call,
+        layer,
         x,
         step,
         package="mixture-of-experts",
