@@ -9,6 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe import _checks
 from keras_moe.optimizers import _arguments, _tensorflow
 from keras_moe.optimizers._fused_adam import FusedAdam
 from keras_moe.optimizers._sparse_gradients import SparseGradients
@@ -30,13 +31,16 @@ class LazyAdam(SparseGradients, FusedAdam):
         v <- v + (1 - beta_2) (g^2 - v)
         row <- row - rate_t m / (sqrt(v) + epsilon)
 
-    with `rate_t = learning_rate * sqrt(1 - beta_2^t) / (1 - beta_1^t)`. If g is zero in
-    all columns, the row and its slots stay as they are, where Adam would let m and v
-    decay and m move the row. If every row has a gradient in every step, this is Adam.
+    with `rate_t = learning_rate * table_learning_rate_multiplier * sqrt(1 - beta_2^t) /
+    (1 - beta_1^t)`. If g is zero in all columns, the row and its slots stay as they are,
+    where Adam would let m and v decay and m move the row. If every row has a gradient
+    in every step, and the multiplier is 1, this is Adam.
 
     Bias correction counts the steps of the optimizer, as in the LazyAdam of TensorFlow
     Addons. A row that is first seen late in training has m = 0.1 g and v = 0.001 g^2,
-    nearly without correction, and moves by 3.2 times the learning rate.
+    nearly without correction, and moves by 3.2 times the learning rate. With Adam, m
+    would go on to move it: by ten times as much, if no further gradient comes. Tables
+    of which each batch has few rows may therefore need a higher learning rate here.
 
     On JAX and torch the gradient of a table is dense. The numbers are the same, but a
     step reads and writes the whole table.
@@ -47,6 +51,8 @@ class LazyAdam(SparseGradients, FusedAdam):
         beta_1: float, decay of m.
         beta_2: float, decay of v.
         epsilon: float, added to the root of v.
+        table_learning_rate_multiplier: float > 0, learning rate of the tables over that
+            of all other variables.
         tables: str, a regular expression: variables whose path it finds are tables. By
             default the weights of `keras.layers.Embedding`. On TensorFlow, variables
             with a sparse gradient are tables, too.
@@ -81,6 +87,7 @@ class LazyAdam(SparseGradients, FusedAdam):
         beta_2: float = 0.999,
         epsilon: float = 1e-7,
         *,
+        table_learning_rate_multiplier: float = 1.0,
         tables: str = _arguments.EMBEDDINGS,
         **kwargs: Any,
     ) -> None:
@@ -91,6 +98,9 @@ class LazyAdam(SparseGradients, FusedAdam):
             beta_2=beta_2,
             epsilon=epsilon,
             **kwargs,
+        )
+        self.table_learning_rate_multiplier = _checks.positive_number(
+            "table_learning_rate_multiplier", table_learning_rate_multiplier
         )
         self.tables = _arguments.checked_pattern(tables)
 
@@ -116,10 +126,11 @@ class LazyAdam(SparseGradients, FusedAdam):
         return gradient
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        table_rate = learning_rate * self.table_learning_rate_multiplier
         if _tensorflow.is_sparse(gradient):
-            self._update_rows(gradient, variable, learning_rate)
+            self._update_rows(gradient, variable, table_rate)
         elif self._get_variable_index(variable) in self._table_indices:
-            self._update_table(gradient, variable, learning_rate)
+            self._update_table(gradient, variable, table_rate)
         else:
             super().update_step(gradient, variable, learning_rate)
 
@@ -161,4 +172,8 @@ class LazyAdam(SparseGradients, FusedAdam):
         ]
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "tables": self.tables}
+        return {
+            **super().get_config(),
+            "table_learning_rate_multiplier": self.table_learning_rate_multiplier,
+            "tables": self.tables,
+        }

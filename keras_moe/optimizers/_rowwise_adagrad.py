@@ -28,8 +28,8 @@ class RowwiseAdagrad(LazyAdam):
     step reads and writes only the rows of the batch. On JAX and torch the gradient is
     dense: the numbers are the same, but a step reads and writes the whole table.
 
-    All variables that are not tables are updated as by `LazyAdam`, which is Adam unless
-    their gradient is sparse. For another optimizer of these, use
+    All variables that are not tables are updated as by `LazyAdam` with the multiplier 1,
+    which is Adam unless their gradient is sparse. For another optimizer of these, use
     `keras.optimizers.MultiOptimizer`.
 
     Args:
@@ -84,11 +84,9 @@ class RowwiseAdagrad(LazyAdam):
             beta_1=beta_1,
             beta_2=beta_2,
             epsilon=epsilon,
+            table_learning_rate_multiplier=table_learning_rate_multiplier,
             tables=tables,
             **kwargs,
-        )
-        self.table_learning_rate_multiplier = _checks.positive_number(
-            "table_learning_rate_multiplier", table_learning_rate_multiplier
         )
         self.initial_accumulator_value = _checks.non_negative_number(
             "initial_accumulator_value", initial_accumulator_value
@@ -125,7 +123,10 @@ class RowwiseAdagrad(LazyAdam):
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._get_variable_index(variable)
         if index not in self._table_indices:
-            super().update_step(gradient, variable, learning_rate)
+            if _tensorflow.is_sparse(gradient):
+                self._update_rows(gradient, variable, learning_rate)
+            else:
+                super().update_step(gradient, variable, learning_rate)
             return
         accumulator = self._accumulators[index]
         rate = ops.cast(learning_rate, variable.dtype)
@@ -155,7 +156,6 @@ class RowwiseAdagrad(LazyAdam):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "table_learning_rate_multiplier": self.table_learning_rate_multiplier,
             "initial_accumulator_value": self.initial_accumulator_value,
         }
 

@@ -56,8 +56,8 @@ class Settings:
         batch_size: training examples per step.
         optimizer: "adam", or a name in `training.OPTIMIZERS`.
         learning_rate: initial learning rate, with cosine decay to 5%.
-        table_multiplier: learning rate of the tables over the others' in
-            "rowwise_adagrad".
+        table_multiplier: learning rate of the tables over the others' in "lazy_adam"
+            and "rowwise_adagrad".
         max_epochs: maximal number of epochs.
         level_weight: weight of the cross-entropy in the watch loss, see `WatchLoss`.
         task_weights: loss weights of like and rating; that of watch is 1.

@@ -24,15 +24,15 @@ from recsys_examples.movielens.training import Validation, fit_ranker
 from recsys_examples.tables import summary
 
 TUNING_SEEDS = 1
-# (learning rate, multiplier of the tables); the latter is RowwiseAdagrad's.
+# (learning rate, multiplier of the tables); the latter counts in `OF_TABLES` alone.
 ADAM_GRID = [(rate, 10.0) for rate in (2.5e-3, 3.75e-3, 5e-3, 7.5e-3)]
-ADAGRAD_GRID = list(product((2.5e-3, 5e-3), (10.0, 30.0)))
 GRIDS = {
     "adam": ADAM_GRID,
     "fused_adam": ADAM_GRID,
-    "lazy_adam": ADAM_GRID,
-    "rowwise_adagrad": ADAGRAD_GRID,
+    "lazy_adam": list(product((2.5e-3, 5e-3), (2.0, 5.0))),
+    "rowwise_adagrad": list(product((2.5e-3, 5e-3), (10.0, 30.0))),
 }
+OF_TABLES = ("lazy_adam", "rowwise_adagrad")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _tuned(
 
 def _name(settings: Settings) -> str:
     name = f"{settings.optimizer}, rate {settings.learning_rate:g}"
-    if settings.optimizer == "rowwise_adagrad":
+    if settings.optimizer in OF_TABLES:
         return f"{name}, tables {settings.table_multiplier:g}"
     return name
 
@@ -151,7 +151,7 @@ def optimizers_table(title: str, found: dict[str, Studied]) -> Table:
     for name, studied in found.items():
         rate = studied.settings.learning_rate
         rates = f"{rate:g}"
-        if name == "rowwise_adagrad":
+        if name in OF_TABLES:
             rates += f" ({rate * studied.settings.table_multiplier:g})"
         table.add_row(
             name,

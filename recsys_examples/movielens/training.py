@@ -237,6 +237,6 @@ def compile_ranker(
 
 def _optimizer(settings: Settings, schedule: Any) -> keras.optimizers.Optimizer:
     make = OPTIMIZERS[settings.optimizer]
-    if make is optimizers.RowwiseAdagrad:
+    if issubclass(make, optimizers.LazyAdam):  # and RowwiseAdagrad
         return make(schedule, table_learning_rate_multiplier=settings.table_multiplier)
     return make(schedule)

@@ -38,7 +38,7 @@ def test_the_ranker_is_trained_by_it(windows, settings, name):
         optimizer.get_config()["learning_rate"]["config"]["initial_learning_rate"],
         float,
     )
-    if name == "rowwise_adagrad":
+    if name in ("lazy_adam", "rowwise_adagrad"):
         assert optimizer.table_learning_rate_multiplier == 4.0
 
 
