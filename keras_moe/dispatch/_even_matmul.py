@@ -71,7 +71,7 @@ def even_dense(
             return (_updated(outputs, first, inside, block),)
 
         carry = (flat(outputs),)
-        (outputs,) = _for_guests(guests, b, ops.shape(rows[0])[0], step, carry)
+        _, outputs = _for_guests(guests, b, ops.shape(rows[0])[0], step, carry)
         return ops.reshape(outputs, (e, -1, outputs.shape[-1]))
 
     def gradient(inputs: Any, guests: Guests, upstream: Any) -> Any:
@@ -82,16 +82,12 @@ def even_dense(
         dtype = keras.backend.standardize_dtype(weights[0].dtype)
         sums_dtype = "float32" if dtype in ("float16", "bfloat16") else dtype
 
-        def step(
-            expert: Any,
-            first: Any,
-            inside: Any,
-            last: Any,
-            hidden: Any,
-            by_output: Any,
-            by_hidden: Any,
-            *sums: Any,
-        ) -> Any:
+        hidden, by_output, by_hidden = flat(hidden), flat(upstream), flat(by_hidden)
+        num_slots = ops.shape(hidden)[0]
+
+        def step(expert: Any, first: Any, inside: Any, *carry: Any) -> Any:
+            last, by_hidden, *sums = carry
+            parts, totals = sums[: len(weights)], sums[len(weights) :]
             # Exclude the rows of other runs, even NaN.
             block, by_block = (
                 routing_lib.rows_where(inside, block_of(x, first, b))
@@ -102,44 +98,42 @@ def even_dense(
                 ops.sum(by_block, axis=0),
             ]
             # The turns of an expert follow each other: one sum is enough.
-            parts, totals = sums[: len(weights)], sums[len(weights) :]
             parts = [
                 ops.where(expert == last, part, ops.zeros_like(part))
                 + ops.cast(product, sums_dtype)
                 for part, product in zip(parts, products, strict=False)
             ]
             kernel = part_of(weights[0], expert)
-            zeros = ops.zeros_like(block), ops.zeros_like(by_block)
-            return (
-                expert,
-                _updated(hidden, first, inside, zeros[0]),
-                _updated(by_output, first, inside, zeros[1]),
-                _updated(
-                    by_hidden,
-                    first,
-                    inside,
-                    ops.matmul(by_block, ops.transpose(kernel)),
-                ),
-                *parts,
-                *[
-                    with_part(total, expert, part)
-                    for total, part in zip(totals, parts, strict=True)
-                ],
+            by_block = ops.matmul(by_block, ops.transpose(kernel))
+            totals = [
+                with_part(total, expert, part)
+                for total, part in zip(totals, parts, strict=True)
+            ]
+            by_hidden = _updated(by_hidden, first, inside, by_block)
+            return expert, by_hidden, *parts, *totals
+
+        def remove(expert: Any, first: Any, inside: Any, *carry: Any) -> Any:
+            return tuple(
+                _updated(x, first, inside, ops.zeros((b, x.shape[-1]), x.dtype))
+                for x in carry
             )
 
         carry = (
             index(-1),
-            *[flat(x) for x in (hidden, upstream, by_hidden)],
+            by_hidden,
             *[ops.zeros(w.shape[1:], sums_dtype) for w in weights],
             *[ops.zeros_like(w) for w in weights],
         )
-        _, hidden, by_output, by_hidden, *sums = _for_guests(
-            guests, b, ops.shape(carry[1])[0], step, carry
+        turns, _, by_hidden, *sums = _for_guests(guests, b, num_slots, step, carry)
+        # A loop of its own, and after the other: where a loop reads and writes a
+        # tensor, XLA copies all of it in every turn.
+        start = turns - guests.turns[-1]
+        _, hidden, by_output = _for_guests(
+            guests, b, num_slots, remove, (hidden, by_output), start
         )
         hidden, by_output, by_hidden = (
             ops.reshape(x, (e, -1, x.shape[-1])) for x in (hidden, by_output, by_hidden)
         )
-        # The guests are zero by now.
         by_weights = [
             ops.matmul(ops.transpose(hidden, (0, 2, 1)), by_output),
             ops.sum(by_output, axis=1),
@@ -156,22 +150,29 @@ def even_dense(
     return _backend.with_gradient(forward, gradient, (*rows, *weights), guests)
 
 
-def _for_guests(guests: Guests, b: int, num_slots: Any, step: Any, carry: Any) -> Any:
-    """Run `step(expert, first_slot, inside, *carry)` over blocks of b slots."""
+def _for_guests(
+    guests: Guests, b: int, num_slots: Any, step: Any, carry: Any, start: Any = None
+) -> Any:
+    """Run `step(expert, first_slot, inside, *carry)` over blocks of b slots.
+
+    `start` is 0, as a tensor that another loop has computed. Returns the number of
+    turns too.
+    """
 
     def turn(t: Any, *carry: Any) -> Any:
         run = ops.sum(ops.cast(guests.turns <= t, "int32"))
         turns_before = ops.take(routing_lib.shifted(guests.turns), run)
-        start = ops.take(guests.starts, run) + (t - turns_before) * b
+        slot = ops.take(guests.starts, run) + (t - turns_before) * b
         end = ops.take(guests.ends, run)
         # A block that would pass the last slot begins earlier.
-        first = ops.minimum(start, num_slots - b)
+        first = ops.minimum(slot, num_slots - b)
         slots = first + ops.arange(b, dtype="int32")
-        inside = ops.logical_and(slots >= start, slots < end)
+        inside = ops.logical_and(slots >= slot, slots < end)
         return t + 1, *step(ops.take(guests.experts, run), first, inside, *carry)
 
     turns = guests.turns[-1]
-    return ops.while_loop(lambda t, *_: t < turns, turn, (index(0), *carry))[1:]
+    start = index(0) if start is None else start
+    return ops.while_loop(lambda t, *_: t < turns, turn, (start, *carry))
 
 
 def _updated(rows: Any, first: Any, inside: Any, block: Any) -> Any:
