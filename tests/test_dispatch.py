@@ -193,7 +193,7 @@ def in_capacity(tokens, record, experts):
 
 
 MOVES = {
-    "at_once": dispatch_lib.blocked_at_once,
+    "evenly": dispatch_lib.blocked_evenly,
     "in_turn": dispatch_lib.blocked_in_turn,
     "capacity": in_capacity,
 }
@@ -256,7 +256,7 @@ def compiled_mlp():
 
 @only_jax
 @pytest.mark.parametrize("e", [8, 64, 256])
-@pytest.mark.parametrize("move", ["at_once", "capacity"])
+@pytest.mark.parametrize("move", ["evenly", "capacity"])
 def test_the_compiler_counts_few_operations_more_than_for_an_mlp(move, e):
     dense = compiled_mlp().cost_analysis()["flops"]
     # Two matmuls forward and four backward, of 2 n in out operations each.
@@ -266,7 +266,7 @@ def test_the_compiler_counts_few_operations_more_than_for_an_mlp(move, e):
 
 @only_jax
 @pytest.mark.parametrize(
-    ("move", "e"), [("at_once", 8), ("at_once", 256), ("capacity", 64), ("in_turn", 64)]
+    ("move", "e"), [("evenly", 8), ("evenly", 256), ("capacity", 64), ("in_turn", 64)]
 )
 def test_no_tensor_of_tokens_by_experts_by_slots(move, e):
     """The largest are the hidden rows, and the kernels with a copy for each block.
@@ -277,7 +277,7 @@ def test_no_tensor_of_tokens_by_experts_by_slots(move, e):
     shapes = re.findall(r"\w\d+\[([\d,]+)\]", compiled(move, e).as_text())
     sizes = {shape: math.prod(map(int, shape.split(","))) for shape in shapes}
     rows = 1.35 * N * K * HIDDEN
-    copies = (5 if move == "at_once" else 1) * e * WIDTH * HIDDEN
+    copies = (5 if move == "evenly" else 1) * e * WIDTH * HIDDEN
     assert max(sizes.values()) <= max(rows, copies)
     tall = [s for s in sizes if str(N) in s.split(",") or str(N * K) in s.split(",")]
     assert tall

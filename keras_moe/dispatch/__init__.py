@@ -19,12 +19,12 @@ from keras_moe import _backend
 from keras_moe.dispatch._blocked import (
     block_sizes,
     blocked,
-    blocked_at_once,
     blocked_in_turn,
     rows_multiplied,
 )
 from keras_moe.dispatch._capacity import capacity, within_capacity
 from keras_moe.dispatch._dense import dense
+from keras_moe.dispatch._even import blocked_evenly
 from keras_moe.dispatch._expert_choice import expert_choice
 from keras_moe.dispatch._ragged import ragged
 from keras_moe.dispatch._rows import nan_where
@@ -38,7 +38,7 @@ __all__ = [
     "Dispatch",
     "block_sizes",
     "blocked",
-    "blocked_at_once",
+    "blocked_evenly",
     "blocked_in_turn",
     "capacity",
     "check_serves",

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from keras import ops
-
 from keras_moe import _backend
-from keras_moe import routing as routing_lib
+from keras_moe.dispatch._even import blocked_evenly
 from keras_moe.dispatch._grouped_matmul import grouped_dense
-from keras_moe.dispatch._slots import in_slots
 from keras_moe.dispatch._sorted import in_sorted_rows
-from keras_moe.experts._protocol import GroupedExperts, Prologue, apply_prologue
-from keras_moe.routing import Routing, Slots, SortedChoices
+from keras_moe.experts._protocol import GroupedExperts, Prologue
+from keras_moe.routing import Routing, SortedChoices
 
 
 def blocked(
@@ -24,78 +21,8 @@ def blocked(
 ) -> Any:
     """Multiply the sorted rows in blocks of static size."""
     if _backend.on_accelerator():
-        return blocked_at_once(tokens, routing, experts, training)
+        return blocked_evenly(tokens, routing, experts, training)
     return blocked_in_turn(tokens, routing, experts, training)
-
-
-def blocked_at_once(
-    tokens: Any, routing: Routing, experts: GroupedExperts, training: bool | None = None
-) -> Any:
-    """All blocks in one batched matmul, each with its expert's kernel (GPU, TPU).
-
-    A loop with a data-dependent trip count would synchronize GPU and host before every
-    block. The cost is a copy of the expert's kernel for every block.
-    """
-    e, k = experts.num_experts, routing.expert_indices.shape[1]
-    n = ops.shape(tokens)[0]
-    b = _rows_per_block(n, k, e)
-    runs = routing_lib.sort_choices(routing, e)
-    of_block, slots = _block_slots(runs, b, n * k // b + e, n, k)
-
-    def matmul(
-        rows: Any, kernel: Any, bias: Any = None, prologue: Prologue | None = None
-    ) -> Any:
-        rows = ops.matmul(
-            apply_prologue(prologue, rows), ops.take(kernel, of_block, axis=0)
-        )
-        if bias is None:
-            return rows
-        return rows + ops.expand_dims(ops.take(bias, of_block, axis=0), 1)
-
-    return in_slots(
-        lambda rows: experts.on_rows(rows, matmul, training=training),
-        tokens,
-        routing,
-        slots,
-    )
-
-
-def _rows_per_block(n: Any, k: int, e: int) -> int:
-    """Return b: at most a quarter of the mean load, in [8, 512].
-
-    Padding then adds at most a quarter, unless the mean load is below 32 rows.
-    """
-    if not isinstance(n, int):
-        return 32
-    b = 8
-    while b < 512 and 8 * b * e <= n * k:
-        b *= 2
-    return b
-
-
-def _block_slots(
-    runs: SortedChoices, b: int, blocks: Any, n: Any, k: int
-) -> tuple[Any, Slots]:
-    """Return the expert of each block, and the blocks as slots."""
-    block_ends = ops.cumsum((runs.ends - runs.starts + (b - 1)) // b)
-    block_ends = ops.cast(block_ends, "int32")
-    # The offset that aligns an expert's first row with the start of a block.
-    shifts = routing_lib.shifted(block_ends) * b - runs.starts
-    block = ops.arange(blocks, dtype="int32")
-    of_block = ops.cast(ops.searchsorted(block_ends, block, side="right"), "int32")
-    of_block = ops.minimum(of_block, ops.shape(runs.ends)[0] - 1)
-    rows = ops.expand_dims(block * b - ops.take(shifts, of_block), -1)
-    rows = rows + ops.arange(b, dtype="int32")
-    filled = rows < ops.expand_dims(ops.take(runs.ends, of_block), -1)
-    of_choice = ops.searchsorted(
-        runs.ends, ops.reshape(runs.positions, (-1,)), side="right"
-    )
-    shift_of_choice = ops.take(ops.pad(shifts, ((0, 1),)), of_choice)
-    return of_block, Slots(
-        tokens=routing_lib.tokens_in_rows(runs, rows, filled, n, k),
-        slot_of_choice=runs.positions + ops.reshape(shift_of_choice, (-1, k)),
-        kept=runs.positions < runs.ends[-1],
-    )
 
 
 def blocked_in_turn(

@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_moe import _backend
 from keras_moe import routing as routing_lib
-from keras_moe.dispatch._rows import identity
+from keras_moe.dispatch._rows import affine, block_of, identity, index, part_of
 from keras_moe.experts._protocol import Prologue
 from keras_moe.routing import SortedChoices
 
@@ -41,22 +41,22 @@ def grouped_dense(
         rows, weights = inputs[:width], inputs[width:]
 
         def expert(k: Any, outputs: Any) -> Any:
-            own = [_slice(w, k) for w in weights]
+            own = [part_of(w, k) for w in weights]
 
             def step(first: Any, size: int, inside: Any, carry: Any) -> Any:
                 (outputs,) = carry
-                block = _affine(
-                    activate(*[_block(row, first, size) for row in rows]), *own
+                block = affine(
+                    activate(*[block_of(row, first, size) for row in rows]), *own
                 )
                 # On torch, Keras computes float64 matmuls in float32.
                 block = ops.cast(block, outputs.dtype)
-                return (ops.slice_update(outputs, (first, _int(0)), block),)
+                return (ops.slice_update(outputs, (first, index(0)), block),)
 
             return k + 1, *_for_blocks(runs, k, sizes, step, (outputs,))
 
         shape = (ops.shape(rows[0])[0], weights[0].shape[-1])
         outputs = ops.zeros(shape, weights[0].dtype)
-        return ops.while_loop(lambda k, _: k < e, expert, (_int(0), outputs))[1]
+        return ops.while_loop(lambda k, _: k < e, expert, (index(0), outputs))[1]
 
     def gradient(inputs: Any, runs: SortedChoices, upstream: Any) -> Any:
         rows, weights = inputs[:width], inputs[width:]
@@ -65,12 +65,12 @@ def grouped_dense(
         sums_dtype = "float32" if dtype in ("float16", "bfloat16") else dtype
 
         def expert(k: Any, *carry: Any) -> Any:
-            own_kernel = _slice(weights[0], k)
+            own_kernel = part_of(weights[0], k)
 
             def step(first: Any, size: int, inside: Any, carry: Any) -> Any:
                 by_rows, by_weights = carry[:width], carry[width:]
-                blocks = [_block(row, first, size) for row in rows]
-                by_output = _block(upstream, first, size)
+                blocks = [block_of(row, first, size) for row in rows]
+                by_output = block_of(upstream, first, size)
                 if inside is not None:
                     # Exclude the rows of the next expert, even NaN.
                     blocks = [routing_lib.rows_where(inside, block) for block in blocks]
@@ -83,7 +83,7 @@ def grouped_dense(
                 by_blocks = pull(ops.matmul(by_output, ops.transpose(own_kernel)))
                 return (
                     *[
-                        ops.slice_update(whole, (first, _int(0)), block)
+                        ops.slice_update(whole, (first, index(0)), block)
                         for whole, block in zip(by_rows, by_blocks, strict=True)
                     ],
                     *[
@@ -97,7 +97,7 @@ def grouped_dense(
             updated = [
                 ops.slice_update(
                     whole,
-                    (k, *[_int(0)] * (len(whole.shape) - 1)),
+                    (k, *[index(0)] * (len(whole.shape) - 1)),
                     ops.expand_dims(ops.cast(part, whole.dtype), 0),
                 )
                 for whole, part in zip(carry[width:], inner[width:], strict=True)
@@ -105,7 +105,7 @@ def grouped_dense(
             return k + 1, *inner[:width], *updated
 
         carry = [ops.zeros_like(x) for x in (*rows, *weights)]
-        return ops.while_loop(lambda k, *_: k < e, expert, (_int(0), *carry))[1:]
+        return ops.while_loop(lambda k, *_: k < e, expert, (index(0), *carry))[1:]
 
     return _backend.with_gradient(forward, gradient, (*rows, *weights), runs)
 
@@ -136,24 +136,3 @@ def _for_blocks(runs: SortedChoices, k: Any, sizes: Any, step: Any, carry: Any) 
 
         carry = ops.while_loop(fits, run_rest, carry)
     return carry[1:]
-
-
-def _affine(rows: Any, kernel: Any, bias: Any = None) -> Any:
-    outputs = ops.matmul(rows, kernel)
-    return outputs if bias is None else outputs + bias
-
-
-def _int(value: int) -> Any:
-    """Return an int32 index: JAX needs one dtype for all indices of a slice."""
-    return ops.convert_to_tensor(value, "int32")
-
-
-def _slice(stacked: Any, k: Any) -> Any:
-    """Return `stacked[k]`."""
-    zeros = [_int(0)] * (len(stacked.shape) - 1)
-    part = ops.slice(stacked, (k, *zeros), (1, *stacked.shape[1:]))
-    return ops.reshape(part, stacked.shape[1:])
-
-
-def _block(rows: Any, first: Any, size: int) -> Any:
-    return ops.slice(rows, (first, _int(0)), (size, rows.shape[-1]))

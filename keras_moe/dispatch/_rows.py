@@ -52,3 +52,38 @@ def products_of_rows(outputs: Any, rows: Any, positions: Any) -> Any:
 def identity(rows: Any) -> Any:
     """Return `rows`."""
     return rows
+
+
+def affine(rows: Any, kernel: Any, bias: Any = None) -> Any:
+    """Return `rows @ kernel + bias`."""
+    outputs = ops.matmul(rows, kernel)
+    return outputs if bias is None else outputs + bias
+
+
+def index(value: int) -> Any:
+    """Return an int32 index: JAX needs one dtype for all indices of a slice."""
+    return ops.convert_to_tensor(value, "int32")
+
+
+def part_of(stacked: Any, k: Any) -> Any:
+    """Return `stacked[k]`."""
+    zeros = [index(0)] * (len(stacked.shape) - 1)
+    part = ops.slice(stacked, (k, *zeros), (1, *stacked.shape[1:]))
+    return ops.reshape(part, stacked.shape[1:])
+
+
+def with_part(stacked: Any, k: Any, part: Any) -> Any:
+    """Return `stacked` with `part` in place of `stacked[k]`, in its dtype."""
+    zeros = [index(0)] * (len(stacked.shape) - 1)
+    part = ops.expand_dims(ops.cast(part, stacked.dtype), 0)
+    return ops.slice_update(stacked, (k, *zeros), part)
+
+
+def block_of(rows: Any, first: Any, size: int) -> Any:
+    """Return `rows[first : first + size]`, for `rows` (m, d)."""
+    return ops.slice(rows, (first, index(0)), (size, rows.shape[-1]))
+
+
+def with_block(rows: Any, first: Any, block: Any) -> Any:
+    """Return `rows` (m, d) with `block` in place of those from `first` on."""
+    return ops.slice_update(rows, (first, index(0)), block)

@@ -1,4 +1,4 @@
-"""Slots of static shape, shared by "capacity" and `blocked_at_once`.
+"""Slots of static shape, shared by "capacity" and `blocked_evenly`.
 
 Axis letters: n tokens, d input features, u output units, k choices per token, s groups
 of c slots.
@@ -41,21 +41,37 @@ def in_slots(
 
     def combine_gradient(inputs: Any, slots: Slots, upstream: Any) -> tuple[Any, ...]:
         rows, weights = inputs
-        s, c = ops.shape(rows)[:2]
-        # The weight of a slot is that of the choice in it.
-        target = ops.where(slots.kept, slots.slot_of_choice, s * c)
-        weight_of_slot = ops.scatter(
-            ops.reshape(target, (-1, 1)), ops.reshape(weights, (-1,)), (s * c + 1,)
-        )[:-1]
+        weights = ops.pad(ops.reshape(weights, (-1,)), ((0, 1),))
+        weight_of_slot = ops.take(weights, _choice_of_slot(slots))
         by_rows = ops.take(ops.pad(upstream, ((0, 1), (0, 0))), slots.tokens, axis=0)
-        by_rows = by_rows * ops.reshape(weight_of_slot, (s, c, 1))
+        by_rows = by_rows * ops.expand_dims(weight_of_slot, -1)
         by_weights = products_of_rows(upstream, flat(rows), slots.slot_of_choice)
         none = ops.zeros_like(by_weights)
         return by_rows, ops.where(slots.kept, by_weights, none)
 
-    rows = compute(_backend.with_gradient(fill, fill_gradient, (tokens,), slots))
-    if routing.combine_weights is None:
+    def of_choices(rows: Any, slots: Slots) -> Any:
         outputs = ops.take(flat(rows), slots.slot_of_choice, axis=0)
         return routing_lib.rows_where(slots.kept, outputs)
+
+    def of_choices_gradient(
+        inputs: Any, slots: Slots, upstream: Any
+    ) -> tuple[Any, ...]:
+        upstream = ops.pad(flat(upstream), ((0, 1), (0, 0)))
+        return (ops.take(upstream, _choice_of_slot(slots), axis=0),)
+
+    rows = compute(_backend.with_gradient(fill, fill_gradient, (tokens,), slots))
+    if routing.combine_weights is None:
+        return _backend.with_gradient(of_choices, of_choices_gradient, (rows,), slots)
     weights = ops.cast(routing.combine_weights, rows.dtype)
     return _backend.with_gradient(combine, combine_gradient, (rows, weights), slots)
+
+
+def _choice_of_slot(slots: Slots) -> Any:
+    """Return the choice in each slot, (s, c); n * k in an empty slot."""
+    s, c = ops.shape(slots.tokens)
+    m = ops.shape(slots.slot_of_choice)[0] * slots.slot_of_choice.shape[1]
+    # Numbers from -m to -1, because a scatter has zeros where nothing is written.
+    choices = ops.arange(m, dtype="int32") - m
+    target = ops.where(slots.kept, slots.slot_of_choice, s * c)
+    found = ops.scatter(ops.reshape(target, (-1, 1)), choices, (s * c + 1,))
+    return ops.reshape(found[:-1] + m, (s, c))

@@ -191,7 +191,7 @@ def _compiled(layer, jit, signature):
         ("split", False, checks.layer_experts),
         ("in_turn", False, None),
         ("in_turn", True, None),
-        ("at_once", True, None),
+        ("evenly", True, None),
     ],
 )
 def test_graph_and_xla_give_what_the_dense_one_gives(way, jit, experts):
@@ -202,7 +202,7 @@ def test_graph_and_xla_give_what_the_dense_one_gives(way, jit, experts):
     signature = [tf.TensorSpec([None, E], "float64")]
     call, dense = (_compiled(layer, *how) for how in ((jit, signature), (False, None)))
     for kernel, x in ROUTINGS.values():
-        if way == "at_once" and len(x) < 2 * E:
+        if way == "evenly" and len(x) < 2 * E:
             continue  # XLA compiles each number of rows, for seconds.
         layer.gates.kernels[0].assign(kernel)
         layer.dispatch = "dense"

@@ -1,0 +1,135 @@
+"""Blocks of even size, one per expert, and a loop for the rows beyond them.
+
+Axis letters: n tokens, d input features, u output units, e experts, k choices per
+token, c slots per expert, b rows per turn of the loop, m = n * k rows, r runs.
+
+c is a little above the mean load m / e, so e * c slots hold all rows. An expert's first
+c rows are in its own slots. The rows beyond them are *guests*: they fill the slots that
+other experts leave empty, in the order of their experts. A batched matmul computes all
+slots, and a loop, whose number of turns depends on the guests, computes these again
+with their own kernel. There is no copy of a kernel and no room for a worst case.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras import ops
+
+from keras_moe import routing as routing_lib
+from keras_moe.dispatch._even_matmul import Guests, even_dense
+from keras_moe.dispatch._slots import in_slots
+from keras_moe.experts._protocol import GroupedExperts, Prologue
+from keras_moe.routing import Routing, Slots, SortedChoices
+
+
+def blocked_evenly(
+    tokens: Any, routing: Routing, experts: GroupedExperts, training: bool | None = None
+) -> Any:
+    """One batched matmul of all experts, and a loop that rarely turns (GPU)."""
+    e, k = experts.num_experts, routing.expert_indices.shape[1]
+    n = ops.shape(tokens)[0]
+    b = rows_per_turn(n, k, e)
+    runs = routing_lib.sort_choices(routing, e)
+    slots, guests = even_slots(runs, slots_per_expert(n * k, e, b), b, n, k)
+
+    def matmul(
+        rows: Any, kernel: Any, bias: Any = None, prologue: Prologue | None = None
+    ) -> Any:
+        return even_dense(rows, kernel, bias, prologue, guests, b)
+
+    return in_slots(
+        lambda rows: experts.on_rows(rows, matmul, training=training),
+        tokens,
+        routing,
+        slots,
+    )
+
+
+def slots_per_expert(m: Any, e: int, b: int) -> Any:
+    """Return c: an eighth and 8 rows above the mean load, and b rows in all.
+
+    With uniform routing few experts have a guest: the excess is two standard deviations
+    of a load of 64, and three of a load of 512. Works for a symbolic m.
+    """
+    return 9 * m // (8 * e) + max(8, -(-b // e))
+
+
+def rows_per_turn(n: Any, k: int, e: int) -> int:
+    """Return b: a fraction of the mean load, in [256, 1024].
+
+    The time of a turn hardly depends on b below 256 rows.
+    """
+    b = 256
+    while isinstance(n, int) and b < 1024 and 8 * b * e <= n * k:
+        b *= 2
+    return b
+
+
+def even_slots(
+    runs: SortedChoices, c: Any, b: int, n: Any, k: int
+) -> tuple[Slots, Guests]:
+    """Return the slots of all choices (e, c), and where the guests are."""
+    e, loads = runs.ends.shape[0], runs.ends - runs.starts
+    # Guests and empty slots are each numbered in the order of the experts.
+    guest_ends = _ends(ops.maximum(loads - c, 0))
+    room_ends = _ends(ops.maximum(c - loads, 0))
+    guest_starts = routing_lib.shifted(guest_ends)
+    # The slot of a guest is its number plus the shift of its host.
+    experts = ops.arange(e, dtype="int32")
+    shifts = experts * c + loads - routing_lib.shifted(room_ends)
+
+    # The guest number of each slot; negative for the expert's own rows.
+    slot = ops.expand_dims(ops.arange(c, dtype="int32"), 0)
+    guest = ops.expand_dims(experts * c - shifts, -1) + slot
+    is_own = slot < ops.expand_dims(ops.minimum(loads, c), -1)
+    first_guests = runs.starts + c - guest_starts
+    rows = ops.where(
+        is_own,
+        ops.expand_dims(runs.starts, -1) + slot,
+        guest + ops.take(first_guests, _at(guest_ends, guest)),
+    )
+    filled = ops.logical_or(is_own, guest < guest_ends[-1])
+
+    kept = runs.positions < runs.ends[-1]
+    expert = _at(runs.ends, runs.positions)
+    rank = runs.positions - ops.take(runs.starts, expert)
+    number = ops.take(guest_starts, expert) + rank - c
+    slot_of_choice = ops.where(
+        rank < c, expert * c + rank, number + ops.take(shifts, _at(room_ends, number))
+    )
+    slots = Slots(
+        tokens=routing_lib.tokens_in_rows(
+            runs, ops.where(filled, rows, 0), filled, n, k
+        ),
+        slot_of_choice=slot_of_choice,
+        kept=kept,
+    )
+    return slots, _guests(guest_ends, room_ends, shifts, b)
+
+
+def _guests(guest_ends: Any, room_ends: Any, shifts: Any, b: int) -> Guests:
+    """Return the runs of guests with one expert and one host, which are contiguous."""
+    ends = ops.sort(
+        ops.concatenate([guest_ends, ops.minimum(room_ends, guest_ends[-1])])
+    )
+    starts = routing_lib.shifted(ends)
+    shift = ops.take(shifts, _at(room_ends, starts))
+    return Guests(
+        experts=_at(guest_ends, starts),
+        starts=starts + shift,
+        ends=ends + shift,
+        turns=_ends((ends - starts + (b - 1)) // b),
+    )
+
+
+def _ends(counts: Any) -> Any:
+    return ops.cast(ops.cumsum(counts), "int32")
+
+
+def _at(ends: Any, values: Any) -> Any:
+    """Return the run (its index) that has each of `values`; the last for others."""
+    flat = ops.reshape(values, (-1,))
+    found = ops.cast(ops.searchsorted(ends, flat, side="right"), "int32")
+    found = ops.minimum(found, ends.shape[0] - 1)
+    return ops.reshape(found, ops.shape(values))

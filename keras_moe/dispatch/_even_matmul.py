@@ -1,0 +1,183 @@
+"""The grouped matmul of `blocked_evenly`: all slots at once, then the guests in a loop.
+
+Axis letters: e experts, c slots per expert, b rows per turn, r runs of guests.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_moe import _backend
+from keras_moe import routing as routing_lib
+from keras_moe.dispatch._rows import (
+    affine,
+    block_of,
+    flat,
+    identity,
+    index,
+    part_of,
+    with_block,
+    with_part,
+)
+from keras_moe.experts._protocol import Prologue
+
+
+class Guests(NamedTuple):
+    """The slots with rows of another expert than their own, as r contiguous runs.
+
+    Attributes:
+        experts: `(r,)` int32, the expert of each run, ascending.
+        starts: `(r,)` int32, the first slot of each run.
+        ends: `(r,)` int32, the last slot plus 1; equal to the start of an empty run.
+        turns: `(r,)` int32, the turns of the loop up to the end of each run.
+    """
+
+    experts: Any
+    starts: Any
+    ends: Any
+    turns: Any
+
+
+def even_dense(
+    rows: Any,
+    kernel: Any,
+    bias: Any,
+    prologue: Prologue | None,
+    guests: Guests,
+    b: int,
+) -> Any:
+    """(e, c, in), (e, in, out) -> (e, c, out): y_r = prologue(x_r) W_e + b_e.
+
+    e is the expert of row r: that of the slot, or for a guest its own.
+    """
+    rows = rows if isinstance(rows, tuple) else (rows,)
+    activate = prologue or identity
+    weights = [_backend.as_tensor(w) for w in (kernel, bias) if w is not None]
+    width, e = len(rows), weights[0].shape[0]
+
+    def forward(*inputs_and_guests: Any) -> Any:
+        *inputs, guests = inputs_and_guests
+        rows, weights = inputs[:width], inputs[width:]
+        row_weights = [weights[0], *[ops.expand_dims(w, 1) for w in weights[1:]]]
+        outputs = affine(activate(*rows), *row_weights)
+        rows = [flat(row) for row in rows]
+
+        def step(expert: Any, first: Any, inside: Any, outputs: Any) -> Any:
+            own = [part_of(w, expert) for w in weights]
+            block = affine(activate(*[block_of(row, first, b) for row in rows]), *own)
+            return (_updated(outputs, first, inside, block),)
+
+        carry = (flat(outputs),)
+        _, outputs = _for_guests(guests, b, ops.shape(rows[0])[0], step, carry)
+        return ops.reshape(outputs, (e, -1, outputs.shape[-1]))
+
+    def gradient(inputs: Any, guests: Guests, upstream: Any) -> Any:
+        rows, weights = inputs[:width], inputs[width:]
+        hidden, pull = _backend.pullback(activate, rows)
+        by_hidden = ops.matmul(upstream, ops.transpose(weights[0], (0, 2, 1)))
+        # Sums over blocks use float32 under half precision.
+        dtype = keras.backend.standardize_dtype(weights[0].dtype)
+        sums_dtype = "float32" if dtype in ("float16", "bfloat16") else dtype
+
+        hidden, by_output, by_hidden = flat(hidden), flat(upstream), flat(by_hidden)
+        num_slots = ops.shape(hidden)[0]
+
+        def step(expert: Any, first: Any, inside: Any, *carry: Any) -> Any:
+            last, by_hidden, *sums = carry
+            parts, totals = sums[: len(weights)], sums[len(weights) :]
+            # Exclude the rows of other runs, even NaN.
+            block, by_block = (
+                routing_lib.rows_where(inside, block_of(x, first, b))
+                for x in (hidden, by_output)
+            )
+            products = [
+                ops.matmul(ops.transpose(block), by_block),
+                ops.sum(by_block, axis=0),
+            ]
+            # The turns of an expert follow each other: one sum is enough.
+            parts = [
+                ops.where(expert == last, part, ops.zeros_like(part))
+                + ops.cast(product, sums_dtype)
+                for part, product in zip(parts, products, strict=False)
+            ]
+            kernel = part_of(weights[0], expert)
+            by_block = ops.matmul(by_block, ops.transpose(kernel))
+            totals = [
+                with_part(total, expert, part)
+                for total, part in zip(totals, parts, strict=True)
+            ]
+            by_hidden = _updated(by_hidden, first, inside, by_block)
+            return expert, by_hidden, *parts, *totals
+
+        def remove(expert: Any, first: Any, inside: Any, *carry: Any) -> Any:
+            return tuple(
+                _updated(x, first, inside, ops.zeros((b, x.shape[-1]), x.dtype))
+                for x in carry
+            )
+
+        carry = (
+            index(-1),
+            by_hidden,
+            *[ops.zeros(w.shape[1:], sums_dtype) for w in weights],
+            *[ops.zeros_like(w) for w in weights],
+        )
+        turns, _, by_hidden, *sums = _for_guests(guests, b, num_slots, step, carry)
+        # A loop of its own, and after the other: where a loop reads and writes a
+        # tensor, XLA copies all of it in every turn.
+        start = turns - guests.turns[-1]
+        _, hidden, by_output = _for_guests(
+            guests, b, num_slots, remove, (hidden, by_output), start
+        )
+        hidden, by_output, by_hidden = (
+            ops.reshape(x, (e, -1, x.shape[-1])) for x in (hidden, by_output, by_hidden)
+        )
+        by_weights = [
+            ops.matmul(ops.transpose(hidden, (0, 2, 1)), by_output),
+            ops.sum(by_output, axis=1),
+        ]
+        totals = sums[len(weights) :]
+        return (
+            *pull(by_hidden),
+            *[
+                ops.cast(own, total.dtype) + total
+                for own, total in zip(by_weights, totals, strict=False)
+            ],
+        )
+
+    return _backend.with_gradient(forward, gradient, (*rows, *weights), guests)
+
+
+def _for_guests(
+    guests: Guests, b: int, num_slots: Any, step: Any, carry: Any, start: Any = None
+) -> Any:
+    """Run `step(expert, first_slot, inside, *carry)` over blocks of b slots.
+
+    `start` is 0, as a tensor that another loop has computed. Returns the number of
+    turns too.
+    """
+
+    def turn(t: Any, *carry: Any) -> Any:
+        run = ops.sum(ops.cast(guests.turns <= t, "int32"))
+        turns_before = ops.take(routing_lib.shifted(guests.turns), run)
+        slot = ops.take(guests.starts, run) + (t - turns_before) * b
+        end = ops.take(guests.ends, run)
+        # A block that would pass the last slot begins earlier.
+        first = ops.minimum(slot, num_slots - b)
+        slots = first + ops.arange(b, dtype="int32")
+        inside = ops.logical_and(slots >= slot, slots < end)
+        return t + 1, *step(ops.take(guests.experts, run), first, inside, *carry)
+
+    turns = guests.turns[-1]
+    start = index(0) if start is None else start
+    return ops.while_loop(lambda t, *_: t < turns, turn, (start, *carry))
+
+
+def _updated(rows: Any, first: Any, inside: Any, block: Any) -> Any:
+    """Return `rows` with those of `block` that are `inside`."""
+    kept = ops.expand_dims(inside, -1)
+    old = block_of(rows, first, inside.shape[0])
+    # On torch, Keras computes float64 matmuls in float32.
+    return with_block(rows, first, ops.where(kept, ops.cast(block, rows.dtype), old))
