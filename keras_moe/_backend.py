@@ -190,6 +190,17 @@ def top_k(scores: Any, k: int) -> tuple[Any, Any]:
     return values[..., :k], indices[..., :k]
 
 
+def take_rows(rows: Any, indices: Any) -> Any:
+    """Return `rows[indices]` for indices in range.
+
+    By default JAX compares each index with the number of rows, and selects: two more
+    passes over the rows.
+    """
+    if name() != "jax":
+        return ops.take(rows, indices, axis=0)
+    return rows.at[indices].get(mode="promise_in_bounds")
+
+
 def split_rows(rows: Any, sizes: Any, count: int) -> Sequence[Any]:
     """Split the first axis into `count` parts of data-dependent `sizes`."""
     if name() == "torch":

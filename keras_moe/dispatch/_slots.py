@@ -30,7 +30,7 @@ def in_slots(
 
     def fill(tokens: Any, slots: Slots) -> Any:
         # An extra row of zeros, for the slots without a token.
-        return ops.take(ops.pad(tokens, ((0, 1), (0, 0))), slots.tokens, axis=0)
+        return _backend.take_rows(ops.pad(tokens, ((0, 1), (0, 0))), slots.tokens)
 
     def fill_gradient(inputs: Any, slots: Slots, upstream: Any) -> tuple[Any, ...]:
         rows = sum_of_rows(flat(upstream), slots.slot_of_choice, kept=slots.kept)
@@ -47,7 +47,8 @@ def in_slots(
         weight_of_slot = ops.scatter(
             ops.reshape(target, (-1, 1)), ops.reshape(weights, (-1,)), (s * c + 1,)
         )[:-1]
-        by_rows = ops.take(ops.pad(upstream, ((0, 1), (0, 0))), slots.tokens, axis=0)
+        padded = ops.pad(upstream, ((0, 1), (0, 0)))
+        by_rows = _backend.take_rows(padded, slots.tokens)
         by_rows = by_rows * ops.reshape(weight_of_slot, (s, c, 1))
         by_weights = products_of_rows(upstream, flat(rows), slots.slot_of_choice)
         none = ops.zeros_like(by_weights)
@@ -55,7 +56,7 @@ def in_slots(
 
     rows = compute(_backend.with_gradient(fill, fill_gradient, (tokens,), slots))
     if routing.combine_weights is None:
-        outputs = ops.take(flat(rows), slots.slot_of_choice, axis=0)
+        outputs = _backend.take_rows(flat(rows), slots.slot_of_choice)
         return routing_lib.rows_where(slots.kept, outputs)
     weights = ops.cast(routing.combine_weights, rows.dtype)
     return _backend.with_gradient(combine, combine_gradient, (rows, weights), slots)

@@ -50,7 +50,10 @@ def affine(rows: Any, kernel: Any, bias: Any, runs: SortedChoices) -> Any:
     outputs = _ragged_dot(rows, kernel, runs)
     if bias is None:
         return outputs
-    return outputs + ops.take(bias, _expert_of_row(ops.shape(rows)[0], runs), axis=0)
+    # A matmul with one-hot rows, which XLA adds as it makes them: a gather of the
+    # biases would read and write an (m, out) tensor several times.
+    experts = _expert_of_row(rows, runs)
+    return outputs + ops.matmul(ops.cast(experts, bias.dtype), bias)
 
 
 def affine_gradient(
@@ -64,7 +67,8 @@ def affine_gradient(
     kernel, *bias = weights
     by_weights = [kernel_gradient(rows, upstream, runs, interpret)]
     if bias:
-        ones = ops.ones((ops.shape(rows)[0], 8), rows.dtype)
+        # Not by one-hot rows, which would spread the NaN of a row to every expert.
+        ones = ops.ones((rows.shape[0], 8), rows.dtype)
         by_weights.append(kernel_gradient(ones, upstream, runs, interpret)[:, 0])
     by_rows = _ragged_dot(upstream, ops.transpose(kernel, (0, 2, 1)), runs)
     return by_rows, *by_weights
@@ -113,7 +117,7 @@ def _ragged_dot(rows: Any, kernel: Any, runs: SortedChoices) -> Any:
     return jax.lax.ragged_dot(rows, kernel, ends - runs.starts)
 
 
-def _expert_of_row(num_rows: int, runs: SortedChoices) -> Any:
-    """Return (m,): the number of runs that end before a row, at most e - 1."""
-    row = ops.arange(num_rows, dtype="int32")
-    return ops.sum(ops.cast(ops.expand_dims(row, 1) >= runs.ends[:-1], "int32"), axis=1)
+def _expert_of_row(rows: Any, runs: SortedChoices) -> Any:
+    """Return (m, e) bool: whether a row is in the run of an expert."""
+    row = ops.expand_dims(ops.arange(rows.shape[0], dtype="int32"), 1)
+    return ops.logical_and(row >= runs.starts, row < runs.ends)
