@@ -31,7 +31,10 @@ def under_xla() -> bool:
 
 
 def on_accelerator() -> bool:
-    """Whether the backend would compute on a GPU or TPU."""
+    """Whether the host's default device is a GPU or TPU.
+
+    A program that is compiled for another device may differ: see `on_tpu_or`.
+    """
     if name() == "jax":
         import jax
 
@@ -46,6 +49,15 @@ def on_accelerator() -> bool:
     return torch.cuda.is_available()
 
 
+def default_device_is_gpu() -> bool:
+    """Whether JAX computes on a GPU unless told otherwise."""
+    if name() != "jax":
+        return False
+    import jax
+
+    return jax.default_backend() == "gpu"
+
+
 def fuses_dense() -> bool:
     """Whether a matmul, its bias and its activation run as one kernel.
 
@@ -55,13 +67,19 @@ def fuses_dense() -> bool:
     return name() == "tensorflow" and not under_xla() and not on_accelerator()
 
 
-def has_grouped_matmul() -> bool:
-    """Whether `jax.lax.ragged_dot` has a native kernel on this device (TPU)."""
+def on_tpu_or(
+    on_tpu: Callable[..., Any], elsewhere: Callable[..., Any], *tensors: Any
+) -> Any:
+    """Return `on_tpu(*tensors)` in programs for a TPU, else `elsewhere(*tensors)`.
+
+    On JAX both are traced; the platform that a program is compiled for decides, which
+    need not be that of the host. The other backends have no TPU here.
+    """
     if name() != "jax":
-        return False
+        return elsewhere(*tensors)
     import jax
 
-    return jax.default_backend() == "tpu"
+    return jax.lax.platform_dependent(*tensors, tpu=on_tpu, default=elsewhere)
 
 
 def with_gradient(
@@ -172,6 +190,17 @@ def top_k(scores: Any, k: int) -> tuple[Any, Any]:
     return values[..., :k], indices[..., :k]
 
 
+def take_rows(rows: Any, indices: Any) -> Any:
+    """Return `rows[indices]` for indices in range.
+
+    By default JAX compares each index with the number of rows, and selects: two more
+    passes over the rows.
+    """
+    if name() != "jax":
+        return ops.take(rows, indices, axis=0)
+    return rows.at[indices].get(mode="promise_in_bounds")
+
+
 def split_rows(rows: Any, sizes: Any, count: int) -> Sequence[Any]:
     """Split the first axis into `count` parts of data-dependent `sizes`."""
     if name() == "torch":
@@ -181,13 +210,6 @@ def split_rows(rows: Any, sizes: Any, count: int) -> Sequence[Any]:
     import tensorflow as tf
 
     return tf.split(rows, sizes, num=count)
-
-
-def ragged_dot(rows: Any, kernels: Any, sizes: Any) -> Any:
-    """(m, in), (e, in, out) -> (m, out): kernel k for the k-th `sizes[k]` rows."""
-    import jax
-
-    return jax.lax.ragged_dot(rows, kernels, sizes)
 
 
 def assert_same_rows(first: Any, second: Any, message: str) -> Any:

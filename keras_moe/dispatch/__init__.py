@@ -42,7 +42,6 @@ __all__ = [
     "blocked_in_turn",
     "capacity",
     "check_serves",
-    "checked_here",
     "dense",
     "dropless_here",
     "expert_choice",
@@ -155,21 +154,12 @@ def check_serves(dispatch: str, experts: Any) -> None:
         )
 
 
-def checked_here(dispatch: str) -> str:
-    """Return `dispatch`; raise ValueError for "ragged" without a grouped matmul."""
-    if dispatch == "ragged" and not _backend.has_grouped_matmul():
-        raise ValueError(
-            'dispatch="ragged" needs a device with a grouped matmul (TPU); on other '
-            "devices XLA computes every expert on every row. "
-            'Set `layer.dispatch = "auto"`.'
-        )
-    return dispatch
-
-
 def dropless_here(experts: Any) -> str:
     """Return the dispatch that "auto" selects for the graph that is being traced."""
     if not _backend.under_xla():
         return "split" if hasattr(experts, TABLE["split"].experts_need) else "dense"
     if not hasattr(experts, TABLE["blocked"].experts_need):
         return "dense"
-    return "ragged" if _backend.has_grouped_matmul() else "blocked"
+    if _backend.name() != "jax" or _backend.default_device_is_gpu():
+        return "blocked"
+    return "ragged"

@@ -1,10 +1,11 @@
-"""The grouped matmul of `blocked_in_turn`: a loop over blocks of sorted rows.
+"""The grouped matmul of sorted rows: a loop over blocks, or the kernels of a TPU.
 
 Axis letters: e experts, m rows; here k is the expert of a loop iteration.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras
@@ -12,6 +13,7 @@ from keras import ops
 
 from keras_moe import _backend
 from keras_moe import routing as routing_lib
+from keras_moe.dispatch import _tpu
 from keras_moe.dispatch._rows import affine, block_of, identity, index, part_of
 from keras_moe.experts._protocol import Prologue
 from keras_moe.routing import SortedChoices
@@ -24,11 +26,13 @@ def grouped_dense(
     prologue: Prologue | None,
     runs: SortedChoices,
     sizes: Any,
+    tpu_kernels: bool = False,
 ) -> Any:
     """(m, in), (e, in, out) -> (m, out): y_r = prologue(x_r) W_e + b_e for row r of e.
 
     `prologue` and its gradient are also computed block by block, in cache: the
-    activations of all m rows are never stored.
+    activations of all m rows are never stored. With `tpu_kernels`, programs for a TPU
+    use its kernels in place of the loop.
     """
     rows = rows if isinstance(rows, tuple) else (rows,)
     activate = prologue or identity
@@ -105,8 +109,26 @@ def grouped_dense(
             return k + 1, *inner[:width], *updated
 
         carry = [ops.zeros_like(x) for x in (*rows, *weights)]
-        return ops.while_loop(lambda k, *_: k < e, expert, (index(0), *carry))[1:]
+        found = ops.while_loop(lambda k, *_: k < e, expert, (index(0), *carry))
+        return tuple(found[1:])
 
+    def forward_on_tpu(*inputs_and_runs: Any) -> Any:
+        *inputs, runs = inputs_and_runs
+        kernel, *bias = inputs[width:]
+        return _tpu.affine(
+            activate(*inputs[:width]), kernel, bias[0] if bias else None, runs
+        )
+
+    def gradient_on_tpu(inputs: Any, runs: SortedChoices, upstream: Any) -> Any:
+        hidden, pull = _backend.pullback(activate, inputs[:width])
+        by_hidden, *by_weights = _tpu.affine_gradient(
+            hidden, inputs[width:], runs, upstream
+        )
+        return (*pull(by_hidden), *by_weights)
+
+    if tpu_kernels and _tpu.supports(rows[0].shape[0], weights[0].dtype):
+        forward = functools.partial(_backend.on_tpu_or, forward_on_tpu, forward)
+        gradient = functools.partial(_backend.on_tpu_or, gradient_on_tpu, gradient)
     return _backend.with_gradient(forward, gradient, (*rows, *weights), runs)
 
 

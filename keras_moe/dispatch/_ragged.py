@@ -1,4 +1,4 @@
-"""Ragged dispatch: JAX's grouped matmul (`jax.lax.ragged_dot`) on sorted rows.
+"""Ragged dispatch: a grouped matmul of sorted rows, in the form of the device (JAX).
 
 Axis letters: n tokens, d input features, u output units, m = n * k rows.
 """
@@ -9,32 +9,36 @@ from typing import Any
 
 from keras import ops
 
-from keras_moe import _backend
+from keras_moe.dispatch import _blocked, _tpu
+from keras_moe.dispatch._grouped_matmul import grouped_dense
 from keras_moe.dispatch._sorted import in_sorted_rows
-from keras_moe.experts._protocol import GroupedExperts, Prologue, apply_prologue
+from keras_moe.experts._protocol import GroupedExperts, Prologue
 from keras_moe.routing import Routing, SortedChoices
 
 
 def ragged(
     tokens: Any, routing: Routing, experts: GroupedExperts, training: bool | None = None
 ) -> Any:
-    """Multiply the sorted rows by `jax.lax.ragged_dot`."""
+    """Multiply the sorted rows by TPU kernels, or elsewhere in blocks, in turn.
+
+    The device is that of the compilation, whatever the host is.
+    """
+    n, k = ops.shape(tokens)[0], routing.expert_indices.shape[1]
+    num_rows = n * k if isinstance(n, int) else None
+    sizes = _blocked.block_sizes(num_rows, experts.num_experts)
+    padding = sizes[-1]
+    if num_rows:
+        tile = _tpu.rows_per_tile(num_rows + padding, experts.num_experts)
+        padding += -(num_rows + padding) % tile
 
     def compute(rows: Any, runs: SortedChoices) -> Any:
-        # Rows without an expert join the last group: `ragged_dot` needs one per row.
-        ends = ops.concatenate([runs.ends[:-1], ops.shape(rows)[:1]])
-        sizes = ends - runs.starts
-        of_row = ops.searchsorted(
-            ends, ops.arange(ops.shape(rows)[0], dtype="int32"), side="right"
-        )
-
         def matmul(
             rows: Any, kernel: Any, bias: Any = None, prologue: Prologue | None = None
         ) -> Any:
-            rows = apply_prologue(prologue, rows)
-            rows = _backend.ragged_dot(rows, ops.convert_to_tensor(kernel), sizes)
-            return rows if bias is None else rows + ops.take(bias, of_row, axis=0)
+            return grouped_dense(
+                rows, kernel, bias, prologue, runs, sizes, tpu_kernels=True
+            )
 
         return experts.on_rows(rows, matmul, training=training)
 
-    return in_sorted_rows(compute, tokens, routing, experts.num_experts)
+    return in_sorted_rows(compute, tokens, routing, experts.num_experts, padding)

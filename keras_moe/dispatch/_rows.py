@@ -9,6 +9,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_moe import _backend
 from keras_moe import routing as routing_lib
 
 
@@ -31,7 +32,7 @@ def sum_of_rows(
     """(m, u), (n, k) -> (n, u). One gather per choice: no (n, k, u) tensor."""
     total = None
     for j in range(positions.shape[1]):
-        part = ops.take(rows, positions[:, j], axis=0)
+        part = _backend.take_rows(rows, positions[:, j])
         if weights is not None:
             part = part * weights[:, j : j + 1]
         if kept is not None:
@@ -43,7 +44,7 @@ def sum_of_rows(
 def products_of_rows(outputs: Any, rows: Any, positions: Any) -> Any:
     """(n, u), (m, u), (n, k) -> (n, k): the gradient of `sum_of_rows` by weights."""
     products = [
-        ops.sum(outputs * ops.take(rows, positions[:, j], axis=0), axis=-1)
+        ops.sum(outputs * _backend.take_rows(rows, positions[:, j]), axis=-1)
         for j in range(positions.shape[1])
     ]
     return ops.stack(products, axis=1)

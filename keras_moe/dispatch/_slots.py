@@ -30,7 +30,7 @@ def in_slots(
 
     def fill(tokens: Any, slots: Slots) -> Any:
         # An extra row of zeros, for the slots without a token.
-        return ops.take(ops.pad(tokens, ((0, 1), (0, 0))), slots.tokens, axis=0)
+        return _backend.take_rows(ops.pad(tokens, ((0, 1), (0, 0))), slots.tokens)
 
     def fill_gradient(inputs: Any, slots: Slots, upstream: Any) -> tuple[Any, ...]:
         rows = sum_of_rows(flat(upstream), slots.slot_of_choice, kept=slots.kept)
@@ -43,21 +43,22 @@ def in_slots(
         rows, weights = inputs
         weights = ops.pad(ops.reshape(weights, (-1,)), ((0, 1),))
         weight_of_slot = ops.take(weights, _choice_of_slot(slots))
-        by_rows = ops.take(ops.pad(upstream, ((0, 1), (0, 0))), slots.tokens, axis=0)
+        padded = ops.pad(upstream, ((0, 1), (0, 0)))
+        by_rows = _backend.take_rows(padded, slots.tokens)
         by_rows = by_rows * ops.expand_dims(weight_of_slot, -1)
         by_weights = products_of_rows(upstream, flat(rows), slots.slot_of_choice)
         none = ops.zeros_like(by_weights)
         return by_rows, ops.where(slots.kept, by_weights, none)
 
     def of_choices(rows: Any, slots: Slots) -> Any:
-        outputs = ops.take(flat(rows), slots.slot_of_choice, axis=0)
+        outputs = _backend.take_rows(flat(rows), slots.slot_of_choice)
         return routing_lib.rows_where(slots.kept, outputs)
 
     def of_choices_gradient(
         inputs: Any, slots: Slots, upstream: Any
     ) -> tuple[Any, ...]:
         upstream = ops.pad(flat(upstream), ((0, 1), (0, 0)))
-        return (ops.take(upstream, _choice_of_slot(slots), axis=0),)
+        return (_backend.take_rows(upstream, _choice_of_slot(slots)),)
 
     rows = compute(_backend.with_gradient(fill, fill_gradient, (tokens,), slots))
     if routing.combine_weights is None:

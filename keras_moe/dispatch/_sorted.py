@@ -49,7 +49,7 @@ def _to_rows(tokens: Any, runs: SortedChoices, source: Callable[[Any], Any]) -> 
 
     def forward(tokens: Any, runs: SortedChoices) -> Any:
         token_of_row = runs.order // runs.positions.shape[1]
-        return ops.take(source(tokens), token_of_row, axis=0)
+        return _backend.take_rows(source(tokens), token_of_row)
 
     def gradient(inputs: Any, runs: SortedChoices, upstream: Any) -> tuple[Any, ...]:
         return (sum_of_rows(upstream, runs.positions),)
@@ -64,8 +64,10 @@ def _combine(
 
     def gradient(inputs: Any, runs: SortedChoices, upstream: Any) -> tuple[Any, ...]:
         rows, weights = inputs
-        weight_of_row = ops.take(source(ops.reshape(weights, (-1,))), runs.order)
-        by_rows = ops.take(source(upstream), runs.order // weights.shape[1], axis=0)
+        flat_weights = source(ops.reshape(weights, (-1,)))
+        weight_of_row = _backend.take_rows(flat_weights, runs.order)
+        token_of_row = runs.order // weights.shape[1]
+        by_rows = _backend.take_rows(source(upstream), token_of_row)
         by_weights = ops.take(ops.sum(by_rows * rows, axis=-1), runs.positions)
         # JAX gives a take from an empty tensor another shape.
         by_weights = ops.reshape(by_weights, ops.shape(weights))
@@ -83,7 +85,7 @@ def _outputs_of_choices(
     """(m, u) -> (n, k, u): the row of each choice."""
 
     def gradient(inputs: Any, runs: SortedChoices, upstream: Any) -> tuple[Any, ...]:
-        return (ops.take(source(flat(upstream)), runs.order, axis=0),)
+        return (_backend.take_rows(source(flat(upstream)), runs.order),)
 
     def forward(rows: Any, runs: SortedChoices) -> Any:
         # JAX gives a take from an empty tensor another shape.

@@ -305,7 +305,7 @@ class MoE(HasDispatch, MLPLayer):
     def _resolve_dispatch(self) -> str:
         """Return the dispatch for this graph, by the rule in the class docstring."""
         if self.dispatch != "auto":
-            return dispatch_lib.checked_here(self.dispatch)
+            return self.dispatch
         if self.router.choice == "expert" or self.capacity_factor is not None:
             return "capacity"
         if self.router.choice == "all" or self.top_k == self.num_experts:

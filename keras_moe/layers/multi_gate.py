@@ -252,7 +252,7 @@ class MMoE(HasDispatch, GatedMixture):
     def _resolve_dispatch(self) -> str:
         """Return the dispatch for this graph, by the rule in the class docstring."""
         if self.dispatch != "auto":
-            return dispatch_lib.checked_here(self.dispatch)
+            return self.dispatch
         if self.top_k is None or not hasattr(self.experts, "on_pieces"):
             return "dense"
         # Expected fraction of experts that no gate of a row chooses, for random gates.

@@ -54,7 +54,21 @@ def choose(values: Any, indices: Any) -> Any:
     """
     _checks.axes(values=(values, "...e"), indices=(indices, "...k"))
     _checks.integers(indices=indices)
-    return ops.take_along_axis(tensor(values), tensor(indices), axis=-1)
+    return _backend.on_tpu_or(_compared, _gathered, tensor(values), tensor(indices))
+
+
+def _gathered(values: Any, indices: Any) -> Any:
+    return ops.take_along_axis(values, indices, axis=-1)
+
+
+def _compared(values: Any, indices: Any) -> Any:
+    """Return the same; its gradient needs no scatter, which is slow on a TPU."""
+    experts = ops.arange(values.shape[-1], dtype=indices.dtype)
+    columns = []
+    for j in range(indices.shape[-1]):
+        own = indices[..., j : j + 1] == experts
+        columns.append(ops.sum(ops.where(own, values, ops.zeros_like(values)), axis=-1))
+    return ops.stack(columns, axis=-1)
 
 
 def rows_where(kept: Any, rows: Any) -> Any:
@@ -175,8 +189,22 @@ def expert_counts(
         counts = counts * ops.cast(counted, dtype)
         # Indices of masked tokens may be out of range.
         indices = ops.where(counted, indices, ops.zeros_like(indices))
-    return ops.segment_sum(
-        ops.reshape(counts, (-1,)),
-        ops.reshape(indices, (-1,)),
-        num_segments=num_experts,
+    return sums_by_expert(
+        ops.reshape(counts, (-1,)), ops.reshape(indices, (-1,)), num_experts
     )
+
+
+def sums_by_expert(values: Any, experts: Any, num_experts: int) -> Any:
+    """(m,), (m,) int in [0, e) -> (e,): the sum of the values of each expert."""
+
+    def compared(values: Any, experts: Any) -> Any:
+        # XLA computes the sum without an (m, e) tensor.
+        own = ops.expand_dims(experts, -1) == ops.arange(num_experts, dtype="int32")
+        values = ops.expand_dims(values, -1)
+        return ops.sum(ops.where(own, values, ops.zeros_like(values)), axis=0)
+
+    def scattered(values: Any, experts: Any) -> Any:
+        # Not `searchsorted`, which export formats do not support.
+        return ops.segment_sum(values, experts, num_segments=num_experts)
+
+    return _backend.on_tpu_or(compared, scattered, values, experts)

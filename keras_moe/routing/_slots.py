@@ -11,7 +11,8 @@ from typing import Any
 
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe import _backend, _checks
+from keras_moe.routing._choices import sums_by_expert
 from keras_moe.routing._records import (
     Routing,
     Slots,
@@ -89,19 +90,24 @@ def sort_choices(
     if queue is not None:
         choices = ops.take(choices, queue)
     order = ops.cast(ops.argsort(choices), "int32")
-    # Not `searchsorted`, which export formats do not support.
-    counts = ops.segment_sum(
-        ops.ones_like(choices), choices, num_segments=num_experts + 1
-    )
+    counts = sums_by_expert(ops.ones_like(choices), choices, num_experts + 1)
     ends = ops.cast(ops.cumsum(counts[:-1]), "int32")
     if queue is not None:
         order = ops.take(queue, order)
-    m = ops.shape(order)[0]
-    positions = ops.scatter(
-        ops.expand_dims(order, -1), ops.arange(m, dtype="int32"), (m,)
-    )
+    # On a TPU a scatter writes one number after the other.
+    positions = _backend.on_tpu_or(_sorted_positions, _scattered_positions, order)
     k = routing.expert_indices.shape[1]
     return SortedChoices(order, ops.reshape(positions, (-1, k)), shifted(ends), ends)
+
+
+def _scattered_positions(order: Any) -> Any:
+    """Return the inverse of the permutation `order`, (m,)."""
+    m = ops.shape(order)[0]
+    return ops.scatter(ops.expand_dims(order, -1), ops.arange(m, dtype="int32"), (m,))
+
+
+def _sorted_positions(order: Any) -> Any:
+    return ops.cast(ops.argsort(order), "int32")
 
 
 def _check_queue(queue: Any, routing: Routing) -> None:

@@ -56,6 +56,8 @@ ENVIRONMENTS = {
             "tf_keras==2.21.0",
         )
     ),
+    # The compiler of a TPU, which needs no TPU: `tests.benchmarks.accelerators`.
+    "tpu": Environment(("libtpu==0.0.42.1", "jax==0.10.2", "keras==3.15.1")),
 }
 
 

@@ -1,0 +1,164 @@
+"""The page of the figures for TPU, and its picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tests.benchmarks.accelerators import COMMON, DEVICES, NAMES, counterpart, label
+
+PICTURE = "figures/accelerators.png"
+GOALS = """\
+Goals, relative to the dense MLP: FLOPs ≤ 1.35 (e = 8, 64, 256); bytes accessed ≤ 3,
+temporary memory ≤ 2.5 and time ≤ 1.5 at e = 8; time ≤ 2 at e = 64; for "capacity" FLOPs
+≤ 1.4 times those of its own slots."""
+
+_HEAD = """\
+# Accelerators
+
+This page was written by `python -m tests.benchmarks.accelerators page FILE.json`. All
+figures are **compiled for** a TPU and **run on** none: they are what the compiler of the
+TPU (`libtpu` {libtpu}, JAX {jax}, on a CPU) says of its program for one chip. No time on
+this page was measured.
+
+A program is the forward and the backward pass of one layer, with gradients of its inputs
+and all weights, its load-balancing loss, and no optimizer: n = {rows:,} rows, d =
+{features:,} features, experts with h = {hidden:,} hidden units, the best k = {top_k} of
+a row, bfloat16 with kernels kept in float32 (the cast is a part of the program; at e =
+256 kernels are bfloat16, for both layers: float32 would not fit a v5e). The dense MLP has
+k h hidden units: as many FLOPs, without router and dispatch.
+
+- *TFLOP* and *bytes* are XLA's `cost_analysis`. For the kernels of `ragged_dot` and
+  megablox it uses their own estimates: 2 m d h FLOPs for m rows. Tiles that two experts
+  share are computed twice; they add at most an eighth on average above 128 rows a tile,
+  and are not in the estimates.
+- *Loops* with a data-dependent number of turns count once, so "blocked" in turn, the
+  form for CPU, has no row here.
+- *Time* is XLA's `optimal_seconds`, the larger of arithmetic and memory time of each
+  operation. XLA 0.10.2 returns a negative number for many programs: then "cycles" are
+  all there is, the sum of `estimated_cycles`, which has none for kernels and gathers. A
+  time in brackets is that sum, plus the FLOPs of the kernels at the chip's peak.
+
+{goals}
+
+![Cost of a step relative to the dense MLP]({picture})
+"""
+PEAKS = {"v5e": 197e12, "v6e": 918e12}
+_MEASURES = ("flops", "bytes", "temporary_bytes", "seconds")
+_TITLES = ("FLOPs", "bytes", "memory", "time")
+
+
+def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the page."""
+    versions = {"libtpu": "0.0.42.1", "jax": "0.10.2"}
+    parts = [_HEAD.format(**COMMON, **versions, goals=GOALS, picture=PICTURE)]
+    for device in DEVICES:
+        rows = [
+            entry for entry in results.values() if entry["case"]["device"] == device
+        ]
+        if rows:
+            parts += [f"## {device}\n", _table(rows, results)]
+    return "\n".join(part.rstrip("\n") + "\n" for part in parts)
+
+
+def _table(rows: list[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
+    lines = [
+        "| layer | e | TFLOP | bytes, GB | temporary, GB | time, ms |"
+        " FLOPs | bytes | memory | time |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in rows:
+        case, figures = entry["case"], entry["figures"]
+        cells = [_name(case), str(case.get("experts", ""))]
+        if "error" in figures:
+            error = figures["error"].replace("|", "/")
+            lines.append(f"| {' | '.join(cells)} | {error} |||||||||")
+            continue
+        estimated = time_of(case, figures)
+        cells += [
+            f"{figures['flops'] / 1e12:.2f}",
+            f"{figures['bytes'] / 1e9:.1f}",
+            f"{figures['temporary_bytes'] / 1e9:.2f}",
+            f"({1e3 * estimated:.0f})"
+            if _no_time(figures)
+            else f"{1e3 * estimated:.0f}",
+        ]
+        ratios = ratios_of(entry, results)
+        cells += [f"{ratios[name]:.2f}" if ratios else "" for name in _MEASURES]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _name(case: Mapping[str, Any]) -> str:
+    if case["layer"] == "MoE":
+        return NAMES[case["dispatch"]]
+    if case["layer"] != "dense":
+        return f"{case['layer']}, h = {case['hidden']}"
+    levels = f", {case['levels']} times" if case.get("levels", 1) > 1 else ""
+    half = ", bfloat16 kernels" if case["dtype"] == "bfloat16" else ""
+    return f"dense MLP, {case['hidden']:,} hidden units{levels}{half}"
+
+
+def _no_time(figures: Mapping[str, float]) -> bool:
+    return figures["optimal_seconds"] <= 0
+
+
+def time_of(case: Mapping[str, Any], figures: Mapping[str, float]) -> float:
+    """Return the estimate of a step in seconds: see the head of the page."""
+    if not _no_time(figures):
+        return figures["optimal_seconds"]
+    kernels = figures["flops"] if figures["kernels"] else 0.0
+    return figures["cycle_seconds"] + kernels / PEAKS[case["device"]]
+
+
+def ratios_of(
+    entry: Mapping[str, Any], results: Mapping[str, Any]
+) -> dict[str, float] | None:
+    """Return the figures by those of the dense layer of equal FLOPs, or None."""
+    case, figures = entry["case"], entry["figures"]
+    if case["layer"] == "dense" or "error" in figures:
+        return None
+    found = results.get(label(counterpart(case)))
+    if found is None or "error" in found["figures"]:
+        return None
+    dense = found["figures"]
+    by = {name: figures[name] / dense[name] for name in _MEASURES[:-1]}
+    # Both by the same estimate.
+    if _no_time(figures) or _no_time(dense):
+        figures, dense = ({**f, "optimal_seconds": 0.0} for f in (figures, dense))
+    times = time_of(case, figures) / time_of(found["case"], dense)
+    return {**by, "seconds": times}
+
+
+def _bars(results: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    for entry in results.values():
+        case, ratios = entry["case"], ratios_of(entry, results)
+        if ratios and case["device"] == DEVICES[0] and case["layer"] == "MoE":
+            dispatch = case["dispatch"].replace("automatic gradient", "ragged before")
+            yield f"{dispatch}\ne = {case['experts']}", ratios
+
+
+def png(results: Mapping[str, Any]) -> bytes:
+    """Return the picture: the ratios of each dispatch on the first device."""
+    from matplotlib.figure import Figure
+
+    bars = list(_bars(results))
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axis = figure.subplots()
+    width = 0.8 / len(_MEASURES)
+    for i, (measure, title) in enumerate(zip(_MEASURES, _TITLES, strict=True)):
+        places = [x + (i - 1.5) * width for x in range(len(bars))]
+        axis.bar(places, [r[measure] for _, r in bars], width, label=title)
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_yscale("log", base=2)
+    ticks = [0.5, 1, 2, 4, 8, 16]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_xticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
+    axis.set_ylabel("dense MLP = 1")
+    axis.set_title(f"compiled for TPU {DEVICES[0]}", fontsize=10)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=8, ncols=len(_MEASURES))
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    return file.getvalue()
