@@ -25,6 +25,7 @@ from keras_moe.dispatch._blocked import (
 )
 from keras_moe.dispatch._capacity import capacity, within_capacity
 from keras_moe.dispatch._dense import dense
+from keras_moe.dispatch._devices import Placement, on_devices, placement
 from keras_moe.dispatch._expert_choice import expert_choice
 from keras_moe.dispatch._ragged import ragged
 from keras_moe.dispatch._rows import nan_where
@@ -36,6 +37,7 @@ __all__ = [
     "SERVED",
     "TABLE",
     "Dispatch",
+    "Placement",
     "block_sizes",
     "blocked",
     "blocked_at_once",
@@ -47,6 +49,8 @@ __all__ = [
     "dropless_here",
     "expert_choice",
     "nan_where",
+    "on_devices",
+    "placement",
     "ragged",
     "rows_multiplied",
     "split",
