@@ -117,10 +117,12 @@ def test_invalid_arguments(found, case):
         ("mesh", "must be a keras.distribution.DeviceMesh or a dict", "mesh=8"),
     ][case]
     message = found["errors"][case]
-    assert message.startswith(f"`{argument}`") and rule in message and value in message
+    assert message.startswith(f"`{argument}`")
+    assert rule in message
+    assert value in message
     assert "\n" not in message
 
 
 def test_other_backends_are_refused():
-    with pytest.raises(ValueError, match="needs the JAX backend.*MirroredStrategy"):
+    with pytest.raises(ValueError, match=r"needs the JAX backend.*MirroredStrategy"):
         expert_parallel(keras.layers.Dense(1), {"batch": 1})

@@ -35,7 +35,6 @@ from keras_moe.dispatch._capacity import (
     within_capacity,
 )
 from keras_moe.dispatch._dense import dense
-from keras_moe.dispatch._expert_choice import expert_choice
 from keras_moe.dispatch._rows import nan_where
 from keras_moe.routing import ExpertChoiceRouting, Routing
 
@@ -222,9 +221,9 @@ class _Part:
         return self._sum(outputs)
 
     def _own_choices(self, routing: Routing) -> tuple[Routing, Any]:
-        """Return the choices with the device's experts as 0, 1, ..., and which they are.
+        """Return the choices of the device's experts, and bool (n, k): which they are.
 
-        Other choices have the index e of the device and the weight 0.
+        Its experts have the indices 0, 1, .... Other choices have the index e of the device and the weight 0.
         """
         local = routing.expert_indices - self._first_expert()
         own = ops.logical_and(local >= 0, local < self.num_experts)
@@ -337,7 +336,7 @@ def _padded_choices(
 def _padded_slots(
     tokens: Any, routing: ExpertChoiceRouting, place: Placement
 ) -> tuple[Any, dict[str, Any], Any]:
-    """Return tokens and slots; slots are split over the batch's axis if experts are not."""
+    """Return tokens and slots, padded; the batch's axis splits the slots, if it can."""
     from jax.sharding import PartitionSpec
 
     n, p = tokens.shape[0], place.size(place.batch)
@@ -358,6 +357,6 @@ def _padded(values: Any, missing: int) -> Any:
     if not missing:
         return values
     dtype = values.dtype
-    values = ops.cast(values, "int32") if dtype == bool else values
+    values = ops.cast(values, "int32") if dtype == "bool" else values
     pads = ((0, missing), *[(0, 0)] * (len(values.shape) - 1))
     return ops.cast(ops.pad(values, pads), dtype)

@@ -63,14 +63,12 @@ class ExpertParallel(keras.distribution.ModelParallel):
         notes: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            layout_map=layout_map, batch_dim_name=batch_dim_name, **kwargs
-        )
+        super().__init__(layout_map=layout_map, batch_dim_name=batch_dim_name, **kwargs)
         self.placements = placements or []
         self.notes = notes or []
 
     def summary(self) -> str:
-        """Return a line per variable, and one per router that sees a part of a batch."""
+        """Return a line per variable, and `notes`."""
         lines = [
             f"{place.path} {place.shape} "
             f"{'split' if any(place.axes) else 'replicated'}: {place.reason}"
@@ -143,8 +141,8 @@ def expert_parallel(
     """
     if _backend.name() != "jax":
         raise ValueError(
-            "`expert_parallel` needs the JAX backend (KERAS_BACKEND=jax); on TensorFlow "
-            "use tf.distribute.MirroredStrategy. "
+            "`expert_parallel` needs the JAX backend (KERAS_BACKEND=jax); on "
+            "TensorFlow use tf.distribute.MirroredStrategy. "
             f"Received: keras.backend.backend()={_backend.name()!r}"
         )
     if not getattr(model, "built", False):
@@ -199,9 +197,7 @@ def _checked_mesh(mesh: Any) -> Any:
             "CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight. "
             f"Received: mesh={dict(mesh)}"
         )
-    return keras.distribution.DeviceMesh(
-        shape, list(mesh), devices[: math.prod(shape)]
-    )
+    return keras.distribution.DeviceMesh(shape, list(mesh), devices[: math.prod(shape)])
 
 
 def _placements(
