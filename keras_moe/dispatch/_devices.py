@@ -223,7 +223,8 @@ class _Part:
     def _own_choices(self, routing: Routing) -> tuple[Routing, Any]:
         """Return the choices of the device's experts, and bool (n, k): which they are.
 
-        Its experts have the indices 0, 1, .... Other choices have the index e of the device and the weight 0.
+        Its experts have the indices 0, 1, .... Other choices have the index e of the
+        device and the weight 0.
         """
         local = routing.expert_indices - self._first_expert()
         own = ops.logical_and(local >= 0, local < self.num_experts)

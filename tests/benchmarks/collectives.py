@@ -1,0 +1,217 @@
+"""Collectives of a training step on eight devices, counted in the compiled program.
+
+    python -m tests.benchmarks.collectives            # prints the table
+    python -m tests.benchmarks.collectives --rows 65536 --features 1024
+
+The step is a sparse mixture, its gradients by weights and by inputs; nothing is run.
+"XLA alone" is the same layer without `jax.shard_map`. FLOPs are those that the compiler
+counts for a device, against those of one device / 8; it counts the body of a loop once,
+so that there is no figure for `blocked_in_turn`. Bytes are those of the results, a
+device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+DEVICES = 8
+# By name: the sizes of the mesh's axes, and the axis of the experts.
+MESHES: dict[str, tuple[dict[str, int], str | None]] = {
+    "data (8)": ({"batch": 8}, None),
+    "experts on the batch's axis (8)": ({"batch": 8}, "batch"),
+    "experts on their own axis (2, 4)": ({"batch": 2, "expert": 4}, "expert"),
+    "experts on their own axis (1, 8)": ({"batch": 1, "expert": 8}, "expert"),
+}
+DISPATCHES = ("blocked_in_turn", "blocked_at_once", "capacity", "expert_choice")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "bf16": 2, "f16": 2, "s32": 4}
+_BYTES |= {"u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+_INSTRUCTION = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+class Step(NamedTuple):
+    """A compiled step: collectives by kind, and what it needs on a device."""
+
+    count: Counter[str]
+    bytes: Counter[str]
+    flops: float
+    arguments: int
+    temporary: int
+
+
+def collectives(text: str) -> tuple[Counter[str], Counter[str]]:
+    """Return the number and the bytes of the collectives of an HLO text, by kind.
+
+    >>> collectives("%a = f32[4,2]{1,0} all-reduce(%b), channel_id=1")
+    (Counter({'all-reduce': 1}), Counter({'all-reduce': 32}))
+    """
+    count: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    for shape, kind, start in _INSTRUCTION.findall(text):
+        arrays = [
+            math.prod(int(n) for n in dims.split(",") if n) * _BYTES[dtype]
+            for dtype, dims in _ARRAY.findall(shape)
+            if dtype in _BYTES
+        ]
+        if start and kind != "all-reduce":
+            arrays = arrays[len(arrays) // 2 :]  # Operands come first.
+        count[kind] += 1
+        size[kind] += sum(arrays)
+    return count, size
+
+
+def summarized(compiled: Any) -> Step:
+    """Return the figures of a compiled program."""
+    memory = compiled.memory_analysis()
+    return Step(
+        *collectives(compiled.as_text()),
+        compiled.cost_analysis()["flops"],
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+    )
+
+
+def distribution(
+    layer: Any, sizes: Mapping[str, int], axis: str | None, devices: Any = None
+) -> Any:
+    """Return the distribution of a mesh."""
+    from keras.distribution import DataParallel, DeviceMesh
+
+    from keras_moe.distribution import expert_parallel
+
+    mesh = DeviceMesh(tuple(sizes.values()), list(sizes), devices)
+    if axis is None:
+        return DataParallel(mesh)
+    return expert_parallel(layer, mesh, expert_axis=axis)
+
+
+def compiled_step(layer: Any, active: Any, shape: tuple[int, ...]) -> Any:
+    """Return the program of outputs and gradients of `layer` under a distribution."""
+    import jax
+    import keras
+
+    def placed(shape: Any, dtype: Any, layout: Any) -> Any:
+        sharding = None if layout is None else layout.backend_layout
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def of(variable: Any) -> Any:
+        layout = active and active.get_variable_layout(variable)
+        return placed(variable.shape, variable.dtype, layout)
+
+    def step(trained: Any, fixed: Any, x: Any) -> Any:
+        def loss(trained: Any, x: Any) -> Any:
+            outputs, _, losses = layer.stateless_call(
+                trained, fixed, x, training=True, return_losses=True
+            )
+            return (outputs.astype("float32") ** 2).mean() + sum(losses)
+
+        return jax.grad(loss, argnums=(0, 1))(trained, x)
+
+    trained = [of(v) for v in layer.trainable_variables]
+    fixed = [of(v) for v in layer.non_trainable_variables]
+    layout = active and active.get_data_layout(shape)
+    x = placed(shape, layer.compute_dtype, layout)
+    outputs = None
+    if active is not None:
+        outputs = [v.sharding for v in trained], x.sharding
+    keras.distribution.set_distribution(active)
+    try:
+        return jax.jit(step, out_shardings=outputs).lower(trained, fixed, x).compile()
+    finally:
+        keras.distribution.set_distribution(None)
+
+
+def mixture(dispatch: str, features: int, hidden: int, dtype: str = "float32") -> Any:
+    """Return a built mixture of 8 experts, 2 of them a row, with this dispatch."""
+    from keras_moe.layers import MoE
+
+    class Mixture(MoE):
+        def _resolve_dispatch(self) -> str:
+            return "capacity" if dispatch == "expert_choice" else dispatch
+
+    layer = Mixture(
+        8,
+        (hidden, features),
+        router="expert_choice" if dispatch == "expert_choice" else "top_k",
+        dtype=dtype,
+    )
+    layer.build((None, features))
+    return layer
+
+
+def without_shard_map(step: Callable[[], Any]) -> Any:
+    """Return `step()`, with the dispatch left to XLA's partitioner."""
+    from keras_moe import dispatch
+
+    kept = dispatch.on_devices
+    dispatch.on_devices = lambda compute, *arguments, **options: compute(
+        *arguments, **options
+    )
+    try:
+        return step()
+    finally:
+        dispatch.on_devices = kept
+
+
+def row(name: str, dispatch: str, step: Step, one: Step) -> str:
+    """Return a row of the table."""
+    shown = ", ".join(
+        f"{count} {kind} {step.bytes[kind] / 1e6:.2f} MB"
+        for kind, count in sorted(step.count.items())
+    )
+    loops = dispatch == "blocked_in_turn"
+    flops = "" if loops else f"{step.flops / (one.flops / DEVICES):.2f}"
+    return (
+        f"| {name} | {dispatch} | {shown or 'none'} | {flops} "
+        f"| {step.arguments / 1e6:.2f} | {step.temporary / 1e6:.2f} |"
+    )
+
+
+def table(rows: int, features: int, hidden: int) -> list[str]:
+    """Return the lines of the table."""
+    lines = [
+        "| mesh | dispatch | collectives (count, kind, bytes a device) "
+        "| FLOPs × 8 / one device | arguments, MB | temporary, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for dispatch in DISPATCHES:
+        layer, shape = mixture(dispatch, features, hidden), (rows, features)
+        one = summarized(compiled_step(layer, None, shape))
+        lines.append(row("one device", dispatch, one, one))
+        for name, (sizes, axis) in MESHES.items():
+            active = distribution(layer, sizes, axis)
+
+            def step(active: Any = active, layer: Any = layer) -> Any:
+                return compiled_step(layer, active, shape)  # noqa: B023
+
+            if axis is None:
+                plain = summarized(without_shard_map(step))
+                lines.append(row(f"{name}, XLA alone", dispatch, plain, one))
+            lines.append(row(name, dispatch, summarized(step()), one))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--features", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=256)
+    given = parser.parse_args()
+    os.environ["KERAS_BACKEND"] = "jax"
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} "
+        f"--xla_force_host_platform_device_count={DEVICES}"
+    )
+    for line in table(given.rows, given.features, given.hidden):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
