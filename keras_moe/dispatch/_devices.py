@@ -283,7 +283,7 @@ class _Part:
         sums = self.compute(tokens, routing, experts, self.training)
         sums = jax.lax.psum_scatter(sums, self.place.batch, tiled=True)
         if self.splits and not self.place.shared:
-            sums = jax.lax.psum(sums, self.place.experts)
+            sums = _summed(sums, self.place)
         return sums
 
     def _sum(self, outputs: Any) -> Any:
@@ -292,7 +292,26 @@ class _Part:
 
         if self.place.shared:
             return jax.lax.psum_scatter(outputs, self.place.batch, tiled=True)
-        return jax.lax.psum(outputs, self.place.experts)
+        return _summed(outputs, self.place)
+
+
+def _summed(outputs: Any, place: Placement) -> Any:
+    """Sum `outputs` over the axis of the experts.
+
+    All devices of the axis get the same gradient, divided by their number (the rule of
+    `shard_map` for replicated results), which a product restores without a collective.
+    """
+    import jax
+
+    @jax.custom_vjp
+    def total(outputs: Any) -> Any:
+        return jax.lax.psum(outputs, place.experts)
+
+    total.defvjp(
+        lambda outputs: (total(outputs), None),
+        lambda _, upstream: (upstream * place.size(place.experts),),
+    )
+    return total(outputs)
 
 
 class _AllToAll:

@@ -6,8 +6,8 @@
 The step is a sparse mixture, its gradients by weights and by inputs; nothing is run.
 "XLA alone" is the same layer without `jax.shard_map`. FLOPs are those that the compiler
 counts for a device, against those of one device / 8; it counts the body of a loop once,
-so that there is no figure for `blocked_in_turn`. Bytes are those of the results, a
-device.
+so that there is no figure for `blocked_in_turn`. "sent" is by a device, in a
+ring.
 """
 
 from __future__ import annotations
@@ -33,28 +33,44 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "bf16": 2, "f16": 2, "s32": 4}
 _BYTES |= {"u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _INSTRUCTION = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
-class Step(NamedTuple):
-    """A compiled step: collectives by kind, and what it needs on a device."""
+class Collective(NamedTuple):
+    """A collective: its result, and what a device sends in a ring for it, in bytes."""
 
-    count: Counter[str]
-    bytes: Counter[str]
+    kind: str
+    result: int
+    sent: float
+
+
+class Step(NamedTuple):
+    """The figures of a compiled step, on a device."""
+
+    collectives: list[Collective]
     flops: float
     arguments: int
     temporary: int
 
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends."""
+        return sum(found.sent for found in self.collectives)
 
-def collectives(text: str) -> tuple[Counter[str], Counter[str]]:
-    """Return the number and the bytes of the collectives of an HLO text, by kind.
 
-    >>> collectives("%a = f32[4,2]{1,0} all-reduce(%b), channel_id=1")
-    (Counter({'all-reduce': 1}), Counter({'all-reduce': 32}))
+def collectives(text: str) -> list[Collective]:
+    """Return the collectives of an HLO text.
+
+    >>> collectives("%a = f32[4,2]{1,0} all-reduce(%b), replica_groups=[1,8]<=[8]")
+    [Collective(kind='all-reduce', result=32, sent=56.0)]
     """
-    count: Counter[str] = Counter()
-    size: Counter[str] = Counter()
-    for shape, kind, start in _INSTRUCTION.findall(text):
+    found = []
+    for line in text.splitlines():
+        match = _INSTRUCTION.search(line)
+        if match is None:
+            continue
+        shape, kind, start = match.groups()
         arrays = [
             math.prod(int(n) for n in dims.split(",") if n) * _BYTES[dtype]
             for dtype, dims in _ARRAY.findall(shape)
@@ -62,16 +78,31 @@ def collectives(text: str) -> tuple[Counter[str], Counter[str]]:
         ]
         if start and kind != "all-reduce":
             arrays = arrays[len(arrays) // 2 :]  # Operands come first.
-        count[kind] += 1
-        size[kind] += sum(arrays)
-    return count, size
+        found.append(Collective(kind, sum(arrays), _sent(kind, sum(arrays), line)))
+    return found
+
+
+def _sent(kind: str, result: int, line: str) -> float:
+    """Return the bytes that each of the g devices of a ring sends."""
+    groups = _GROUPS.search(line)
+    g = DEVICES
+    if groups is not None:
+        iota, listed = groups.groups()
+        g = int(iota) if iota else len(listed.split(","))
+    factor = {
+        "all-reduce": 2 * (g - 1) / g,
+        "all-gather": (g - 1) / g,
+        "reduce-scatter": g - 1,
+        "all-to-all": (g - 1) / g,
+    }
+    return result * factor.get(kind, 1.0)
 
 
 def summarized(compiled: Any) -> Step:
     """Return the figures of a compiled program."""
     memory = compiled.memory_analysis()
     return Step(
-        *collectives(compiled.as_text()),
+        collectives(compiled.as_text()),
         compiled.cost_analysis()["flops"],
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
@@ -162,14 +193,16 @@ def without_shard_map(step: Callable[[], Any]) -> Any:
 
 def row(name: str, dispatch: str, step: Step, one: Step) -> str:
     """Return a row of the table."""
+    kinds = Counter(found.kind for found in step.collectives)
     shown = ", ".join(
-        f"{count} {kind} {step.bytes[kind] / 1e6:.2f} MB"
-        for kind, count in sorted(step.count.items())
+        f"{count} {kind} "
+        f"{sum(c.result for c in step.collectives if c.kind == kind) / 1e6:.2f}"
+        for kind, count in sorted(kinds.items())
     )
     loops = dispatch == "blocked_in_turn"
     flops = "" if loops else f"{step.flops / (one.flops / DEVICES):.2f}"
     return (
-        f"| {name} | {dispatch} | {shown or 'none'} | {flops} "
+        f"| {name} | {dispatch} | {shown or 'none'} | {step.sent / 1e6:.2f} | {flops} "
         f"| {step.arguments / 1e6:.2f} | {step.temporary / 1e6:.2f} |"
     )
 
@@ -177,9 +210,9 @@ def row(name: str, dispatch: str, step: Step, one: Step) -> str:
 def table(rows: int, features: int, hidden: int) -> list[str]:
     """Return the lines of the table."""
     lines = [
-        "| mesh | dispatch | collectives (count, kind, bytes a device) "
-        "| FLOPs × 8 / one device | arguments, MB | temporary, MB |",
-        "|---|---|---|---|---|---|",
+        "| mesh | dispatch | collectives: count, kind, MB of the result | sent, MB "
+        "| FLOPs, of one device / 8 | arguments, MB | temporary, MB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for dispatch in DISPATCHES:
         layer, shape = mixture(dispatch, features, hidden), (rows, features)
