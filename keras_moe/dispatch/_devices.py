@@ -78,11 +78,13 @@ def placement(experts: Any) -> Placement | None:
         return None
     axes = set()
     for variable in experts.variables:
-        layout = active.get_variable_layout(variable)
-        first, *others = getattr(layout, "axes", ()) or (None,)
-        stacked = variable.shape[0] == experts.num_experts
         if _is_seed(variable):
             continue
+        layout = active.get_variable_layout(variable)
+        if not isinstance(layout, keras.distribution.TensorLayout):
+            return None
+        first, *others = layout.axes or (None,)
+        stacked = variable.shape[:1] == (experts.num_experts,)
         if any(others) or isinstance(first, tuple) or not stacked:
             return None
         axes.add(first)

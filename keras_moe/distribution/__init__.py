@@ -10,5 +10,6 @@ from keras_moe.distribution._expert_parallel import (
     VariablePlacement,
     expert_parallel,
 )
+from keras_moe.distribution._plan import Plan, plan
 
-__all__ = ["ExpertParallel", "VariablePlacement", "expert_parallel"]
+__all__ = ["ExpertParallel", "Plan", "VariablePlacement", "expert_parallel", "plan"]

@@ -2,8 +2,10 @@
 
     python -m tests.benchmarks.collectives            # prints the table
     python -m tests.benchmarks.collectives --rows 65536 --features 1024
+    python -m tests.benchmarks.collectives --tpu v5e:2x2 --dtype mixed_bfloat16
 
-The step is a sparse mixture, its gradients by weights and by inputs; nothing is run.
+The last one compiles for chips of a TPU and needs `libtpu`, no TPU. The step is a
+sparse mixture, its gradients by weights and by inputs; nothing is run.
 "XLA alone" is the same layer without `jax.shard_map`. FLOPs are those that the compiler
 counts for a device, against those of one device / 8; it counts the body of a loop once,
 so that there is no figure for `blocked_in_turn`. "sent" is by a device, in a
@@ -17,17 +19,11 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-DEVICES = 8
-# By name: the sizes of the mesh's axes, and the axis of the experts.
-MESHES: dict[str, tuple[dict[str, int], str | None]] = {
-    "data (8)": ({"batch": 8}, None),
-    "experts on the batch's axis (8)": ({"batch": 8}, "batch"),
-    "experts on their own axis (2, 4)": ({"batch": 2, "expert": 4}, "expert"),
-    "experts on their own axis (1, 8)": ({"batch": 1, "expert": 8}, "expert"),
-}
+Mesh = tuple[dict[str, int], str | None]
 DISPATCHES = ("blocked_in_turn", "blocked_at_once", "capacity", "expert_choice")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "bf16": 2, "f16": 2, "s32": 4}
 _BYTES |= {"u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
@@ -85,10 +81,10 @@ def collectives(text: str) -> list[Collective]:
 def _sent(kind: str, result: int, line: str) -> float:
     """Return the bytes that each of the g devices of a ring sends."""
     groups = _GROUPS.search(line)
-    g = DEVICES
-    if groups is not None:
-        iota, listed = groups.groups()
-        g = int(iota) if iota else len(listed.split(","))
+    if groups is None:
+        return float(result)
+    iota, listed = groups.groups()
+    g = int(iota) if iota else len(listed.split(","))
     factor = {
         "all-reduce": 2 * (g - 1) / g,
         "all-gather": (g - 1) / g,
@@ -123,8 +119,13 @@ def distribution(
     return expert_parallel(layer, mesh, expert_axis=axis)
 
 
-def compiled_step(layer: Any, active: Any, shape: tuple[int, ...]) -> Any:
-    """Return the program of outputs and gradients of `layer` under a distribution."""
+def compiled_step(
+    layer: Any, active: Any, shape: tuple[int, ...], device: Any = None
+) -> Any:
+    """Return the program of the gradients of `layer` under a distribution.
+
+    Without one it is for `device`.
+    """
     import jax
     import keras
 
@@ -149,6 +150,12 @@ def compiled_step(layer: Any, active: Any, shape: tuple[int, ...]) -> Any:
     fixed = [of(v) for v in layer.non_trainable_variables]
     layout = active and active.get_data_layout(shape)
     x = placed(shape, layer.compute_dtype, layout)
+    if device is not None:
+        alone = jax.sharding.SingleDeviceSharding(device)
+        trained, fixed, x = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=alone),
+            (trained, fixed, x),
+        )
     outputs = None
     if active is not None:
         outputs = [v.sharding for v in trained], x.sharding
@@ -159,22 +166,37 @@ def compiled_step(layer: Any, active: Any, shape: tuple[int, ...]) -> Any:
         keras.distribution.set_distribution(None)
 
 
+def meshes(devices: int) -> dict[str, Mesh]:
+    """Return meshes by name: the sizes of the axes, and the axis of the experts."""
+    half = devices // 2
+    return {
+        f"data ({devices})": ({"batch": devices}, None),
+        f"experts on the batch's axis ({devices})": ({"batch": devices}, "batch"),
+        f"experts on their own axis (2, {half})": (
+            {"batch": 2, "expert": half},
+            "expert",
+        ),
+        f"experts on their own axis (1, {devices})": (
+            {"batch": 1, "expert": devices},
+            "expert",
+        ),
+    }
+
+
 def mixture(dispatch: str, features: int, hidden: int, dtype: str = "float32") -> Any:
-    """Return a built mixture of 8 experts, 2 of them a row, with this dispatch."""
+    """Return a model of 8 experts, 2 of them a row, with this dispatch."""
+    import keras
+
     from keras_moe.layers import MoE
 
     class Mixture(MoE):
         def _resolve_dispatch(self) -> str:
             return "capacity" if dispatch == "expert_choice" else dispatch
 
-    layer = Mixture(
-        8,
-        (hidden, features),
-        router="expert_choice" if dispatch == "expert_choice" else "top_k",
-        dtype=dtype,
-    )
-    layer.build((None, features))
-    return layer
+    router = "expert_choice" if dispatch == "expert_choice" else "top_k"
+    layer = Mixture(8, (hidden, features), router=router, dtype=dtype)
+    # In a model: `stateless_call` of a layer alone does not cast its weights.
+    return keras.Sequential([keras.Input((features,)), layer])
 
 
 def without_shard_map(step: Callable[[], Any]) -> Any:
@@ -191,7 +213,7 @@ def without_shard_map(step: Callable[[], Any]) -> Any:
         dispatch.on_devices = kept
 
 
-def row(name: str, dispatch: str, step: Step, one: Step) -> str:
+def row(name: str, dispatch: str, step: Step, one: Step, devices: int) -> str:
     """Return a row of the table."""
     kinds = Counter(found.kind for found in step.collectives)
     shown = ", ".join(
@@ -200,35 +222,50 @@ def row(name: str, dispatch: str, step: Step, one: Step) -> str:
         for kind, count in sorted(kinds.items())
     )
     loops = dispatch == "blocked_in_turn"
-    flops = "" if loops else f"{step.flops / (one.flops / DEVICES):.2f}"
+    flops = "" if loops else f"{step.flops / (one.flops / devices):.2f}"
     return (
         f"| {name} | {dispatch} | {shown or 'none'} | {step.sent / 1e6:.2f} | {flops} "
         f"| {step.arguments / 1e6:.2f} | {step.temporary / 1e6:.2f} |"
     )
 
 
-def table(rows: int, features: int, hidden: int) -> list[str]:
-    """Return the lines of the table."""
-    lines = [
-        "| mesh | dispatch | collectives: count, kind, MB of the result | sent, MB "
-        "| FLOPs, of one device / 8 | arguments, MB | temporary, MB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for dispatch in DISPATCHES:
-        layer, shape = mixture(dispatch, features, hidden), (rows, features)
-        one = summarized(compiled_step(layer, None, shape))
-        lines.append(row("one device", dispatch, one, one))
-        for name, (sizes, axis) in MESHES.items():
-            active = distribution(layer, sizes, axis)
-
-            def step(active: Any = active, layer: Any = layer) -> Any:
-                return compiled_step(layer, active, shape)  # noqa: B023
-
+def table(given: argparse.Namespace, devices: Sequence[Any] | None) -> Iterator[str]:
+    """Yield the lines of the table; `devices` are those of a TPU, or None."""
+    count = 8 if devices is None else len(devices)
+    yield (
+        "| mesh | dispatch | collectives: count, kind, MB of the results | sent, MB "
+        f"| FLOPs, of one device / {count} | arguments, MB | temporary, MB |"
+    )
+    yield "|---|---|---|---|---|---|---|"
+    for dispatch in given.dispatch:
+        layer = mixture(dispatch, given.features, given.hidden, given.dtype)
+        shape = (given.rows, given.features)
+        alone = None if devices is None else devices[0]
+        one = summarized(compiled_step(layer, None, shape, alone))
+        yield row("one device", dispatch, one, one, count)
+        for name, (sizes, axis) in meshes(count).items():
+            active = distribution(layer, sizes, axis, devices)
+            compile_ = partial(compiled_step, layer, active, shape)
             if axis is None:
-                plain = summarized(without_shard_map(step))
-                lines.append(row(f"{name}, XLA alone", dispatch, plain, one))
-            lines.append(row(name, dispatch, summarized(step()), one))
-    return lines
+                plain = summarized(without_shard_map(compile_))
+                yield row(f"{name}, XLA alone", dispatch, plain, one, count)
+            yield row(name, dispatch, summarized(compile_()), one, count)
+
+
+def tpu_devices(topology: str) -> list[Any]:
+    """Return the chips of a topology such as "v5e:2x2", without a TPU."""
+    from jax.experimental import topologies
+
+    return list(
+        topologies.get_topology_desc(
+            topology,
+            platform="tpu",
+            chip_config_name="default",
+            chips_per_host_bounds=(2, 2, 1),
+            num_slices=1,
+            wrap=(False,) * 3,
+        ).devices
+    )
 
 
 def main() -> None:
@@ -236,13 +273,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--features", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dispatch", nargs="+", default=DISPATCHES)
+    parser.add_argument("--tpu")
     given = parser.parse_args()
-    os.environ["KERAS_BACKEND"] = "jax"
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} "
-        f"--xla_force_host_platform_device_count={DEVICES}"
-    )
-    for line in table(given.rows, given.features, given.hidden):
+    os.environ |= {
+        "KERAS_BACKEND": "jax",
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+        "--xla_force_host_platform_device_count=8",
+    }
+    for line in table(given, given.tpu and tpu_devices(given.tpu)):
         print(line, flush=True)
 
 

@@ -20,6 +20,7 @@ from keras.distribution import DataParallel, DeviceMesh
 import keras_moe
 from keras_moe import layers
 from keras_moe.distribution import expert_parallel
+from tests.benchmarks import collectives
 
 ROWS, FEATURES, UNITS, EXPERTS = 48, 6, 5, 8
 # By name: the mesh, and the axis of the experts.
@@ -287,6 +288,38 @@ def errors() -> list[str]:
     return messages
 
 
+def planned() -> dict:
+    """Return compiled figures beside those of the plan, by mesh."""
+    rows, features = 1024, 128
+    model = collectives.mixture("blocked_in_turn", features, 256)
+    found = {}
+    for name, (strategy, devices) in {
+        "data": (0, 8),
+        "shared": (1, 8),
+        "2 x 4": (1, 4),
+    }.items():
+        sizes, axis = MESHES[name]
+        active = collectives.distribution(model, sizes, axis)
+        step = collectives.summarized(
+            collectives.compiled_step(model, active, (rows, features))
+        )
+        plan = keras_moe.distribution.plan(
+            model, 8, rows, bandwidth=1e9, flops=1e9, expert_devices=devices
+        )[strategy]
+        inputs = rows // sizes["batch"] * features * 4
+        found[name] = {
+            "weights": [step.arguments - inputs, plan.weight_bytes],
+            "sent": [step.sent, sum(plan.communication_bytes.values())],
+        }
+    slots = collectives.mixture("capacity", features, 256)
+    slots.layers[-1].capacity_factor = 1.0  # As many slots as choices.
+    step = collectives.summarized(
+        collectives.compiled_step(slots, active, (rows, features))
+    )
+    found["2 x 4"]["flops"] = [step.flops, plan.flops]
+    return found
+
+
 def main() -> None:
     jax.config.update("jax_enable_x64", True)
     found = {}
@@ -298,6 +331,7 @@ def main() -> None:
     for mesh in (None, *MESHES):
         found[f"fit {mesh}"] = fitted(mesh)
     found |= {"capacity": capacity(), "dropout": dropout(), "errors": errors()}
+    found["planned"] = planned()
     json.dump(found, sys.stdout)
 
 
