@@ -83,14 +83,15 @@ def expert_parallel(
     *,
     expert_axis: str = "expert",
     batch_axis: str | None = None,
+    table_axis: str | None = None,
     embeddings: bool = True,
     batch_size: int | None = None,
     **kwargs: Any,
 ) -> ExpertParallel:
     """Return a distribution that splits experts and tables over the axis of a mesh.
 
-    Stacked experts are split along their first axis, tables of `keras.layers.Embedding`
-    along their rows, both over `expert_axis`; everything else is replicated. Optimizer
+    Stacked experts are split along their first axis over `expert_axis`, tables of
+    `keras.layers.Embedding` along their rows over `table_axis`; all else is replicated. Optimizer
     slots follow their variables. Batches are split over `batch_axis`. If both axes are
     the same, every device has a part of the batch and a part of the experts.
 
@@ -118,9 +119,11 @@ def expert_parallel(
         model: a built Keras model or layer.
         mesh: a `keras.distribution.DeviceMesh`, or a dict from axis names to sizes, in
             the order of the axes, such as `{"batch": 2, "expert": 4}`.
-        expert_axis: name of the mesh axis over which experts and tables are split.
+        expert_axis: name of the mesh axis over which experts are split.
         batch_axis: name of the mesh axis over which batches are split. Default: the
             first axis of the mesh.
+        table_axis: name of the mesh axis over which tables are split. Default:
+            `expert_axis`.
         embeddings: bool, whether tables are split.
         batch_size: int, the size of a global batch, to be checked. Not checked by
             default; Keras fails in `fit` if the axis does not divide it.
@@ -153,7 +156,12 @@ def expert_parallel(
     mesh = _checked_mesh(mesh)
     sizes = dict(zip(mesh.axis_names, mesh.shape, strict=True))
     batch_axis = mesh.axis_names[0] if batch_axis is None else batch_axis
-    for argument, axis in (("expert_axis", expert_axis), ("batch_axis", batch_axis)):
+    table_axis = expert_axis if table_axis is None else table_axis
+    for argument, axis in {
+        "expert_axis": expert_axis,
+        "batch_axis": batch_axis,
+        "table_axis": table_axis,
+    }.items():
         if axis not in sizes:
             raise ValueError(
                 f"`{argument}` must be an axis of `mesh`, one of {list(sizes)}. "
@@ -167,7 +175,8 @@ def expert_parallel(
                 f"{batch_axis!r}: drop the remainder or pad it with sample weight 0. "
                 f"Received: batch_size={batch_size}, mesh={sizes}"
             )
-    placements = list(_placements(model, expert_axis, sizes[expert_axis], embeddings))
+    table = (table_axis, sizes[table_axis]) if embeddings else None
+    placements = list(_placements(model, (expert_axis, sizes[expert_axis]), table))
     layout_map = keras.distribution.LayoutMap(mesh)
     for pattern, axes in _patterns(placements).items():
         layout_map[pattern] = axes
@@ -200,41 +209,53 @@ def _checked_mesh(mesh: Any) -> Any:
     return keras.distribution.DeviceMesh(shape, list(mesh), devices[: math.prod(shape)])
 
 
+Axis = tuple[str, int]  # Its name and its size.
+
+
 def _placements(
-    model: Any, axis: str, size: int, embeddings: bool
+    model: Any, expert_axis: Axis, table_axis: Axis | None
 ) -> Iterator[VariablePlacement]:
     """Yield the placement of each variable of `model`."""
-    reasons: dict[int, tuple[bool, str]] = {}
+    known: dict[int, tuple[str | None, str]] = {}
     for layer in model._flatten_layers(include_self=True):
-        for part, (is_split, reason) in _parts(layer, size, embeddings):
+        for part, axis, reason in _parts(layer, expert_axis, table_axis):
             for variable in part.weights:
-                reasons.setdefault(id(variable), (is_split, reason))
+                known.setdefault(id(variable), (axis, reason))
     for variable in model.weights:
-        is_split, reason = reasons.get(
-            id(variable), (False, "neither an expert nor a table")
-        )
-        first = axis if is_split else None
-        axes = (first, *[None] * (len(variable.shape) - 1))[: len(variable.shape)]
+        other = None, "neither an expert nor a table"
+        axis, reason = known.get(id(variable), other)
+        axes = (axis, *[None] * (len(variable.shape) - 1))[: len(variable.shape)]
         yield VariablePlacement(variable.path, tuple(variable.shape), axes, reason)
 
 
 def _parts(
-    layer: Any, size: int, embeddings: bool
-) -> Iterator[tuple[Any, tuple[bool, str]]]:
-    """Yield parts of `layer`, and whether they are split and why."""
+    layer: Any, expert_axis: Axis, table_axis: Axis | None
+) -> Iterator[tuple[Any, str | None, str]]:
+    """Yield parts of `layer`, the axis over which they are split, and why."""
     if isinstance(layer, HasDispatch) and hasattr(layer, "experts"):
-        yield layer.experts, _checked_experts(layer, size)
+        _check_experts(layer, expert_axis)
     shared = getattr(layer, "shared_experts", None)
     if isinstance(shared, keras.layers.Layer):
-        yield shared, (False, "every token goes to the shared experts")
+        yield shared, None, "every token goes to the shared experts"
     for name in ("router", "gates"):
         part = getattr(layer, name, None)
         if isinstance(part, keras.layers.Layer):
-            yield part, (False, "every token needs the scores of all experts")
+            yield part, None, "every token needs the scores of all experts"
     if isinstance(layer, keras.layers.Embedding):
-        yield layer, _table(layer, size, embeddings)
+        if table_axis is None:
+            yield layer, None, "embeddings=False"
+        else:
+            yield layer, *_division(layer.input_dim, "rows", table_axis)
     if _has_experts(layer):
-        yield layer, _mixture(layer, size)
+        yield layer, *_division(layer.num_experts, "experts", expert_axis)
+
+
+def _division(count: int, unit: str, axis: Axis) -> tuple[str | None, str]:
+    """Return the axis that splits `count` units, if it can, and why."""
+    name, size = axis
+    if count % size:
+        return None, f"{count} {unit} are not a multiple of {size} devices"
+    return name, f"{count // size} of {count} {unit}"
 
 
 def _has_experts(layer: Any) -> bool:
@@ -244,7 +265,8 @@ def _has_experts(layer: Any) -> bool:
     )
 
 
-def _checked_experts(layer: Any, size: int) -> tuple[bool, str]:
+def _check_experts(layer: Any, axis: Axis) -> None:
+    """Raise ValueError if a layer's experts cannot be split over the axis."""
     experts = layer.experts
     if not isinstance(experts, StackedKernels):
         raise ValueError(
@@ -253,31 +275,12 @@ def _checked_experts(layer: Any, size: int) -> tuple[bool, str]:
             "keras.distribution.DataParallel. "
             f"Received: experts={type(experts).__name__}"
         )
-    if experts.num_experts % size:
+    if experts.num_experts % axis[1]:
         raise ValueError(
             "`mesh` must have an expert axis whose size divides the number of experts "
-            f"of the layer {layer.name!r}. Received: an axis of {size} devices for "
+            f"of the layer {layer.name!r}. Received: an axis of {axis[1]} devices for "
             f"num_experts={experts.num_experts}"
         )
-    return True, f"{experts.num_experts // size} of {experts.num_experts} experts"
-
-
-def _mixture(experts: Any, size: int) -> tuple[bool, str]:
-    """Experts of a layer that computes all of them for every row."""
-    count = experts.num_experts
-    if count % size:
-        return False, f"{count} experts are not a multiple of {size} devices"
-    return True, f"{count // size} of {count} experts"
-
-
-def _table(layer: Any, size: int, embeddings: bool) -> tuple[bool, str]:
-    rows = layer.input_dim
-    if not embeddings:
-        return False, "embeddings=False"
-    if rows % size:
-        more = rows + -rows % size
-        return False, f"{rows} rows are not a multiple of {size}; input_dim={more} is"
-    return True, f"{rows // size} of {rows} rows"
 
 
 def _patterns(placements: list[VariablePlacement]) -> dict[str, tuple[Any, ...]]:

@@ -149,7 +149,7 @@ def compiled_step(
     trained = [of(v) for v in layer.trainable_variables]
     fixed = [of(v) for v in layer.non_trainable_variables]
     layout = active and active.get_data_layout(shape)
-    x = placed(shape, layer.compute_dtype, layout)
+    x = placed(shape, layer.layers[-1].compute_dtype, layout)
     if device is not None:
         alone = jax.sharding.SingleDeviceSharding(device)
         trained, fixed, x = jax.tree.map(

@@ -83,11 +83,12 @@ class Everything(keras.Model):
     """All parts, on the same inputs and a row of a table."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.table = keras.layers.Embedding(16, FEATURES)
-        self.parts = list(parts().values())
-        for part, name in zip(self.parts, parts(), strict=True):
+        super().__init__(name="everything")
+        self.table = keras.layers.Embedding(16, FEATURES, name="table")
+        made = parts()
+        for name, part in made.items():
             part.name = name.replace(" ", "_")
+        self.parts = list(made.values())
 
     def call(self, inputs, training=None):
         x, ids = inputs
@@ -165,7 +166,9 @@ def ranker():
     """A model of two tasks: a table, a mixture, a sparse MMoE and PLE."""
     keras.utils.set_random_seed(0)
     ids, x = keras.Input((), dtype="int32"), keras.Input((FEATURES,))
-    hidden = keras.layers.Concatenate()([keras.layers.Embedding(16, 4)(ids), x])
+    hidden = keras.layers.Concatenate()(
+        [keras.layers.Embedding(16, 4, name="table")(ids), x]
+    )
     hidden = layers.MoE(
         EXPERTS,
         (16, FEATURES),
@@ -173,8 +176,9 @@ def ranker():
         routing_metrics=["load_cv", "router_entropy"],
         name="moe",
     )(hidden)
-    hidden = layers.MMoE(EXPERTS, (8,), ["a"], top_k=2, dispatch="blocked")(hidden)["a"]
-    tasks = layers.PLE(1, 2, 3, (8,), ["click", "stay"])(hidden)
+    sparse = layers.MMoE(EXPERTS, 8, ["all"], top_k=2, dispatch="blocked", name="mmoe")
+    hidden = sparse(hidden)["all"]
+    tasks = layers.PLE(1, 2, 3, 8, ["click", "stay"], name="ple")(hidden)
     outputs = {
         "click": layers.Tower((), "sigmoid", name="click")(tasks["click"]),
         "stay": layers.Tower((), name="stay")(tasks["stay"]),
@@ -197,7 +201,7 @@ def fitted(mesh: str | None) -> dict:
     model.compile(
         keras.optimizers.Adam(0.01),
         {"click": "binary_crossentropy", "stay": "mse"},
-        metrics={"click": ["auc"]},
+        metrics={"click": [keras.metrics.AUC(name="auc")]},
     )
     history = model.fit([ids, x], y, batch_size=32, epochs=2, shuffle=False, verbose=0)
     measured = model.evaluate([ids, x], y, batch_size=32, return_dict=True, verbose=0)
