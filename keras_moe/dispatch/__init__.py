@@ -25,7 +25,7 @@ from keras_moe.dispatch._blocked import (
 )
 from keras_moe.dispatch._capacity import capacity, within_capacity
 from keras_moe.dispatch._dense import dense
-from keras_moe.dispatch._devices import Placement, on_devices, placement
+from keras_moe.dispatch._devices import on_devices
 from keras_moe.dispatch._expert_choice import expert_choice
 from keras_moe.dispatch._ragged import ragged
 from keras_moe.dispatch._rows import nan_where
@@ -37,7 +37,6 @@ __all__ = [
     "SERVED",
     "TABLE",
     "Dispatch",
-    "Placement",
     "block_sizes",
     "blocked",
     "blocked_at_once",
@@ -50,7 +49,6 @@ __all__ = [
     "expert_choice",
     "nan_where",
     "on_devices",
-    "placement",
     "ragged",
     "rows_multiplied",
     "split",

@@ -91,9 +91,9 @@ def expert_parallel(
     """Return a distribution that splits experts and tables over the axis of a mesh.
 
     Stacked experts are split along their first axis over `expert_axis`, tables of
-    `keras.layers.Embedding` along their rows over `table_axis`; all else is replicated. Optimizer
-    slots follow their variables. Batches are split over `batch_axis`. If both axes are
-    the same, every device has a part of the batch and a part of the experts.
+    `keras.layers.Embedding` along their rows over `table_axis`; all else is replicated.
+    Optimizer slots follow their variables. Batches are split over `batch_axis`. If this
+    is also the axis of the experts, every device has a part of both.
 
     The result describes variables by their paths, up to the numbers that Keras appends
     to default names. Make or load the model once more in its scope:
