@@ -19,6 +19,7 @@ Plots:  `keras_moe.plots` (gate heatmap, expert usage), not imported by default 
 
 from keras_moe import (
     callbacks,
+    distribution,
     experts,
     export,
     initializers,
@@ -35,6 +36,7 @@ from keras_moe._version import __version__
 __all__ = [
     "__version__",
     "callbacks",
+    "distribution",
     "experts",
     "export",
     "initializers",

@@ -28,6 +28,7 @@ LEVELS = {
     "plots": 6,
     "tfrs": 6,
     "upcycling": 6,
+    "distribution": 6,
 }
 PACKAGES = [
     "routing",
@@ -38,6 +39,7 @@ PACKAGES = [
     "optimizers",
     "export",
     "upcycling",
+    "distribution",
 ]
 # These may have more than 400 lines.
 FILLED_BY_ONE_PAPER = ["keras_moe/layers/pepnet.py"]

@@ -40,6 +40,7 @@ MODULES = (
     "optimizers",
     "initializers",
     "upcycling",
+    "distribution",
     "export",
     "plots",
     "tfrs",

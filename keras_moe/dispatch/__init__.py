@@ -24,6 +24,7 @@ from keras_moe.dispatch._blocked import (
 )
 from keras_moe.dispatch._capacity import capacity, within_capacity
 from keras_moe.dispatch._dense import dense
+from keras_moe.dispatch._devices import on_devices
 from keras_moe.dispatch._even import blocked_evenly
 from keras_moe.dispatch._expert_choice import expert_choice
 from keras_moe.dispatch._ragged import ragged
@@ -46,6 +47,7 @@ __all__ = [
     "dropless_here",
     "expert_choice",
     "nan_where",
+    "on_devices",
     "ragged",
     "rows_multiplied",
     "split",

@@ -32,6 +32,26 @@ def within_capacity(
     priority: str = "position",
 ) -> tuple[Any, Any]:
     """Return outputs (n, u), and bool (n, k): the choices that have a slot."""
+    slots, finite = slots_within_capacity(
+        tokens,
+        routing,
+        experts.num_experts,
+        capacity_factor=capacity_factor,
+        priority=priority,
+    )
+    outputs = capacity(tokens, routing, experts, training, slots=slots)
+    return nan_where(ops.logical_not(finite), outputs), slots.kept
+
+
+def slots_within_capacity(
+    tokens: Any,
+    routing: Routing,
+    num_experts: int,
+    *,
+    capacity_factor: float | None = None,
+    priority: str = "position",
+) -> tuple[Slots, Any]:
+    """Return the slots of `within_capacity`, and bool (n,): the finite tokens."""
     # A token with non-finite weights takes no slot; its output is NaN.
     finite = ops.all(ops.isfinite(routing.combine_weights), axis=-1)
     mask = finite
@@ -39,17 +59,16 @@ def within_capacity(
         mask = ops.logical_and(finite, routing.mask)
     slots = routing_lib.capacity_slots(
         routing._replace(mask=mask),
-        experts.num_experts,
+        num_experts,
         routing_lib.expert_capacity(
             ops.shape(tokens)[0],
-            experts.num_experts,
+            num_experts,
             routing.expert_indices.shape[1],
             DEFAULT_FACTOR if capacity_factor is None else capacity_factor,
         ),
         priority,
     )
-    outputs = capacity(tokens, routing, experts, training, slots=slots)
-    return nan_where(ops.logical_not(finite), outputs), slots.kept
+    return slots, finite
 
 
 def capacity(

@@ -282,21 +282,19 @@ class MoE(HasDispatch, MLPLayer):
         """(n, d) -> (n, u): apply the experts of each token."""
         name, kept = self._resolve_dispatch(), None
         if name == "capacity" and self.router.choice == "token":
-            outputs, kept = dispatch_lib.within_capacity(
-                tokens,
-                routing,
-                self.experts,
-                training,
+            outputs, kept = dispatch_lib.on_devices(
+                dispatch_lib.within_capacity,
+                *(tokens, routing, self.experts, training),
                 capacity_factor=self.capacity_factor,
                 priority=self.priority,
             )
-        elif name == "capacity":
-            outputs = dispatch_lib.expert_choice(
-                tokens, routing, self.experts, training
-            )
         else:
             compute = getattr(dispatch_lib, name)
-            outputs = compute(tokens, routing, self.experts, training)
+            if name == "capacity":
+                compute = dispatch_lib.expert_choice
+            outputs = dispatch_lib.on_devices(
+                compute, tokens, routing, self.experts, training
+            )
         # `fit` and `evaluate` set `training`; an export does not, and has no metrics.
         if self.routing_metrics is not None and training is not None:
             self.routing_metrics.update_state(routing, kept)

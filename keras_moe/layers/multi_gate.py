@@ -277,7 +277,9 @@ class MMoE(HasDispatch, GatedMixture):
         gates = ops.reshape(gates, (-1, self.num_gates, self.num_experts))
         routing, weights = routing_lib.union(gates, self._max_chosen())
         compute = getattr(dispatch_lib, dispatch)
-        outputs = compute(tokens, routing, self.experts, training)  # (n, k, u)
+        outputs = dispatch_lib.on_devices(  # (n, k, u)
+            compute, tokens, routing, self.experts, training
+        )
         mixtures = self.mix(weights, outputs)
         return ops.reshape(
             mixtures,

@@ -1,0 +1,321 @@
+"""Expert parallelism: a `LayoutMap` that splits experts and tables over a mesh axis."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_moe import _backend, _checks
+from keras_moe.experts import MLPExperts, StackedKernels
+from keras_moe.experts._mlp import StackedMLP
+from keras_moe.layers._parts import HasDispatch
+
+
+class VariablePlacement(NamedTuple):
+    """Where a variable is.
+
+    Attributes:
+        path: the path of the variable.
+        shape: its shape.
+        axes: for each of its axes, the mesh axis over which it is split, or None.
+        reason: why it is split or replicated.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    reason: str
+
+
+class ExpertParallel(keras.distribution.ModelParallel):
+    """A `keras.distribution.ModelParallel` that says where every variable is.
+
+    Made by `expert_parallel`.
+
+    Args:
+        layout_map: `keras.distribution.LayoutMap`.
+        batch_dim_name: name of the mesh axis over which batches are split.
+        placements: list of `VariablePlacement`, one per variable.
+        notes: list of lines on what routers see of a batch.
+        **kwargs: further arguments of `ModelParallel`.
+
+    Attributes:
+        placements: list of `VariablePlacement`, one per variable.
+        notes: list of str, what the routers of the model see of a batch.
+
+    Example:
+
+    >>> keras_moe.distribution.VariablePlacement("a/kernel", (4, 2), (None, None), "")
+    VariablePlacement(path='a/kernel', shape=(4, 2), axes=(None, None), reason='')
+    """
+
+    def __init__(
+        self,
+        *,
+        layout_map: Any = None,
+        batch_dim_name: str | None = None,
+        placements: list[VariablePlacement] | None = None,
+        notes: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(layout_map=layout_map, batch_dim_name=batch_dim_name, **kwargs)
+        self.placements = placements or []
+        self.notes = notes or []
+
+    def summary(self) -> str:
+        """Return a line per variable, and `notes`."""
+        lines = [
+            f"{place.path} {place.shape} "
+            f"{'split' if any(place.axes) else 'replicated'}: {place.reason}"
+            for place in self.placements
+        ]
+        return "\n".join([*lines, *self.notes])
+
+
+def expert_parallel(
+    model: Any,
+    mesh: Any,
+    *,
+    expert_axis: str = "expert",
+    batch_axis: str | None = None,
+    table_axis: str | None = None,
+    embeddings: bool = True,
+    batch_size: int | None = None,
+    **kwargs: Any,
+) -> ExpertParallel:
+    """Return a distribution that splits experts and tables over the axis of a mesh.
+
+    Stacked experts are split along their first axis over `expert_axis`, tables of
+    `keras.layers.Embedding` along their rows over `table_axis`; all else is replicated.
+    Optimizer slots follow their variables. Batches are split over `batch_axis`. If this
+    is also the axis of the experts, every device has a part of both.
+
+    The result describes variables by their paths, up to the numbers that Keras appends
+    to default names. Make or load the model once more in its scope:
+
+    ```python
+    distribution = keras_moe.distribution.expert_parallel(
+        build(), {"batch": 2, "expert": 4}
+    )
+    print(distribution.summary())
+    with distribution.scope():
+        model = build()  # or keras.models.load_model(...)
+        model.compile("adam", "mse")
+        model.fit(dataset)
+    ```
+
+    Losses, gradients, metrics and the state of routers are those of the whole batch,
+    with one exception: under `dispatch="capacity"` a token competes for slots with the
+    tokens of its part of the batch, and the capacity is computed from the size of that
+    part (`notes` says so). Expert choice and Sinkhorn routing compete over the whole
+    batch. Dropout draws other numbers than on one device.
+
+    Args:
+        model: a built Keras model or layer.
+        mesh: a `keras.distribution.DeviceMesh`, or a dict from axis names to sizes, in
+            the order of the axes, such as `{"batch": 2, "expert": 4}`.
+        expert_axis: name of the mesh axis over which experts are split.
+        batch_axis: name of the mesh axis over which batches are split. Default: the
+            first axis of the mesh.
+        table_axis: name of the mesh axis over which tables are split. Default:
+            `expert_axis`.
+        embeddings: bool, whether tables are split.
+        batch_size: int, the size of a global batch, to be checked. Not checked by
+            default; Keras fails in `fit` if the axis does not divide it.
+        **kwargs: arguments of `keras.distribution.ModelParallel`, such as
+            `auto_shard_dataset`.
+
+    Returns:
+        An `ExpertParallel`, to be used as any `keras.distribution.Distribution`.
+
+    Raises:
+        ValueError: if the backend is not JAX, the model is not built or has experts
+            that cannot be split, there are too few devices, an axis is unknown, or an
+            axis does not divide the number of experts or the batch.
+
+    References:
+        - [Lepikhin et al., 2020: GShard: Scaling Giant Models with Conditional
+          Computation and Automatic Sharding](https://arxiv.org/abs/2006.16668)
+    """
+    if _backend.name() != "jax":
+        raise ValueError(
+            "`expert_parallel` needs the JAX backend (KERAS_BACKEND=jax); on "
+            "TensorFlow use tf.distribute.MirroredStrategy. "
+            f"Received: keras.backend.backend()={_backend.name()!r}"
+        )
+    if not getattr(model, "built", False):
+        raise ValueError(
+            "`model` must be built: call it once, or `model.build(input_shape)`. "
+            f"Received: model={model!r}"
+        )
+    mesh = _checked_mesh(mesh)
+    sizes = dict(zip(mesh.axis_names, mesh.shape, strict=True))
+    batch_axis = mesh.axis_names[0] if batch_axis is None else batch_axis
+    table_axis = expert_axis if table_axis is None else table_axis
+    for argument, axis in {
+        "expert_axis": expert_axis,
+        "batch_axis": batch_axis,
+        "table_axis": table_axis,
+    }.items():
+        if axis not in sizes:
+            raise ValueError(
+                f"`{argument}` must be an axis of `mesh`, one of {list(sizes)}. "
+                f"Received: {argument}={axis!r}"
+            )
+    if batch_size is not None:
+        _checks.positive_int("batch_size", batch_size)
+        if batch_size % sizes[batch_axis]:
+            raise ValueError(
+                f"`batch_size` must be a multiple of the size of the axis "
+                f"{batch_axis!r}: drop the remainder or pad it with sample weight 0. "
+                f"Received: batch_size={batch_size}, mesh={sizes}"
+            )
+    table = (table_axis, sizes[table_axis]) if embeddings else None
+    placements = list(_placements(model, (expert_axis, sizes[expert_axis]), table))
+    layout_map = keras.distribution.LayoutMap(mesh)
+    for pattern, axes in _patterns(placements).items():
+        layout_map[pattern] = axes
+    return ExpertParallel(
+        layout_map=layout_map,
+        batch_dim_name=batch_axis,
+        placements=placements,
+        notes=list(_notes(model, batch_axis, sizes[batch_axis])),
+        **kwargs,
+    )
+
+
+def _checked_mesh(mesh: Any) -> Any:
+    """Return a `DeviceMesh`, made of the first devices if `mesh` is a dict of sizes."""
+    if isinstance(mesh, keras.distribution.DeviceMesh):
+        return mesh
+    if not isinstance(mesh, Mapping) or not mesh:
+        raise ValueError(
+            "`mesh` must be a keras.distribution.DeviceMesh or a dict of axis sizes, "
+            f"such as {{'batch': 2, 'expert': 4}}. Received: mesh={mesh!r}"
+        )
+    shape = tuple(_checks.positive_int(f"mesh[{a!r}]", n) for a, n in mesh.items())
+    devices = keras.distribution.list_devices()
+    if math.prod(shape) > len(devices):
+        raise ValueError(
+            f"`mesh` must not have more devices than there are, {len(devices)}; on a "
+            "CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight. "
+            f"Received: mesh={dict(mesh)}"
+        )
+    return keras.distribution.DeviceMesh(shape, list(mesh), devices[: math.prod(shape)])
+
+
+Axis = tuple[str, int]  # Its name and its size.
+
+
+def _placements(
+    model: Any, expert_axis: Axis, table_axis: Axis | None
+) -> Iterator[VariablePlacement]:
+    """Yield the placement of each variable of `model`."""
+    known: dict[int, tuple[str | None, str]] = {}
+    for layer in model._flatten_layers(include_self=True):
+        for part, axis, reason in _parts(layer, expert_axis, table_axis):
+            for variable in part.weights:
+                known.setdefault(id(variable), (axis, reason))
+    for variable in model.weights:
+        other = None, "neither an expert nor a table"
+        axis, reason = known.get(id(variable), other)
+        axes = (axis, *[None] * (len(variable.shape) - 1))[: len(variable.shape)]
+        yield VariablePlacement(variable.path, tuple(variable.shape), axes, reason)
+
+
+def _parts(
+    layer: Any, expert_axis: Axis, table_axis: Axis | None
+) -> Iterator[tuple[Any, str | None, str]]:
+    """Yield parts of `layer`, the axis over which they are split, and why."""
+    if isinstance(layer, HasDispatch) and hasattr(layer, "experts"):
+        _check_experts(layer, expert_axis)
+    shared = getattr(layer, "shared_experts", None)
+    if isinstance(shared, keras.layers.Layer):
+        yield shared, None, "every token goes to the shared experts"
+    for name in ("router", "gates"):
+        part = getattr(layer, name, None)
+        if isinstance(part, keras.layers.Layer):
+            yield part, None, "every token needs the scores of all experts"
+    if isinstance(layer, keras.layers.Embedding):
+        if table_axis is None:
+            yield layer, None, "embeddings=False"
+        else:
+            yield layer, *_division(layer.input_dim, "rows", table_axis)
+    if _has_experts(layer):
+        yield layer, *_division(layer.num_experts, "experts", expert_axis)
+
+
+def _division(count: int, unit: str, axis: Axis) -> tuple[str | None, str]:
+    """Return the axis that splits `count` units, if it can, and why."""
+    name, size = axis
+    if count % size:
+        return None, f"{count} {unit} are not a multiple of {size} devices"
+    return name, f"{count // size} of {count} {unit}"
+
+
+def _has_experts(layer: Any) -> bool:
+    """Whether a layer is stacked experts, not stacked gates or towers."""
+    return isinstance(layer, StackedKernels) and (
+        isinstance(layer, MLPExperts) or not isinstance(layer, StackedMLP)
+    )
+
+
+def _check_experts(layer: Any, axis: Axis) -> None:
+    """Raise ValueError if a layer's experts cannot be split over the axis."""
+    experts = layer.experts
+    if not isinstance(experts, StackedKernels):
+        raise ValueError(
+            f"`model` has the layer {layer.name!r} whose experts are separate layers "
+            "and cannot be split: use MLPExperts or GLUExperts, or "
+            "keras.distribution.DataParallel. "
+            f"Received: experts={type(experts).__name__}"
+        )
+    if experts.num_experts % axis[1]:
+        raise ValueError(
+            "`mesh` must have an expert axis whose size divides the number of experts "
+            f"of the layer {layer.name!r}. Received: an axis of {axis[1]} devices for "
+            f"num_experts={experts.num_experts}"
+        )
+
+
+def _patterns(placements: list[VariablePlacement]) -> dict[str, tuple[Any, ...]]:
+    """Return the patterns of the split variables.
+
+    Keras numbers default names over the life of a process, so a pattern accepts any
+    number, unless it would match a variable that is placed in another way.
+    """
+    by_pattern = defaultdict(list)
+    for place in placements:
+        by_pattern[_without_numbers(place.path)].append(place)
+    patterns = {}
+    for pattern, places in by_pattern.items():
+        if len({place.axes for place in places}) == 1:
+            patterns[pattern] = places[0].axes
+        else:
+            patterns |= {re.escape(place.path): place.axes for place in places}
+    return {pattern: axes for pattern, axes in patterns.items() if any(axes)}
+
+
+def _without_numbers(path: str) -> str:
+    """Return the pattern of a path, with any number after its names."""
+    names = [re.sub(r"(_\d+)+$", "", name) for name in path.split("/")]
+    return "/".join(rf"{re.escape(name)}(_\d+)*" for name in names)
+
+
+def _notes(model: Any, axis: str, size: int) -> Iterator[str]:
+    """Yield a line for each routed layer whose tokens compete."""
+    for layer in model._flatten_layers(include_self=True):
+        choice = getattr(getattr(layer, "router", None), "choice", None)
+        has_capacity = getattr(layer, "_has_capacity", None)
+        if choice == "token" and has_capacity is not None and has_capacity():
+            yield (
+                f'{layer.path}: the tokens of "capacity" compete within one of the '
+                f"{size} parts of a batch (axis {axis!r})"
+            )
+        elif choice == "expert":
+            yield f"{layer.path}: experts choose among the tokens of the whole batch"

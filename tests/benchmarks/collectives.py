@@ -1,0 +1,294 @@
+"""Collectives of a training step on eight devices, counted in the compiled program.
+
+    python -m tests.benchmarks.collectives            # prints the table
+    python -m tests.benchmarks.collectives --rows 65536 --features 1024
+    python -m tests.benchmarks.collectives --tpu v5e:2x2 --dtype mixed_bfloat16
+
+The last one compiles for chips of a TPU and needs `libtpu`, no TPU. The step is a
+sparse mixture, its gradients by weights and by inputs; nothing is run.
+"XLA alone" is the same layer without `jax.shard_map`. FLOPs are those that the compiler
+counts for a device, against those of one device / 8; it counts the body of a loop once,
+so that there is no figure for `blocked_in_turn`. "sent" is by a device, in a
+ring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+Mesh = tuple[dict[str, int], str | None]
+DISPATCHES = ("blocked_in_turn", "blocked_at_once", "capacity", "expert_choice")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "bf16": 2, "f16": 2, "s32": 4}
+_BYTES |= {"u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+_INSTRUCTION = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+class Collective(NamedTuple):
+    """A collective: its result, and what a device sends in a ring for it, in bytes."""
+
+    kind: str
+    result: int
+    sent: float
+
+
+class Step(NamedTuple):
+    """The figures of a compiled step, on a device."""
+
+    collectives: list[Collective]
+    flops: float
+    arguments: int
+    temporary: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends."""
+        return sum(found.sent for found in self.collectives)
+
+
+def collectives(text: str) -> list[Collective]:
+    """Return the collectives of an HLO text.
+
+    >>> collectives("%a = f32[4,2]{1,0} all-reduce(%b), replica_groups=[1,8]<=[8]")
+    [Collective(kind='all-reduce', result=32, sent=56.0)]
+    """
+    found = []
+    for line in text.splitlines():
+        match = _INSTRUCTION.search(line)
+        if match is None:
+            continue
+        shape, kind, start = match.groups()
+        arrays = [
+            math.prod(int(n) for n in dims.split(",") if n) * _BYTES[dtype]
+            for dtype, dims in _ARRAY.findall(shape)
+            if dtype in _BYTES
+        ]
+        if start and kind != "all-reduce":
+            arrays = arrays[len(arrays) // 2 :]  # Operands come first.
+        found.append(Collective(kind, sum(arrays), _sent(kind, sum(arrays), line)))
+    return found
+
+
+def _sent(kind: str, result: int, line: str) -> float:
+    """Return the bytes that each of the g devices of a ring sends."""
+    groups = _GROUPS.search(line)
+    if groups is None:
+        return float(result)
+    iota, listed = groups.groups()
+    g = int(iota) if iota else len(listed.split(","))
+    factor = {
+        "all-reduce": 2 * (g - 1) / g,
+        "all-gather": (g - 1) / g,
+        "reduce-scatter": g - 1,
+        "all-to-all": (g - 1) / g,
+    }
+    return result * factor.get(kind, 1.0)
+
+
+def summarized(compiled: Any) -> Step:
+    """Return the figures of a compiled program."""
+    memory = compiled.memory_analysis()
+    return Step(
+        collectives(compiled.as_text()),
+        compiled.cost_analysis()["flops"],
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+    )
+
+
+def distribution(
+    layer: Any, sizes: Mapping[str, int], axis: str | None, devices: Any = None
+) -> Any:
+    """Return the distribution of a mesh."""
+    from keras.distribution import DataParallel, DeviceMesh
+
+    from keras_moe.distribution import expert_parallel
+
+    mesh = DeviceMesh(tuple(sizes.values()), list(sizes), devices)
+    if axis is None:
+        return DataParallel(mesh)
+    return expert_parallel(layer, mesh, expert_axis=axis)
+
+
+def compiled_step(
+    layer: Any, active: Any, shape: tuple[int, ...], device: Any = None
+) -> Any:
+    """Return the program of the gradients of `layer` under a distribution.
+
+    Without one it is for `device`.
+    """
+    import jax
+    import keras
+
+    def placed(shape: Any, dtype: Any, layout: Any) -> Any:
+        sharding = None if layout is None else layout.backend_layout
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def of(variable: Any) -> Any:
+        layout = active and active.get_variable_layout(variable)
+        return placed(variable.shape, variable.dtype, layout)
+
+    def step(trained: Any, fixed: Any, x: Any) -> Any:
+        def loss(trained: Any, x: Any) -> Any:
+            outputs, _, losses = layer.stateless_call(
+                trained, fixed, x, training=True, return_losses=True
+            )
+            return (outputs.astype("float32") ** 2).mean() + sum(losses)
+
+        return jax.grad(loss, argnums=(0, 1))(trained, x)
+
+    trained = [of(v) for v in layer.trainable_variables]
+    fixed = [of(v) for v in layer.non_trainable_variables]
+    layout = active and active.get_data_layout(shape)
+    x = placed(shape, layer.layers[-1].compute_dtype, layout)
+    if device is not None:
+        alone = jax.sharding.SingleDeviceSharding(device)
+        trained, fixed, x = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=alone),
+            (trained, fixed, x),
+        )
+    outputs = None
+    if active is not None:
+        outputs = [v.sharding for v in trained], x.sharding
+    keras.distribution.set_distribution(active)
+    try:
+        return jax.jit(step, out_shardings=outputs).lower(trained, fixed, x).compile()
+    finally:
+        keras.distribution.set_distribution(None)
+
+
+def meshes(devices: int) -> dict[str, Mesh]:
+    """Return meshes by name: the sizes of the axes, and the axis of the experts."""
+    half = devices // 2
+    return {
+        f"data ({devices})": ({"batch": devices}, None),
+        f"experts on the batch's axis ({devices})": ({"batch": devices}, "batch"),
+        f"experts on their own axis (2, {half})": (
+            {"batch": 2, "expert": half},
+            "expert",
+        ),
+        f"experts on their own axis (1, {devices})": (
+            {"batch": 1, "expert": devices},
+            "expert",
+        ),
+    }
+
+
+def mixture(dispatch: str, features: int, hidden: int, dtype: str = "float32") -> Any:
+    """Return a model of 8 experts, 2 of them a row, with this dispatch."""
+    import keras
+
+    from keras_moe.layers import MoE
+
+    class Mixture(MoE):
+        def _resolve_dispatch(self) -> str:
+            return "capacity" if dispatch == "expert_choice" else dispatch
+
+    router = "expert_choice" if dispatch == "expert_choice" else "top_k"
+    layer = Mixture(8, (hidden, features), router=router, dtype=dtype)
+    # In a model: `stateless_call` of a layer alone does not cast its weights.
+    return keras.Sequential([keras.Input((features,)), layer])
+
+
+def without_shard_map(step: Callable[[], Any]) -> Any:
+    """Return `step()`, with the dispatch left to XLA's partitioner."""
+    from keras_moe import dispatch
+
+    kept = dispatch.on_devices
+    dispatch.on_devices = lambda compute, *arguments, **options: compute(
+        *arguments, **options
+    )
+    try:
+        return step()
+    finally:
+        dispatch.on_devices = kept
+
+
+def row(name: str, dispatch: str, step: Step, one: Step, devices: int) -> str:
+    """Return a row of the table."""
+    kinds = Counter(found.kind for found in step.collectives)
+    shown = ", ".join(
+        f"{count} {kind} "
+        f"{sum(c.result for c in step.collectives if c.kind == kind) / 1e6:.2f}"
+        for kind, count in sorted(kinds.items())
+    )
+    loops = dispatch == "blocked_in_turn"
+    flops = "" if loops else f"{step.flops / (one.flops / devices):.2f}"
+    return (
+        f"| {name} | {dispatch} | {shown or 'none'} | {step.sent / 1e6:.2f} | {flops} "
+        f"| {step.arguments / 1e6:.2f} | {step.temporary / 1e6:.2f} |"
+    )
+
+
+def table(given: argparse.Namespace, devices: Sequence[Any] | None) -> Iterator[str]:
+    """Yield the lines of the table; `devices` are those of a TPU, or None."""
+    count = 8 if devices is None else len(devices)
+    yield (
+        "| mesh | dispatch | collectives: count, kind, MB of the results | sent, MB "
+        f"| FLOPs, of one device / {count} | arguments, MB | temporary, MB |"
+    )
+    yield "|---|---|---|---|---|---|---|"
+    for dispatch in given.dispatch:
+        layer = mixture(dispatch, given.features, given.hidden, given.dtype)
+        shape = (given.rows, given.features)
+        alone = None if devices is None else devices[0]
+        one = summarized(compiled_step(layer, None, shape, alone))
+        yield row("one device", dispatch, one, one, count)
+        for name, (sizes, axis) in meshes(count).items():
+            active = distribution(layer, sizes, axis, devices)
+            compile_ = partial(compiled_step, layer, active, shape)
+            if axis is None:
+                plain = summarized(without_shard_map(compile_))
+                yield row(f"{name}, XLA alone", dispatch, plain, one, count)
+            yield row(name, dispatch, summarized(compile_()), one, count)
+
+
+def tpu_devices(topology: str) -> list[Any]:
+    """Return the chips of a topology such as "v5e:2x2", without a TPU."""
+    from jax.experimental import topologies
+
+    return list(
+        topologies.get_topology_desc(
+            topology,
+            platform="tpu",
+            chip_config_name="default",
+            chips_per_host_bounds=(2, 2, 1),
+            num_slices=1,
+            wrap=(False,) * 3,
+        ).devices
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--features", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dispatch", nargs="+", default=DISPATCHES)
+    parser.add_argument("--tpu")
+    given = parser.parse_args()
+    os.environ |= {
+        "KERAS_BACKEND": "jax",
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
+        "--xla_force_host_platform_device_count=8",
+    }
+    for line in table(given, given.tpu and tpu_devices(given.tpu)):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""Layers on eight devices of JAX, which `tests/test_distribution.py` runs in a process.
+
+The devices must be made before JAX starts. `gradients` has every dispatch, and layers
+of several tasks, in one model and in float64; `fitted` trains in float32.
+"""
+
+import json
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import keras
+import numpy as np
+from keras.distribution import DataParallel, DeviceMesh
+
+import keras_moe
+from keras_moe import layers
+from keras_moe.distribution import expert_parallel
+from tests.benchmarks import collectives
+
+ROWS, FEATURES, UNITS, EXPERTS = 48, 6, 5, 8
+# By name: the mesh, and the axis of the experts.
+MESHES = {
+    "data": ({"batch": 8}, None),
+    "shared": ({"batch": 8}, "batch"),
+    "2 x 4": ({"batch": 2, "expert": 4}, "expert"),
+    "1 x 8": ({"batch": 1, "expert": 8}, "expert"),
+}
+GRADIENT_MESHES = tuple(MESHES)
+TASKS = 2
+
+
+class Fixed(layers.MoE):
+    """A mixture with a dispatch that "auto" selects only on other devices."""
+
+    def __init__(self, fixed: str, **kwargs):
+        super().__init__(EXPERTS, (7, UNITS), **kwargs)
+        self._fixed = fixed
+
+    def _resolve_dispatch(self) -> str:
+        return self._fixed
+
+
+def parts() -> dict:
+    """Return a layer for every dispatch, router and layer of several tasks."""
+    moe = {
+        "auto": {},
+        "dense": {"dispatch": "dense"},
+        # Without drops: tokens compete within their part of the batch.
+        "capacity": {"capacity_factor": EXPERTS / 2},
+        "expert_choice": {"router": "expert_choice"},
+        "bias_balanced": {"router": "bias_balanced"},
+        "sinkhorn": {"router": "sinkhorn"},
+    }
+    made = {
+        name: layers.MoE(EXPERTS, (7, UNITS), num_shared_experts=1, **arguments)
+        for name, arguments in moe.items()
+    }
+    for name in ("blocked_in_turn", "blocked_at_once", "ragged"):
+        made[name] = Fixed(name)
+    made["glu"] = layers.MoE(
+        experts=keras_moe.experts.GLUExperts(EXPERTS, 7, UNITS),
+        router_z_loss_weight=0.1,
+    )
+    made["mmoe"] = layers.MMoE(EXPERTS, (7, UNITS), TASKS)
+    made["sparse mmoe"] = layers.MMoE(
+        EXPERTS,
+        (7, UNITS),
+        TASKS,
+        top_k=1,
+        dispatch="blocked",
+        load_balancing_loss_weight=0.1,
+    )
+    made["ple"] = layers.PLE(2, 2, 3, (7, UNITS), TASKS)
+    return made
+
+
+class Everything(keras.Model):
+    """All parts, on the same inputs and a row of a table."""
+
+    def __init__(self) -> None:
+        super().__init__(name="everything")
+        self.table = keras.layers.Embedding(16, FEATURES, name="table")
+        made = parts()
+        for name, part in made.items():
+            part.name = name.replace(" ", "_")
+        self.parts = list(made.values())
+
+    def call(self, inputs, training=None):
+        x, ids = inputs
+        x = x + self.table(ids)
+        return [part(x, training=training) for part in self.parts]
+
+
+def distribution(name: str | None, build):
+    """Return the distribution of a mesh; None for one device."""
+    if name is None:
+        return None
+    sizes, axis = MESHES[name]
+    if axis is None:
+        return DataParallel(DeviceMesh(tuple(sizes.values()), list(sizes)))
+    return expert_parallel(build(), sizes, expert_axis=axis)
+
+
+def numbers(tree) -> list:
+    return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(tree)]
+
+
+def everything():
+    keras.utils.set_random_seed(0)
+    model = Everything()
+    model((np.zeros((ROWS, FEATURES)), np.zeros((ROWS,), int)), training=False)
+    return model
+
+
+def gradients(mesh: str | None, rows: int = ROWS) -> dict:
+    """Return loss, outputs, gradients and new state of one step in float64."""
+    keras.config.set_floatx("float64")
+    random = np.random.default_rng(0)
+    x = random.normal(size=(rows, FEATURES))
+    ids = random.integers(0, 16, size=(rows,))
+    weights = random.normal(size=(rows, UNITS))
+    active = distribution(mesh, everything)
+    keras.distribution.set_distribution(active)
+    model = everything()
+    if active is not None and rows % 8 == 0:
+        x, ids = (
+            jax.device_put(value, active.get_data_layout(value.shape).backend_layout)
+            for value in (x, ids)
+        )
+
+    @jax.jit
+    def step(trained, fixed, x):
+        def loss(trained, x):
+            outputs, state, losses = model.stateless_call(
+                trained, fixed, (x, ids), training=True, return_losses=True
+            )
+            leaves = jax.tree.leaves(outputs)
+            return sum((y**2 * weights).sum() for y in leaves) + sum(losses), (
+                outputs,
+                state,
+            )
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(trained, x)
+
+    trained = [v.value for v in model.trainable_variables]
+    fixed = [v.value for v in model.non_trainable_variables]
+    (loss, (outputs, state)), (by_weights, by_inputs) = step(trained, fixed, x)
+    keras.distribution.set_distribution(None)
+    keras.config.set_floatx("float32")
+    paths = [v.path for v in model.trainable_variables]
+    return {
+        "loss": numbers(loss),
+        "outputs": numbers(outputs),
+        "inputs": numbers(by_inputs),
+        "state": numbers(state),
+        **dict(zip(paths, numbers(by_weights), strict=True)),
+    }
+
+
+def ranker():
+    """A model of two tasks: a table, a mixture, a sparse MMoE and PLE."""
+    keras.utils.set_random_seed(0)
+    ids, x = keras.Input((), dtype="int32"), keras.Input((FEATURES,))
+    hidden = keras.layers.Concatenate()(
+        [keras.layers.Embedding(16, 4, name="table")(ids), x]
+    )
+    hidden = layers.MoE(
+        EXPERTS,
+        (16, FEATURES),
+        router="bias_balanced",
+        routing_metrics=["load_cv", "router_entropy"],
+        name="moe",
+    )(hidden)
+    sparse = layers.MMoE(EXPERTS, 8, ["all"], top_k=2, dispatch="blocked", name="mmoe")
+    hidden = sparse(hidden)["all"]
+    tasks = layers.PLE(1, 2, 3, 8, ["click", "stay"], name="ple")(hidden)
+    outputs = {
+        "click": layers.Tower((), "sigmoid", name="click")(tasks["click"]),
+        "stay": layers.Tower((), name="stay")(tasks["stay"]),
+    }
+    return keras_moe.multitask.MultiTaskModel([ids, x], outputs)
+
+
+def fitted(mesh: str | None) -> dict:
+    """Train for two epochs of three batches; return history, weights and slots."""
+    random = np.random.default_rng(0)
+    ids = random.integers(0, 16, size=(96,)).astype("int32")
+    x = random.normal(size=(96, FEATURES)).astype("float32")
+    y = {
+        "click": (x[:, :1] > 0).astype("float32"),
+        "stay": x[:, 1:2] * (1 + ids[:, None] % 3),
+    }
+    active = distribution(mesh, ranker)
+    keras.distribution.set_distribution(active)
+    model = ranker()
+    model.compile(
+        keras.optimizers.Adam(0.01),
+        {"click": "binary_crossentropy", "stay": "mse"},
+        metrics={"click": [keras.metrics.AUC(name="auc")]},
+    )
+    history = model.fit([ids, x], y, batch_size=32, epochs=2, shuffle=False, verbose=0)
+    measured = model.evaluate([ids, x], y, batch_size=32, return_dict=True, verbose=0)
+    found = {
+        "history": history.history,
+        "measured": measured,
+        "predicted": numbers(model.predict([ids, x], batch_size=48, verbose=0)),
+        "weights": {v.path: np.asarray(v.value).tolist() for v in model.weights},
+        "shards": {
+            v.path: [list(v.shape), list(v.value.addressable_shards[0].data.shape)]
+            for v in [*model.weights, *model.optimizer.variables]
+        },
+    }
+    if mesh not in (None, "data"):
+        found["summary"] = active.summary()
+    keras.distribution.set_distribution(None)
+    return found
+
+
+def on_data(layer, x, active):
+    """Return outputs of a layer in training, compiled; its batch is split."""
+    keras.distribution.set_distribution(active)
+    variables = [v.value for v in layer.trainable_variables]
+    state = [v.value for v in layer.non_trainable_variables]
+    call = jax.jit(lambda t, s, x: layer.stateless_call(t, s, x, training=True))
+    outputs, state = call(variables, state, x)
+    keras.distribution.set_distribution(None)
+    return np.asarray(outputs), numbers(state)
+
+
+def capacity() -> dict:
+    """Return outputs of a full mixture for one device, eight, and eight batches."""
+    layer = layers.MoE(EXPERTS, UNITS, capacity_factor=0.5)
+    x = np.random.default_rng(0).normal(size=(ROWS, FEATURES)).astype("float32")
+    layer.build(x.shape)
+    batches = [on_data(layer, part, None)[0] for part in np.split(x, 8)]
+    return {
+        "one device": on_data(layer, x, None)[0].tolist(),
+        "eight devices": on_data(layer, x, DataParallel())[0].tolist(),
+        "eight batches": np.concatenate(batches).tolist(),
+    }
+
+
+def dropout() -> dict:
+    layer = layers.MoE(EXPERTS, (16, UNITS), dropout=0.5, seed=0, dispatch="blocked")
+    x = np.random.default_rng(0).normal(size=(ROWS // 8, FEATURES)).astype("float32")
+    x = np.concatenate([x] * 8)
+    layer.build(x.shape)
+    outputs, state = on_data(layer, x, DataParallel())
+    return {
+        "outputs": outputs.tolist(),
+        "state": state,
+        "state of one device": on_data(layer, x, None)[1],
+    }
+
+
+def errors() -> list[str]:
+    """Return the messages of invalid arguments."""
+
+    def moe(experts=None):
+        count = 6 if experts is None else None
+        layer = layers.MoE(count, UNITS if count else None, experts=experts)
+        layer.build((None, FEATURES))
+        return layer
+
+    dense = [keras.layers.Dense(UNITS) for _ in range(8)]
+    separate = keras_moe.experts.LayerExperts(dense)
+    built = keras.layers.Dense(1)
+    built.build((None, 1))
+    calls = [
+        lambda: expert_parallel(built, {"batch": 4, "expert": 4}),
+        lambda: expert_parallel(built, {"batch": 8}),
+        lambda: expert_parallel(moe(), {"batch": 2, "expert": 4}),
+        lambda: expert_parallel(
+            built, {"batch": 8}, expert_axis="batch", batch_size=12
+        ),
+        lambda: expert_parallel(moe(separate), {"batch": 2, "expert": 4}),
+        lambda: expert_parallel(keras.layers.Dense(1), {"batch": 8}),
+        lambda: expert_parallel(built, 8),
+    ]
+    messages = []
+    for call in calls:
+        try:
+            call()
+            messages.append("no error")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def planned() -> dict:
+    """Return compiled figures beside those of the plan, by mesh."""
+    rows, features = 1024, 128
+    model = collectives.mixture("blocked_in_turn", features, 256)
+    found = {}
+    for name, (strategy, devices) in {
+        "data": (0, 8),
+        "shared": (1, 8),
+        "2 x 4": (1, 4),
+    }.items():
+        sizes, axis = MESHES[name]
+        active = collectives.distribution(model, sizes, axis)
+        step = collectives.summarized(
+            collectives.compiled_step(model, active, (rows, features))
+        )
+        plan = keras_moe.distribution.plan(
+            model, 8, rows, bandwidth=1e9, flops=1e9, expert_devices=devices
+        )[strategy]
+        inputs = rows // sizes["batch"] * features * 4
+        found[name] = {
+            "weights": [step.arguments - inputs, plan.weight_bytes],
+            "sent": [step.sent, sum(plan.communication_bytes.values())],
+        }
+    slots = collectives.mixture("capacity", features, 256)
+    slots.layers[-1].capacity_factor = 1.0  # As many slots as choices.
+    step = collectives.summarized(
+        collectives.compiled_step(slots, active, (rows, features))
+    )
+    found["2 x 4"]["flops"] = [step.flops, plan.flops]
+    return found
+
+
+def main() -> None:
+    jax.config.update("jax_enable_x64", True)
+    found = {}
+    for mesh in (None, *GRADIENT_MESHES):
+        found[f"gradients {mesh}"] = gradients(mesh)
+    found["gradients 45 None"] = gradients(None, 45)
+    found["gradients 45 2 x 4"] = gradients("2 x 4", 45)
+    jax.config.update("jax_enable_x64", False)
+    for mesh in (None, *MESHES):
+        found[f"fit {mesh}"] = fitted(mesh)
+    found |= {"capacity": capacity(), "dropout": dropout(), "errors": errors()}
+    found["planned"] = planned()
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

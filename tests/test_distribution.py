@@ -1,0 +1,134 @@
+"""Eight devices of JAX give the numbers of one, and split what they should."""
+
+import json
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from keras_moe.distribution import expert_parallel
+from tests.support import processes
+
+ROOT = Path(__file__).parent.parent
+# The programs run once, so XLA need not optimize them; see tests/test_backends.py.
+UNOPTIMIZED = "--xla_backend_optimization_level=0"
+MESHES = ("data", "shared", "2 x 4", "1 x 8")
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="started from TensorFlow's run"
+)
+
+
+@pytest.fixture(scope="module")
+def found():
+    pytest.importorskip("jax")
+    done = processes.run(
+        ["-m", "tests.support.distributed_suite"],
+        cwd=ROOT,
+        timeout=1200,
+        KERAS_BACKEND="jax",
+        XLA_FLAGS=UNOPTIMIZED,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _assert_equal(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        for value, other in zip(values, found[name], strict=True):
+            np.testing.assert_allclose(
+                other, value, rtol=tolerance, atol=tolerance, err_msg=name
+            )
+
+
+@pytest.mark.parametrize("mesh", ["data", "shared", "2 x 4", "1 x 8"])
+def test_losses_outputs_gradients_and_state_are_those_of_one_device(found, mesh):
+    expected = found["gradients None"]
+    assert len(expected) > 50
+    _assert_equal(found[f"gradients {mesh}"], expected, 1e-10)
+
+
+def test_devices_need_not_divide_the_rows_of_a_call(found):
+    _assert_equal(found["gradients 45 2 x 4"], found["gradients 45 None"], 1e-10)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_fit_gives_the_weights_and_metrics_of_one_device(found, mesh):
+    """The bias of the router follows the load of the whole batch."""
+    one, many = found["fit None"], found[f"fit {mesh}"]
+    for part in ("history", "measured", "weights"):
+        assert many[part].keys() == one[part].keys()
+        for name, value in one[part].items():
+            np.testing.assert_allclose(
+                many[part][name], value, rtol=1e-4, atol=1e-4, err_msg=f"{part}: {name}"
+            )
+    for value, other in zip(one["predicted"], many["predicted"], strict=True):
+        np.testing.assert_allclose(other, value, rtol=1e-4, atol=1e-4)
+    bias = one["weights"]["moe/router/expert_bias"]
+    assert np.ptp(bias) > 0
+
+
+@pytest.mark.parametrize(("mesh", "parts"), [("shared", 8), ("2 x 4", 4), ("1 x 8", 8)])
+def test_experts_tables_and_their_slots_are_split(found, mesh, parts):
+    shards = found[f"fit {mesh}"]["shards"]
+    split = [name for name, (whole, part) in shards.items() if whole != part]
+    assert len(split) == 3 * sum(
+        bool(re.search(r"experts|table", name)) for name in found["fit None"]["weights"]
+    )  # Each weight with two slots of Adam.
+    for name in split:
+        whole, part = shards[name]
+        assert part == [whole[0] // parts, *whole[1:]], name
+    summary = found[f"fit {mesh}"]["summary"]
+    assert f"{8 // parts} of 8 experts" in summary
+    assert "moe/router/kernel (10, 8) replicated: every token" in summary
+
+
+def test_data_parallelism_replicates_all_weights(found):
+    assert all(whole == part for whole, part in found["fit data"]["shards"].values())
+
+
+def test_capacity_competes_within_a_part_of_the_batch(found):
+    """Each part of 6 rows is a batch of its own; so it is not with one device."""
+    parts = found["capacity"]
+    np.testing.assert_allclose(parts["eight devices"], parts["eight batches"], 1e-6)
+    assert not np.allclose(parts["eight devices"], parts["one device"])
+
+
+def test_dropout_differs_between_devices_and_its_state_advances_once(found):
+    """8 x the same 6 rows: equal masks would give equal rows."""
+    outputs = np.reshape(found["dropout"]["outputs"], (8, 6, -1))
+    assert not np.allclose(outputs[0], outputs[1])
+    assert found["dropout"]["state"] == found["dropout"]["state of one device"]
+
+
+@pytest.mark.parametrize("mesh", ["data", "shared", "2 x 4"])
+def test_a_plan_has_the_figures_of_the_compiled_step(found, mesh):
+    """Losses and counts of experts, which a plan leaves out, are small."""
+    for name, (compiled, planned) in found["planned"][mesh].items():
+        np.testing.assert_allclose(planned, compiled, rtol=0.1, err_msg=name)
+
+
+@pytest.mark.parametrize("case", range(7))
+def test_invalid_arguments(found, case):
+    argument, rule, value = [
+        ("mesh", "must not have more devices than there are, 8", "'expert': 4"),
+        ("expert_axis", "must be an axis of `mesh`, one of ['batch']", "'expert'"),
+        ("mesh", "divides the number of experts", "num_experts=6"),
+        ("batch_size", "multiple of the size of the axis 'batch'", "batch_size=12"),
+        ("model", "cannot be split", "LayerExperts"),
+        ("model", "must be built", "Dense"),
+        ("mesh", "must be a keras.distribution.DeviceMesh or a dict", "mesh=8"),
+    ][case]
+    message = found["errors"][case]
+    assert message.startswith(f"`{argument}`")
+    assert rule in message
+    assert value in message
+    assert "\n" not in message
+
+
+def test_other_backends_are_refused():
+    with pytest.raises(ValueError, match=r"needs the JAX backend.*MirroredStrategy"):
+        expert_parallel(keras.layers.Dense(1), {"batch": 1})
