@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _backend
+from keras_moe import _backend, _replicas
 from keras_moe.layers._tasks import Tasks
 from keras_moe.multitask import _by_task, gradients, weighting
 from keras_moe.multitask._compiled import CompiledTasks
@@ -189,6 +189,7 @@ class MultiTaskModel(PerTaskTraining):
             .arguments
         )
         given |= given.pop("kwargs", {})
+        _replicas.check_trains(self, given.get("jit_compile"))
         self._check_compile(given)
         derived = dict(given)
         if self._declared is not None:
