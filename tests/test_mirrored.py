@@ -112,6 +112,6 @@ def test_every_layer_trains_as_on_one_device(found):
 def test_xla_on_replicas_is_refused_by_name(found):
     assert len(found["refused"]) == 2
     for message, name in zip(found["refused"], ["MultiTaskModel", "MMoE"], strict=True):
-        assert f"`jit_compile` must not be True under MirroredStrategy" in message
+        assert "`jit_compile` must not be True under MirroredStrategy" in message
         assert f"compile {name} with jit_compile=False" in message
         assert "Received: jit_compile=True" in message

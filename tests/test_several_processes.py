@@ -20,7 +20,7 @@ pytest.importorskip("tensorflow")  # For tf.data, which Keras shards.
 @pytest.fixture(scope="module")
 def found():
     done = processes.run(
-        ["-m", "tests.support.several_processes", "2"], cwd=ROOT, timeout=600
+        ["-m", "tests.support.several_processes", "2"], cwd=ROOT, timeout=1100
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

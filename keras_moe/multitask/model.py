@@ -63,7 +63,8 @@ class MultiTaskModel(PerTaskTraining):
     Raises:
         ValueError: if an argument is invalid; in `compile`, if a dict has a key that is
             not a task, if `loss_weighting` is combined with `loss_weights` or with no
-            loss, or `tasks` with `loss`; in training, if labels or weights do not match
+            loss, or `tasks` with `loss`, or under a `tf.distribute` strategy that
+            Keras 3 cannot train with; in training, if labels or weights do not match
             the tasks, or, in arrays, labels are not valid for the head of their task.
 
     Example:

@@ -7,10 +7,9 @@ weights of each as JSON, one line a worker.
 
 import json
 import os
-import subprocess
 import sys
 
-from tests.support.several_processes import TIMEOUT, free_port
+from tests.support import processes
 
 ROWS, BATCH, EPOCHS = 64, 16, 3
 
@@ -21,34 +20,14 @@ def main() -> None:
 
 
 def train(workers: int) -> list[str]:
-    """Return the last line of each worker; end them all if one fails."""
-    addresses = [f"127.0.0.1:{free_port()}" for _ in range(workers)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, "worker"],
-            env={
-                **os.environ,
-                "KERAS_BACKEND": "tensorflow",
-                "TF_CONFIG": json.dumps(
-                    {
-                        "cluster": {"worker": addresses},
-                        "task": {"type": "worker", "index": i},
-                    }
-                ),
-            },
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(workers)
-    ]
-    try:
-        printed = [worker.communicate(timeout=TIMEOUT)[0] for worker in started]
-    finally:
-        for worker in started:
-            worker.kill()
-    if any(worker.returncode for worker in started):
-        raise SystemExit(f"returned {[worker.returncode for worker in started]}")
-    return [text.splitlines()[-1] for text in printed]
+    """Return the last line of each worker."""
+    cluster = {"worker": [processes.free_address() for _ in range(workers)]}
+    arguments = ["-m", "tests.support.legacy_workers", "worker"]
+    tasks = [{"type": "worker", "index": i} for i in range(workers)]
+    return processes.run_together(
+        (arguments, {"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})})
+        for task in tasks
+    )
 
 
 def work() -> None:

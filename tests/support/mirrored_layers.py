@@ -1,8 +1,9 @@
 """Every layer in one model, on two replicas and on one device.
 
-Each replica gets one half of a batch. The oracle trains on one device: it differentiates
-the halves one after the other and applies the mean of their gradients. So losses that
-are not linear in the rows, capacities and normalizations are those of a half.
+Each replica gets one half of a batch. The oracle trains on one device: it
+differentiates the halves one after the other and applies the mean of their gradients.
+So losses that are not linear in the rows, capacities and normalizations are those of a
+half.
 """
 
 import keras
@@ -78,7 +79,9 @@ def mirrored(strategy) -> dict:
     with strategy.scope():
         model = build()
     x, y = data(model)
-    fitted = model.fit(x, y, batch_size=2 * HALF, epochs=STEPS, shuffle=False, verbose=0)
+    fitted = model.fit(
+        x, y, batch_size=2 * HALF, epochs=STEPS, shuffle=False, verbose=0
+    )
     return {"history": fitted.history, **weights_of(model)}
 
 

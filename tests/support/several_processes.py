@@ -7,68 +7,48 @@ also loads what the others saved.
 """
 
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-TIMEOUT = 240
+from tests.support import processes
+
 ROWS, BATCH, EPOCHS = 96, 16, 2
 
 
 def main() -> None:
-    processes = int(sys.argv[1])
+    count = int(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
-        for line in [*train(processes, folder), *train(1, folder)]:
+        for line in [*train(count, folder), *train(1, folder)]:
             print(line)
 
 
-def train(processes: int, folder: str) -> list[str]:
-    """Return the last line of each process; end them all if one fails."""
-    address = f"127.0.0.1:{free_port()}"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, "worker", str(i), str(processes)]
-            + [address, folder],
-            env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(processes)
+def train(count: int, folder: str) -> list[str]:
+    """Return the last line of each process."""
+    module, address = "tests.support.several_processes", processes.free_address()
+    environment = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    arguments = [
+        ["-m", module, "worker", str(i), str(count), address, folder]
+        for i in range(count)
     ]
-    try:
-        printed = [process.communicate(timeout=TIMEOUT)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    if any(process.returncode for process in started):
-        raise SystemExit(f"returned {[process.returncode for process in started]}")
-    return [text.splitlines()[-1] for text in printed]
+    return processes.run_together([(given, environment) for given in arguments])
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def work(process: int, processes: int, address: str, folder: str) -> None:
+def work(process: int, count: int, address: str, folder: str) -> None:
     import keras
 
-    if processes > 1:
-        keras.distribution.initialize(address, processes, process)
+    if count > 1:
+        keras.distribution.initialize(address, count, process)
     import jax
     import numpy as np
 
-    assert jax.process_count() == processes
+    assert jax.process_count() == count
     keras.distribution.set_distribution(keras.distribution.DataParallel())
     model = build(keras)
     found = {"devices": jax.device_count(), "history": fit(model)}
     found["weights"] = [np.asarray(value).tolist() for value in model.get_weights()]
-    model.save(Path(folder) / f"{process}-of-{processes}.keras")
-    if processes == 1:
+    model.save(Path(folder) / f"{process}-of-{count}.keras")
+    if count == 1:
         others = sorted(Path(folder).glob("*.keras"))
         loaded = [keras.models.load_model(path) for path in others]
         found["loaded"] = {
@@ -76,7 +56,7 @@ def work(process: int, processes: int, address: str, folder: str) -> None:
             for path, model in zip(others, loaded, strict=True)
         }
         # The file has the state of the optimizer too.
-        found["continued"] = [fit(model) for model in (model, loaded[0])]
+        found["continued"] = [fit(model) for model in (model, loaded[-1])]
     print(json.dumps(found))
 
 
