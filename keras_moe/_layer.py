@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import keras
 
-from keras_moe import _backend
+from keras_moe import _backend, _replicas
 
 # Arguments of `call` that are not inputs.
 _NON_INPUTS = ("self", "mask", "training")
@@ -77,12 +77,29 @@ class Layer(keras.layers.Layer):
         return [*super().variables, *(state.variables if state else [])]
 
     @property
+    def _losses(self) -> list[Any]:
+        """The losses that `add_loss` keeps, those of this replica alone.
+
+        Keras has one list for all. Where a call waits for other replicas, they would
+        clear it and add their own losses.
+        """
+        return self._losses_by_replica.setdefault(_replicas.current(), [])
+
+    @_losses.setter
+    def _losses(self, value: list[Any]) -> None:
+        # Bypasses the tracking of Keras and TensorFlow.
+        object.__setattr__(
+            self, "_losses_by_replica", {_replicas.current(): list(value)}
+        )
+
+    @property
     def precise_dtype(self) -> str:
         """The dtype of gates and router logits: float32; float64 for such a layer."""
         return "float64" if self.compute_dtype == "float64" else "float32"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer; raise ValueError for an unsupported input."""
+        _replicas.check_not_compiled(type(self).__name__)
         if self.takes_dict:
             return super().__call__(*args, **kwargs)
         places = _inputs_of(type(self))  # type: ignore[arg-type]

@@ -53,6 +53,62 @@ def test_crosses_and_dots_in_front_and_experts_behind_them(tmp_path):
         np.testing.assert_array_equal(values(again(x))[task], expected)
 
 
+def test_tables_of_a_distributed_embedding_feed_a_mixture(tmp_path):
+    """On a CPU, the optimizer of `compile` updates the tables, not their own."""
+    embedding = keras_rs.layers.DistributedEmbedding
+    table, feature = keras_rs.layers.TableConfig, keras_rs.layers.FeatureConfig
+    rows = 16  # Of every batch: the layer needs to know it.
+    own = keras.optimizers.SGD(7.0)
+    users = table("users", 50, 4, optimizer=own)
+    items = table("items", 30, 4, combiner="sum", optimizer=own)
+    tables = embedding(
+        {
+            "user": feature("user", users, (rows,), (rows, 4)),
+            "seen": feature("seen", items, (rows, 3), (rows, 4)),
+        }
+    )
+    inputs = {
+        "user": keras.Input((), rows, dtype="int32", name="user"),
+        "seen": keras.Input((3,), rows, dtype="int32", name="seen"),
+    }
+    vectors = tables(inputs)
+    joined = keras.layers.Concatenate()([vectors["user"], vectors["seen"]])
+    shared = MMoE(3, (8, 5), TASKS)(joined)
+    outputs = {task: Tower((), "sigmoid", name=task)(shared[task]) for task in TASKS}
+    model = MultiTaskModel(inputs, outputs)
+    model.compile(
+        keras.optimizers.SGD(1.0), dict.fromkeys(TASKS, "binary_crossentropy")
+    )
+    rng = np.random.default_rng(0)
+    x = {
+        "user": rng.integers(0, 25, 4 * rows).astype("int32"),
+        "seen": rng.integers(0, 30, (4 * rows, 3)).astype("int32"),
+    }
+    y = {"click": x["user"] % 2, "like": x["seen"][:, 0] % 2}
+
+    def values_of_tables():
+        found = tables.get_embedding_tables()
+        return {name: ops.convert_to_numpy(value) for name, value in found.items()}
+
+    before = values_of_tables()
+    seen = before["items"][x["seen"][:rows]].sum(axis=1)  # The combiner.
+    first = {name: value[:rows] for name, value in x.items()}
+    np.testing.assert_allclose(values(tables(first))["seen"], seen, rtol=1e-5)
+
+    losses = model.fit(x, y, batch_size=rows, epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < 0.95 * losses[0]
+    for name, column in (("users", "user"), ("items", "seen")):
+        changed = (values_of_tables()[name] != before[name]).any(axis=1)
+        np.testing.assert_array_equal(np.flatnonzero(changed), np.unique(x[column]))
+        assert np.abs(values_of_tables()[name] - before[name]).max() < 3.0
+
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    expected = model.predict(x, batch_size=rows, verbose=0)
+    for task, found in again.predict(x, batch_size=rows, verbose=0).items():
+        np.testing.assert_array_equal(found, expected[task])
+
+
 def crosses_and_mlps(count):
     cross = keras_rs.layers.FeatureCross(projection_dim=3)
     mlp = keras.Sequential([keras.layers.Dense(8, "relu"), keras.layers.Dense(6)])

@@ -91,3 +91,27 @@ def test_metrics_are_those_of_the_rows_of_all_replicas(found):
     assert 0 < one["gauc"] < 1
     for name, value in one.items():
         np.testing.assert_allclose(two[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_every_layer_trains_as_on_one_device(found):
+    """Distinct rows on each replica; the router's biases count the rows of both."""
+    one, two = found["layers"]
+    assert one["weights"].keys() == two["weights"].keys()
+    for path, value in one["weights"].items():
+        np.testing.assert_allclose(
+            two["weights"][path], value, rtol=1e-4, atol=1e-5, err_msg=path
+        )
+    assert np.ptp(one["weights"]["balanced/bias_balanced_router/expert_bias"]) > 0
+    assert one["history"].keys() == two["history"].keys()
+    for name, values in one["history"].items():
+        np.testing.assert_allclose(
+            two["history"][name], values, rtol=1e-5, err_msg=name
+        )
+
+
+def test_xla_on_replicas_is_refused_by_name(found):
+    assert len(found["refused"]) == 2
+    for message, name in zip(found["refused"], ["MultiTaskModel", "MMoE"], strict=True):
+        assert "`jit_compile` must not be True under MirroredStrategy" in message
+        assert f"compile {name} with jit_compile=False" in message
+        assert "Received: jit_compile=True" in message

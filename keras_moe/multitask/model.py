@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _backend
+from keras_moe import _backend, _replicas
 from keras_moe.layers._tasks import Tasks
 from keras_moe.multitask import _by_task, gradients, weighting
 from keras_moe.multitask._compiled import CompiledTasks
@@ -63,7 +63,8 @@ class MultiTaskModel(PerTaskTraining):
     Raises:
         ValueError: if an argument is invalid; in `compile`, if a dict has a key that is
             not a task, if `loss_weighting` is combined with `loss_weights` or with no
-            loss, or `tasks` with `loss`; in training, if labels or weights do not match
+            loss, or `tasks` with `loss`, or under a `tf.distribute` strategy that
+            Keras 3 cannot train with; in training, if labels or weights do not match
             the tasks, or, in arrays, labels are not valid for the head of their task.
 
     Example:
@@ -189,6 +190,7 @@ class MultiTaskModel(PerTaskTraining):
             .arguments
         )
         given |= given.pop("kwargs", {})
+        _replicas.check_trains(self, given.get("jit_compile"))
         self._check_compile(given)
         derived = dict(given)
         if self._declared is not None:

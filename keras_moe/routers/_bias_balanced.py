@@ -211,8 +211,9 @@ class _OptimizerStep:
             return router.add_state(
                 f"step_{name}",
                 like.shape,
-                # NaN is unequal to every value: the first call starts a step.
-                initializer=keras.initializers.Constant(float("nan")),
+                # Unequal to every finite value: the first call starts a step. JAX
+                # refuses NaN, which is unequal to itself, for several processes.
+                initializer=keras.initializers.Constant(float("inf")),
                 dtype=like.dtype,
                 aggregation="only_first_replica",
             )

@@ -16,6 +16,7 @@ from keras_moe import metrics
 from keras_moe.layers import MMoE, MoE, Tower
 from keras_moe.multitask import ESCM2, MultiTaskModel, Task, UncertaintyWeighting
 from keras_moe.routers import BiasBalancedRouter
+from tests.support import mirrored_layers
 
 ROWS = 16
 MEAN = "mean_with_sample_weight"
@@ -24,14 +25,11 @@ MEAN = "mean_with_sample_weight"
 def build(weighting: bool, router: str) -> MultiTaskModel:
     keras.utils.set_random_seed(0)
     inputs = keras.Input((6,))
-    # A bias balances without a loss. Where a call waits for other replicas, Keras would
-    # also show the losses that they have added.
-    balance = 5.0 if router == "top_k" else 0.0
     hidden = MoE(
         4,
         (8, 6),
         router=router,
-        load_balancing_loss_weight=balance,
+        load_balancing_loss_weight=5.0,
         kernel_regularizer="l2",
     )(inputs)
     shared = MMoE(3, 5, ["click", "stars", "seen"])(hidden)
@@ -213,6 +211,22 @@ def run_clicks(strategy: tf.distribute.Strategy) -> dict:
     return {"history": history, "weights": weights}
 
 
+def refused(strategy: tf.distribute.Strategy) -> list[str]:
+    """Return the errors of a model, and of a layer in it, with `jit_compile=True`."""
+    found = []
+    for kind in (MultiTaskModel, keras.Model):
+        with strategy.scope():
+            inputs = keras.Input((6,))
+            outputs = {"click": MMoE(2, 1, 1)(inputs)[0]}
+            model = kind(inputs, outputs)
+            try:
+                model.compile("sgd", {"click": "mse"}, jit_compile=True)
+                model.fit(np.ones((8, 6)), {"click": np.ones((8, 1))}, verbose=0)
+            except ValueError as error:
+                found.append(str(error))
+    return found
+
+
 def main() -> None:
     processor = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(
@@ -234,6 +248,8 @@ def main() -> None:
     found["one-sided"] = [run_one_sided(strategy) for strategy in both]
     found["metrics"] = [run_metrics(strategy) for strategy in both]
     found["halves"] = [run_halves(strategy) for strategy in both]
+    found["layers"] = [mirrored_layers.by_halves(), mirrored_layers.mirrored(mirrored)]
+    found["refused"] = refused(mirrored)
     json.dump(found, sys.stdout)
 
 

@@ -1,6 +1,7 @@
 """Other processes: what a server or another backend does with our files."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -39,6 +40,37 @@ def run(arguments, cwd, timeout=300, python=sys.executable, **environment):
         timeout=timeout,
         check=False,
     )
+
+
+def run_together(commands, timeout=500):
+    """Run Python with these (arguments, environment) at once; return their last lines.
+
+    If one fails or is late, all are ended.
+    """
+    started = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for arguments, environment in commands
+    ]
+    try:
+        printed = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    statuses = [process.returncode for process in started]
+    assert not any(statuses), f"returned {statuses}"
+    return [text.splitlines()[-1] for text in printed]
+
+
+def free_address():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{found.getsockname()[1]}"
 
 
 def run_without(packages, code, cwd, *arguments, **environment):

@@ -1,0 +1,1 @@
+"""A multi-task model trained by several workers of Ray Train."""

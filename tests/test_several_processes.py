@@ -1,0 +1,52 @@
+"""Two JAX processes train as one does; the file that one of them saved is loaded."""
+
+import json
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from tests.support import processes
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="keras.distribution is for JAX"
+)
+pytest.importorskip("tensorflow")  # For tf.data, which Keras shards.
+
+
+@pytest.fixture(scope="module")
+def found():
+    done = processes.run(
+        ["-m", "tests.support.several_processes", "2"], cwd=ROOT, timeout=1100
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_train_as_one(found):
+    *several, one = found
+    assert [process["devices"] for process in found] == [2, 2, 1]
+    for process in several:
+        assert process["history"].keys() == one["history"].keys()
+        for name, values in one["history"].items():
+            np.testing.assert_allclose(
+                process["history"][name], values, rtol=1e-4, err_msg=name
+            )
+        close(process["weights"], one["weights"])
+
+
+def test_what_each_process_saved_is_loaded_by_one(found):
+    *several, one = found
+    for number, process in enumerate(several):
+        close(one["loaded"][f"{number}-of-2.keras"], process["weights"])
+    own, loaded = one["continued"]
+    for name, values in own.items():
+        np.testing.assert_allclose(loaded[name], values, rtol=1e-4, err_msg=name)
