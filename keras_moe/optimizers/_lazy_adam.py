@@ -32,9 +32,9 @@ class LazyAdam(SparseGradients, FusedAdam):
         row <- row - rate_t m / (sqrt(v) + epsilon)
 
     with `rate_t = learning_rate * table_learning_rate_multiplier * sqrt(1 - beta_2^t) /
-    (1 - beta_1^t)`. If g is zero in all columns, the row and its slots stay as they are,
-    where Adam would let m and v decay and m move the row. If every row has a gradient
-    in every step, and the multiplier is 1, this is Adam.
+    (1 - beta_1^t)`. If g is zero in all columns, the row and its slots stay as they
+    are, where Adam would let m and v decay and m move the row. If every row has a
+    gradient in every step, and the multiplier is 1, this is Adam.
 
     Bias correction counts the steps of the optimizer, as in the LazyAdam of TensorFlow
     Addons. A row that is first seen late in training has m = 0.1 g and v = 0.001 g^2,

@@ -28,9 +28,9 @@ class RowwiseAdagrad(LazyAdam):
     step reads and writes only the rows of the batch. On JAX and torch the gradient is
     dense: the numbers are the same, but a step reads and writes the whole table.
 
-    All variables that are not tables are updated as by `LazyAdam` with the multiplier 1,
-    which is Adam unless their gradient is sparse. For another optimizer of these, use
-    `keras.optimizers.MultiOptimizer`.
+    All variables that are not tables are updated as by `LazyAdam` with the multiplier
+    1, which is Adam unless their gradient is sparse. For another optimizer of these,
+    use `keras.optimizers.MultiOptimizer`.
 
     Args:
         learning_rate: float, `keras.optimizers.schedules.LearningRateSchedule`, or a

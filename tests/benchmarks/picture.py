@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from typing import Any
 
 from tests.benchmarks.cases import SUITES, load_suite, point_label
@@ -54,6 +55,6 @@ def _draw(axis: Any, results: Results, name: str, rest: dict, lines: dict) -> No
         axis.set_ylim(bottom=0)
     axis.set_xlabel(list(first.point)[-1])
     axis.set_ylabel(f"speed, {first.baseline} = 1")
-    axis.set_title(point_label(rest), fontsize=10)
+    axis.set_title(textwrap.fill(point_label(rest), 48), fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
