@@ -29,14 +29,20 @@ def train(settings: dict[str, Any]) -> None:
 
     keras.distribution.set_distribution(keras.distribution.DataParallel())
     model = build_model()
-    history = model.fit(dataset(settings), epochs=settings["epochs"], verbose=0).history
+    history = model.fit(
+        dataset(settings),
+        epochs=settings["epochs"],
+        steps_per_epoch=settings["rows"] // settings["batch"],
+        verbose=0,
+    ).history
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if ray.train.get_context().get_world_rank() == 0:
             model.save(Path(folder) / "model.keras")
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-        losses = {name: values[-1] for name, values in history.items()}
-        ray.train.report(losses, checkpoint=checkpoint)
+        found = {name: values[-1] for name, values in history.items()}
+        found["devices"] = len(keras.distribution.list_devices())
+        ray.train.report(found, checkpoint=checkpoint)
 
 
 def build_model() -> Any:
@@ -69,7 +75,7 @@ def dataset(settings: dict[str, Any]) -> Any:
     x = np.random.default_rng(0).normal(size=(settings["rows"], 16)).astype("float32")
     y = {"click": (x[:, :1] > 0).astype("float32"), "stars": x[:, 1:2] + x[:, 2:3]}
     rows = tf.data.Dataset.from_tensor_slices((x, y))
-    return rows.batch(settings["batch"], drop_remainder=True)
+    return rows.batch(settings["batch"], drop_remainder=True).repeat()
 
 
 def main(arguments: list[str]) -> int:
@@ -79,7 +85,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--platform", default="cpu", help="of JAX: cpu, cuda or tpu")
     parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=256, help="of all workers")
+    parser.add_argument("--batch", type=int, default=256, help="rows of all workers")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--storage", help="a folder that all machines share")
     given = parser.parse_args(arguments)
