@@ -80,7 +80,7 @@ def dataset(settings: dict[str, Any]) -> Any:
 
 def main(arguments: list[str]) -> int:
     """Run the command with these arguments; print the metrics and the saved model."""
-    parser = argparse.ArgumentParser(prog="recsys_examples.ray_workers")
+    parser = argparse.ArgumentParser(prog="python -m recsys_examples.ray_workers")
     parser.add_argument("--address", help="of a Ray cluster; default: this machine")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--platform", default="cpu", help="of JAX: cpu, cuda or tpu")
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
 
     import ray
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.v2.jax import JaxTrainer
+    from ray.train.v2.jax import JaxConfig, JaxTrainer
 
     environment = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": given.platform}
     paths = [str(Path(__file__).parent.parent.parent), os.environ.get("PYTHONPATH", "")]
@@ -110,6 +110,10 @@ def main(arguments: list[str]) -> int:
             "batch": given.batch,
             "epochs": given.epochs,
         },
+        # Ray connects JAX only if one is set; JAX_PLATFORMS still says which it is.
+        jax_config=JaxConfig(
+            use_gpu=given.platform != "tpu", use_tpu=given.platform == "tpu"
+        ),
         scaling_config=ScalingConfig(
             num_workers=given.workers,
             use_gpu=given.platform == "cuda",
