@@ -123,10 +123,6 @@ def by_halves() -> dict:
 
 
 def weights_of(model) -> dict:
-    names = [variable.path for variable in model.weights]
-    assert len(set(names)) == len(names)
     values = [np.asarray(value).tolist() for value in model.get_weights()]
-    return {
-        "weights": dict(zip(names, values, strict=True)),
-        "trainable": [variable.path for variable in model.trainable_variables],
-    }
+    paths = [variable.path for variable in model.weights]
+    return {"paths": paths, "weights": values}
