@@ -36,9 +36,10 @@ def train(settings: dict[str, Any]) -> None:
         verbose=0,
     ).history
     with tempfile.TemporaryDirectory() as folder:
+        # All workers must save: Keras makes variables for it, on all devices.
+        model.save(Path(folder) / "model.keras")
         checkpoint = None
         if ray.train.get_context().get_world_rank() == 0:
-            model.save(Path(folder) / "model.keras")
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         found = {name: values[-1] for name, values in history.items()}
         found["devices"] = len(keras.distribution.list_devices())
