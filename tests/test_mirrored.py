@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def found():
-    done = processes.run(["-m", "tests.support.mirrored_suite"], cwd=ROOT, timeout=600)
+    done = processes.run(["-m", "tests.support.mirrored_suite"], cwd=ROOT, timeout=1100)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
