@@ -50,7 +50,11 @@ def check_trains(model: Any, jit_compile: Any = None) -> None:
         return
     name, kind = type(model).__name__, type(strategy).__name__
     several = strategy.num_replicas_in_sync > 1
-    if kind.startswith("ParameterServer") or (several and _has_workers(kind)):
+    # Its class has another name. One worker with one device trains.
+    if kind == "CollectiveAllReduceStrategy":
+        kind = "MultiWorkerMirroredStrategy"
+    workers = several and kind.startswith("MultiWorkerMirrored")
+    if workers or kind.startswith("ParameterServer"):
         raise ValueError(
             f"{name} cannot be trained under {kind}, with which `fit` of Keras 3 "
             "fails: wrap the layers in keras_moe.tfrs.LegacyLayer for a model of "
@@ -58,7 +62,7 @@ def check_trains(model: Any, jit_compile: Any = None) -> None:
             "keras.distribution.DataParallel. "
             f"Received: a strategy of {strategy.num_replicas_in_sync} replicas"
         )
-    if jit_compile is True and several:
+    if jit_compile is True and several and kind == "MirroredStrategy":
         raise ValueError(_NOT_COMPILED.format(name=name))
 
 
@@ -67,11 +71,6 @@ _NOT_COMPILED = (
     "cannot compile as one program: compile {name} with jit_compile=False, or use the "
     "JAX backend with keras.distribution.DataParallel. Received: jit_compile=True"
 )
-
-
-def _has_workers(kind: str) -> bool:
-    # One worker with one device trains.
-    return kind.startswith(("MultiWorkerMirrored", "CollectiveAllReduce"))
 
 
 def _strategy() -> Any:

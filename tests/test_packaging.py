@@ -72,7 +72,14 @@ def test_the_wheel_has_every_module_and_nothing_else(wheel):
 
 @pytest.mark.parametrize(
     "command",
-    ["movielens", "census_income", "click_conversion", "task_correlation", "two_stage"],
+    [
+        "movielens",
+        "census_income",
+        "click_conversion",
+        "ray_workers",
+        "task_correlation",
+        "two_stage",
+    ],
 )
 def test_the_commands_of_the_examples_are_in_the_wheel(command, environment, tmp_path):
     arguments = ["-m", f"recsys_examples.{command}", "--help"]

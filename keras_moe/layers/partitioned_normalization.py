@@ -15,7 +15,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe import _backend, _checks
 from keras_moe._layer import Layer, given_or_attached
 from keras_moe.layers._parts import default_name
 from keras_moe.layers._scenarios import (
@@ -46,7 +46,8 @@ class PartitionedNormalization(Layer):
         mask: bool tensor of the leading axes, False for rows to exclude from the
             moments.
         training: bool, whether to use the moments of the batch and to update the moving
-            averages. Scenarios without a row in a batch keep theirs.
+            averages. Scenarios without a row in a batch keep theirs. Each replica of
+            `tf.distribute` uses its own moments; the averages take their mean.
 
     Returns:
         A tensor of the shape of `inputs`.
@@ -104,10 +105,9 @@ class PartitionedNormalization(Layer):
         self.scenario_beta = self._add("scenario_beta", (p, features), "zeros")
         # The last row is of all scenarios together.
         shape = (p + 1, features)
-        self.moving_mean = self._add("moving_mean", shape, "zeros", trainable=False)
-        self.moving_variance = self._add(
-            "moving_variance", shape, "ones", trainable=False
-        )
+        state = {"trainable": False, "aggregation": "only_first_replica"}
+        self.moving_mean = self._add("moving_mean", shape, "zeros", **state)
+        self.moving_variance = self._add("moving_variance", shape, "ones", **state)
 
     def _add(
         self, name: str, shape: tuple[int, ...], initializer: str, **options: Any
@@ -168,13 +168,16 @@ class PartitionedNormalization(Layer):
         own = self._sums(deviations(ops.take(mean, index, axis=0)), index)[:-1]
         total = ops.sum(deviations(mean[-1:]), axis=0, keepdims=True)
         variance = ops.concatenate([own, total]) / divisor
-        for average, value in (
-            (self.moving_mean, mean),
-            (self.moving_variance, variance),
-        ):
-            step = (1.0 - self.momentum) * ops.cast(counts > 0.0, value.dtype)
-            average.assign(average + step * (value - average))
+        seen = ops.cast(counts > 0.0, rows.dtype)
+        self._move(self.moving_mean, mean, seen)
+        self._move(self.moving_variance, variance, seen)
         return mean, variance
+
+    def _move(self, average: Any, value: Any, seen: Any) -> None:
+        """Move an average towards the mean over the replicas that saw the scenario."""
+        change = _backend.sum_over_replicas(seen * (value - average))
+        replicas = ops.maximum(_backend.sum_over_replicas(seen), 1.0)
+        average.assign(average + (1.0 - self.momentum) * change / replicas)
 
     def _sums(self, values: Any, index: Any) -> Any:
         """(n, m) -> (p + 1, m): the sum of each scenario's rows, then that of all."""

@@ -29,14 +29,21 @@ def train(settings: dict[str, Any]) -> None:
 
     keras.distribution.set_distribution(keras.distribution.DataParallel())
     model = build_model()
-    history = model.fit(dataset(settings), epochs=settings["epochs"], verbose=0).history
+    history = model.fit(
+        dataset(settings),
+        epochs=settings["epochs"],
+        steps_per_epoch=settings["rows"] // settings["batch"],
+        verbose=0,
+    ).history
     with tempfile.TemporaryDirectory() as folder:
+        # All workers must save: Keras makes variables for it, on all devices.
+        model.save(Path(folder) / "model.keras")
         checkpoint = None
         if ray.train.get_context().get_world_rank() == 0:
-            model.save(Path(folder) / "model.keras")
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-        losses = {name: values[-1] for name, values in history.items()}
-        ray.train.report(losses, checkpoint=checkpoint)
+        found = {name: values[-1] for name, values in history.items()}
+        found["devices"] = len(keras.distribution.list_devices())
+        ray.train.report(found, checkpoint=checkpoint)
 
 
 def build_model() -> Any:
@@ -69,24 +76,24 @@ def dataset(settings: dict[str, Any]) -> Any:
     x = np.random.default_rng(0).normal(size=(settings["rows"], 16)).astype("float32")
     y = {"click": (x[:, :1] > 0).astype("float32"), "stars": x[:, 1:2] + x[:, 2:3]}
     rows = tf.data.Dataset.from_tensor_slices((x, y))
-    return rows.batch(settings["batch"], drop_remainder=True)
+    return rows.batch(settings["batch"], drop_remainder=True).repeat()
 
 
 def main(arguments: list[str]) -> int:
     """Run the command with these arguments; print the metrics and the saved model."""
-    parser = argparse.ArgumentParser(prog="recsys_examples.ray_workers")
+    parser = argparse.ArgumentParser(prog="python -m recsys_examples.ray_workers")
     parser.add_argument("--address", help="of a Ray cluster; default: this machine")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--platform", default="cpu", help="of JAX: cpu, cuda or tpu")
     parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=256, help="of all workers")
+    parser.add_argument("--batch", type=int, default=256, help="rows of all workers")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--storage", help="a folder that all machines share")
     given = parser.parse_args(arguments)
 
     import ray
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.v2.jax import JaxTrainer
+    from ray.train.v2.jax import JaxConfig, JaxTrainer
 
     environment = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": given.platform}
     paths = [str(Path(__file__).parent.parent.parent), os.environ.get("PYTHONPATH", "")]
@@ -104,6 +111,10 @@ def main(arguments: list[str]) -> int:
             "batch": given.batch,
             "epochs": given.epochs,
         },
+        # Ray connects JAX only if one is set; JAX_PLATFORMS still says which it is.
+        jax_config=JaxConfig(
+            use_gpu=given.platform != "tpu", use_tpu=given.platform == "tpu"
+        ),
         scaling_config=ScalingConfig(
             num_workers=given.workers,
             use_gpu=given.platform == "cuda",

@@ -108,8 +108,10 @@ def by_halves() -> dict:
                 variable.assign(value)
             found.append(differentiate([tf.constant(v[rows]) for v in x], y[rows]))
             moved.append([v.numpy() for v in averages])
-        for variable, *values in zip(averages, *moved, strict=True):
-            variable.assign(np.mean(values, axis=0))
+        for variable, old, *new in zip(averages, before, *moved, strict=True):
+            # Of a scenario, the mean over the halves that have rows of it.
+            halves = np.maximum(np.sum([a != old for a in new], axis=0), 1)
+            variable.assign(old + np.sum([a - old for a in new], axis=0) / halves)
         (first, gradients), (second, others) = found
         both = zip(gradients, others, strict=True)
         mean = [tf.add(a, b) / 2 for a, b in both]
@@ -123,10 +125,13 @@ def by_halves() -> dict:
 
 
 def weights_of(model) -> dict:
-    names = [variable.path for variable in model.weights]
-    assert len(set(names)) == len(names)
-    values = [np.asarray(value).tolist() for value in model.get_weights()]
+    # Keras keeps the averages of the first replica for its own normalization.
+    kept = [
+        variable
+        for variable in model.weights
+        if not ("batch_normalization" in variable.path and "moving_" in variable.path)
+    ]
     return {
-        "weights": dict(zip(names, values, strict=True)),
-        "trainable": [variable.path for variable in model.trainable_variables],
+        "paths": [variable.path for variable in kept],
+        "weights": [variable.numpy().tolist() for variable in kept],
     }
