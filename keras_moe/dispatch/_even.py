@@ -131,7 +131,7 @@ def _ends(counts: Any) -> Any:
 
 def _at(ends: Any, values: Any) -> Any:
     """Return the run (its index) that has each of `values`; the last for others."""
-    flat = ops.reshape(values, (-1,))
-    found = ops.cast(ops.searchsorted(ends, flat, side="right"), "int32")
-    found = ops.minimum(found, ends.shape[0] - 1)
-    return ops.reshape(found, ops.shape(values))
+    # Not `searchsorted`, which is a loop on JAX.
+    passed = ops.cast(ends <= ops.expand_dims(values, -1), "int32")
+    found = ops.cast(ops.sum(passed, axis=-1), "int32")
+    return ops.minimum(found, ends.shape[0] - 1)
