@@ -59,7 +59,7 @@ def _gpu_kernel(operation):
     if operation.type in _ANYWHERE:
         return None if operation.type == "Const" else ()
     for kernel in kernels.get_registered_kernels_for_op(operation.type).kernel:
-        if kernel.device_type == "GPU" and all(
+        if kernel.device_type in ("GPU", "DEFAULT") and all(
             operation.node_def.attr[constraint.name].type
             in constraint.allowed_values.list.type
             for constraint in kernel.constraint
