@@ -9,6 +9,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_moe import _checks
@@ -85,20 +86,25 @@ def sort_choices(
     indices = routing.expert_indices
     if routing.mask is not None:
         indices = ops.where(ops.expand_dims(routing.mask, -1), indices, num_experts)
-    choices = ops.cast(ops.reshape(indices, (-1,)), "int32")
+    # int64 stays: TensorFlow has int32 operations of a GPU on its host.
+    is_long = keras.backend.standardize_dtype(indices.dtype) == "int64"
+    dtype = "int64" if is_long else "int32"
+    choices = ops.reshape(ops.cast(indices, dtype), (-1,))
     if queue is not None:
         choices = ops.take(choices, queue)
-    order = ops.cast(ops.argsort(choices), "int32")
+    order = ops.cast(ops.argsort(choices), dtype)
     # Not `searchsorted`, which export formats do not support.
     counts = ops.segment_sum(
-        ops.ones_like(choices), choices, num_segments=num_experts + 1
+        ops.ones_like(choices, dtype="int32"), choices, num_segments=num_experts + 1
     )
-    ends = ops.cast(ops.cumsum(counts[:-1]), "int32")
+    ends = ops.cast(ops.cumsum(ops.cast(counts, dtype)[:-1]), dtype)
     if queue is not None:
         order = ops.take(queue, order)
     m = ops.shape(order)[0]
     positions = ops.scatter(
-        ops.expand_dims(order, -1), ops.arange(m, dtype="int32"), (m,)
+        ops.cast(ops.expand_dims(order, -1), "int32"),
+        ops.cast(ops.arange(m, dtype="int32"), dtype),
+        (m,),
     )
     k = routing.expert_indices.shape[1]
     return SortedChoices(order, ops.reshape(positions, (-1, k)), shifted(ends), ends)
@@ -123,7 +129,7 @@ def shifted(ends: Any) -> Any:
     _checks.axes(ends=(ends, "e"))
     _checks.integers(ends=ends)
     ends = tensor(ends)
-    return ops.concatenate([ops.zeros((1,), "int32"), ends[:-1]])
+    return ops.concatenate([ops.zeros((1,), ends.dtype), ends[:-1]])
 
 
 def capacity_slots(
