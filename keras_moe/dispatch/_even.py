@@ -82,7 +82,8 @@ def even_slots(
     # The guest number of each slot; negative for the expert's own rows.
     slot = ops.expand_dims(ops.arange(c, dtype="int32"), 0)
     guest = ops.expand_dims(experts * c - shifts, -1) + slot
-    is_own = slot < ops.expand_dims(ops.minimum(loads, c), -1)
+    own = ops.minimum(loads, c)
+    is_own = slot < ops.expand_dims(own, -1)
     first_guests = runs.starts + c - guest_starts
     rows = ops.where(
         is_own,
@@ -105,10 +106,10 @@ def even_slots(
         slot_of_choice=slot_of_choice,
         kept=kept,
     )
-    return slots, _guests(guest_ends, room_ends, shifts, b)
+    return slots, _guests(own, guest_ends, room_ends, shifts, b)
 
 
-def _guests(guest_ends: Any, room_ends: Any, shifts: Any, b: int) -> Guests:
+def _guests(own: Any, guest_ends: Any, room_ends: Any, shifts: Any, b: int) -> Guests:
     """Return the runs of guests with one expert and one host, which are contiguous."""
     ends = ops.sort(
         ops.concatenate([guest_ends, ops.minimum(room_ends, guest_ends[-1])])
@@ -116,6 +117,7 @@ def _guests(guest_ends: Any, room_ends: Any, shifts: Any, b: int) -> Guests:
     starts = routing_lib.shifted(ends)
     shift = ops.take(shifts, _at(room_ends, starts))
     return Guests(
+        own=own,
         experts=_at(guest_ends, starts),
         starts=starts + shift,
         ends=ends + shift,
@@ -129,7 +131,7 @@ def _ends(counts: Any) -> Any:
 
 def _at(ends: Any, values: Any) -> Any:
     """Return the run (its index) that has each of `values`; the last for others."""
-    flat = ops.reshape(values, (-1,))
-    found = ops.cast(ops.searchsorted(ends, flat, side="right"), "int32")
-    found = ops.minimum(found, ends.shape[0] - 1)
-    return ops.reshape(found, ops.shape(values))
+    # Not `searchsorted`, which is a loop on JAX.
+    passed = ops.cast(ends <= ops.expand_dims(values, -1), "int32")
+    found = ops.cast(ops.sum(passed, axis=-1), "int32")
+    return ops.minimum(found, ends.shape[0] - 1)

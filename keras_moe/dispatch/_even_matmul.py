@@ -29,12 +29,14 @@ class Guests(NamedTuple):
     """The slots with rows of another expert than their own, as r contiguous runs.
 
     Attributes:
+        own: `(e,)` int32, the slots of each expert with rows of its own.
         experts: `(r,)` int32, the expert of each run, ascending.
         starts: `(r,)` int32, the first slot of each run.
         ends: `(r,)` int32, the last slot plus 1; equal to the start of an empty run.
         turns: `(r,)` int32, the turns of the loop up to the end of each run.
     """
 
+    own: Any
     experts: Any
     starts: Any
     ends: Any
@@ -82,16 +84,20 @@ def even_dense(
         dtype = keras.backend.standardize_dtype(weights[0].dtype)
         sums_dtype = "float32" if dtype in ("float16", "bfloat16") else dtype
 
-        hidden, by_output, by_hidden = flat(hidden), flat(upstream), flat(by_hidden)
-        num_slots = ops.shape(hidden)[0]
+        # No other rows than its own reach the kernel of an expert, even NaN.
+        slots = ops.expand_dims(ops.arange(ops.shape(hidden)[1], dtype="int32"), 0)
+        hidden = routing_lib.rows_where(slots < ops.expand_dims(guests.own, -1), hidden)
+        rows = [flat(row) for row in rows]
+        by_output, by_hidden = flat(upstream), flat(by_hidden)
+        num_slots = ops.shape(by_output)[0]
 
         def step(expert: Any, first: Any, inside: Any, *carry: Any) -> Any:
             last, by_hidden, *sums = carry
             parts, totals = sums[: len(weights)], sums[len(weights) :]
-            # Exclude the rows of other runs, even NaN.
+            block = activate(*[block_of(row, first, b) for row in rows])
             block, by_block = (
-                routing_lib.rows_where(inside, block_of(x, first, b))
-                for x in (hidden, by_output)
+                routing_lib.rows_where(inside, x)
+                for x in (block, block_of(by_output, first, b))
             )
             products = [
                 ops.matmul(ops.transpose(block), by_block),
@@ -112,11 +118,9 @@ def even_dense(
             by_hidden = _updated(by_hidden, first, inside, by_block)
             return expert, by_hidden, *parts, *totals
 
-        def remove(expert: Any, first: Any, inside: Any, *carry: Any) -> Any:
-            return tuple(
-                _updated(x, first, inside, ops.zeros((b, x.shape[-1]), x.dtype))
-                for x in carry
-            )
+        def remove(expert: Any, first: Any, inside: Any, by_output: Any) -> Any:
+            zeros = ops.zeros((b, by_output.shape[-1]), by_output.dtype)
+            return (_updated(by_output, first, inside, zeros),)
 
         carry = (
             index(-1),
@@ -125,14 +129,12 @@ def even_dense(
             *[ops.zeros_like(w) for w in weights],
         )
         turns, _, by_hidden, *sums = _for_guests(guests, b, num_slots, step, carry)
-        # A loop of its own, and after the other: where a loop reads and writes a
-        # tensor, XLA copies all of it in every turn.
+        # A loop of its own, after the other: XLA copies the whole of a tensor that a
+        # loop reads and writes, in every turn.
         start = turns - guests.turns[-1]
-        _, hidden, by_output = _for_guests(
-            guests, b, num_slots, remove, (hidden, by_output), start
-        )
-        hidden, by_output, by_hidden = (
-            ops.reshape(x, (e, -1, x.shape[-1])) for x in (hidden, by_output, by_hidden)
+        _, by_output = _for_guests(guests, b, num_slots, remove, (by_output,), start)
+        by_output, by_hidden = (
+            ops.reshape(x, (e, -1, x.shape[-1])) for x in (by_output, by_hidden)
         )
         by_weights = [
             ops.matmul(ops.transpose(hidden, (0, 2, 1)), by_output),

@@ -28,10 +28,16 @@ def split(
             'Use dispatch="auto" or dispatch="blocked".'
         )
 
+    if _backend.name() == "tensorflow" and _backend.on_accelerator():
+        # TensorFlow keeps int32 tensors of a GPU on its host, and would wait for each.
+        # With int64 it waits for the sizes of the pieces alone.
+        indices = ops.cast(routing.expert_indices, "int64")
+        routing = routing._replace(expert_indices=indices)
+
     def compute(rows: Any, runs: SortedChoices) -> Any:
         # The last piece has the rows without an expert and is not computed.
-        last = ops.shape(rows)[0] - runs.ends[-1:]
-        sizes = ops.concatenate([runs.ends - runs.starts, ops.cast(last, "int32")])
+        last = ops.cast(ops.shape(rows)[0], runs.ends.dtype) - runs.ends[-1:]
+        sizes = ops.concatenate([runs.ends - runs.starts, last])
         *pieces, rest = _backend.split_rows(rows, sizes, experts.num_experts + 1)
         outputs = experts.on_pieces(pieces, training=training)
         if routing.mask is not None or routing.combine_weights is None:

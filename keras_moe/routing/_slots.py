@@ -9,6 +9,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_moe import _backend, _checks
@@ -86,12 +87,15 @@ def sort_choices(
     indices = routing.expert_indices
     if routing.mask is not None:
         indices = ops.where(ops.expand_dims(routing.mask, -1), indices, num_experts)
-    choices = ops.cast(ops.reshape(indices, (-1,)), "int32")
+    # int64 stays: TensorFlow has int32 operations of a GPU on its host.
+    is_long = keras.backend.standardize_dtype(indices.dtype) == "int64"
+    dtype = "int64" if is_long else "int32"
+    choices = ops.reshape(ops.cast(indices, dtype), (-1,))
     if queue is not None:
         choices = ops.take(choices, queue)
-    order = ops.cast(ops.argsort(choices), "int32")
+    order = ops.cast(ops.argsort(choices), dtype)
     counts = sums_by_expert(ops.ones_like(choices), choices, num_experts + 1)
-    ends = ops.cast(ops.cumsum(counts[:-1]), "int32")
+    ends = ops.cast(ops.cumsum(counts[:-1]), dtype)
     if queue is not None:
         order = ops.take(queue, order)
     # On a TPU a scatter writes one number after the other.
@@ -103,11 +107,15 @@ def sort_choices(
 def _scattered_positions(order: Any) -> Any:
     """Return the inverse of the permutation `order`, (m,)."""
     m = ops.shape(order)[0]
-    return ops.scatter(ops.expand_dims(order, -1), ops.arange(m, dtype="int32"), (m,))
+    return ops.scatter(
+        ops.cast(ops.expand_dims(order, -1), "int32"),
+        ops.cast(ops.arange(m, dtype="int32"), order.dtype),
+        (m,),
+    )
 
 
 def _sorted_positions(order: Any) -> Any:
-    return ops.cast(ops.argsort(order), "int32")
+    return ops.cast(ops.argsort(order), order.dtype)
 
 
 def _check_queue(queue: Any, routing: Routing) -> None:
@@ -129,7 +137,7 @@ def shifted(ends: Any) -> Any:
     _checks.axes(ends=(ends, "e"))
     _checks.integers(ends=ends)
     ends = tensor(ends)
-    return ops.concatenate([ops.zeros((1,), "int32"), ends[:-1]])
+    return ops.concatenate([ops.zeros((1,), ends.dtype), ends[:-1]])
 
 
 def capacity_slots(
