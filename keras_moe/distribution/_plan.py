@@ -276,5 +276,5 @@ def _row_bytes(table: Any, ids: int, mesh: dict[str, int]) -> float:
 
 
 def _table_axis(mesh: dict[str, int]) -> str:
-    """Return the largest axis."""
-    return max(mesh, key=lambda axis: mesh[axis])
+    """Return the largest axis, the last one of equal axes."""
+    return max(reversed(mesh), key=lambda axis: mesh[axis])

@@ -57,7 +57,7 @@ def parts() -> dict:
 
     The program of `blocked_in_turn` is long, that of "ragged" short.
     """
-    glu = keras_moe.experts.GLUExperts(EXPERTS, 7, UNITS)
+    glu = keras_moe.experts.GLUExperts(EXPERTS, 7, UNITS, name="experts")
     return {
         "blocked_in_turn": Fixed("blocked_in_turn", UNITS),
         "blocked_at_once": Fixed("blocked_at_once", num_shared_experts=1),
