@@ -250,13 +250,8 @@ class _Part:
         if not self.splits:
             outputs = capacity(tokens, routing, experts, self.training, slots=slots)
         elif self.place.shared:
-            outputs = capacity(
-                tokens,
-                routing,
-                _AllToAll(experts, self.place),
-                self.training,
-                slots=slots,
-            )
+            remote: Any = _AllToAll(experts, self.place)
+            outputs = capacity(tokens, routing, remote, self.training, slots=slots)
         else:
             first, c = self._first_expert(), slots.tokens.shape[1]
             routing, own = self._own_choices(routing)
