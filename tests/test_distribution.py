@@ -104,7 +104,7 @@ def test_dropout_differs_between_devices_and_its_state_advances_once(found):
     assert found["dropout"]["state"] == found["dropout"]["state of one device"]
 
 
-@pytest.mark.parametrize("mesh", ["data", "shared", "2 x 4"])
+@pytest.mark.parametrize("mesh", ["data", "shared", "2 x 4", "table"])
 def test_a_plan_has_the_figures_of_the_compiled_step(found, mesh):
     """Losses and counts of experts, which a plan leaves out, are small."""
     for name, (compiled, planned) in found["planned"][mesh].items():

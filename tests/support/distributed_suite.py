@@ -322,6 +322,33 @@ def planned() -> dict:
     return found
 
 
+def planned_table() -> list[float]:
+    """Return the bytes sent for a table whose rows are split, compiled and planned."""
+    ids = keras.Input((4,), dtype="int32")
+    hidden = keras.layers.Flatten()(keras.layers.Embedding(65536, 32)(ids))
+    model = keras.Model(ids, keras.layers.Dense(1)(hidden))
+    active = expert_parallel(model, {"batch": 8}, expert_axis="batch")
+    keras.distribution.set_distribution(active)
+
+    def placed(shape, dtype, layout):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.backend_layout)
+
+    weights = [
+        placed(v.shape, v.dtype, active.get_variable_layout(v)) for v in model.weights
+    ]
+    x = placed((2048, 4), "int32", active.get_data_layout((2048, 4)))
+    gradient = jax.jit(
+        jax.grad(lambda w, x: (model.stateless_call(w, [], x)[0] ** 2).mean()),
+        out_shardings=[w.sharding for w in weights],
+    )
+    step = collectives.summarized(gradient.lower(weights, x).compile())
+    keras.distribution.set_distribution(None)
+    plan = keras_moe.distribution.plan(
+        model, 8, 2048, bandwidth=1e9, flops=1e9, ids_per_row=4
+    )[-1]
+    return [step.sent, sum(plan.communication_bytes.values())]
+
+
 def main() -> None:
     whole = "--all" in sys.argv
     found = {}
@@ -335,7 +362,7 @@ def main() -> None:
     for mesh in (None, *(MESHES if whole else ("shared", "2 x 4"))):
         found[f"fit, {mesh}"] = fitted(mesh)
     found |= {"capacity": capacity(), "dropout": dropout(), "errors": errors()}
-    found["planned"] = planned()
+    found["planned"] = {**planned(), "table": {"sent": planned_table()}}
     json.dump(found, sys.stdout)
 
 
