@@ -13,8 +13,9 @@ from tests.support import processes
 
 ROOT = Path(__file__).parent.parent
 # The programs run once, so XLA need not optimize them; see tests/test_backends.py.
-UNOPTIMIZED = "--xla_backend_optimization_level=0"
-MESHES = ("data", "shared", "2 x 4", "1 x 8")
+UNOPTIMIZED = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="started from TensorFlow's run"
@@ -44,50 +45,49 @@ def _assert_equal(found, expected, tolerance):
             )
 
 
-@pytest.mark.parametrize("mesh", ["data", "shared", "2 x 4", "1 x 8"])
-def test_losses_outputs_gradients_and_state_are_those_of_one_device(found, mesh):
-    expected = found["gradients None"]
-    assert len(expected) > 50
-    _assert_equal(found[f"gradients {mesh}"], expected, 1e-10)
+@pytest.mark.parametrize(
+    ("case", "mesh"),
+    [
+        ("all, 48 rows", "shared"),
+        ("all, 48 rows", "2 x 4"),
+        ("few, 45 rows", "data"),
+        ("few, 45 rows", "1 x 8"),
+    ],
+)
+def test_losses_outputs_gradients_and_state_are_those_of_one_device(found, case, mesh):
+    expected = found[f"{case}, None"]
+    assert len(expected) > 20
+    _assert_equal(found[f"{case}, {mesh}"], expected, 1e-10)
 
 
-def test_devices_need_not_divide_the_rows_of_a_call(found):
-    _assert_equal(found["gradients 45 2 x 4"], found["gradients 45 None"], 1e-10)
-
-
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ["shared", "2 x 4"])
 def test_fit_gives_the_weights_and_metrics_of_one_device(found, mesh):
     """The bias of the router follows the load of the whole batch."""
-    one, many = found["fit None"], found[f"fit {mesh}"]
+    one, many = found["fit, None"], found[f"fit, {mesh}"]
     for part in ("history", "measured", "weights"):
         assert many[part].keys() == one[part].keys()
         for name, value in one[part].items():
             np.testing.assert_allclose(
                 many[part][name], value, rtol=1e-4, atol=1e-4, err_msg=f"{part}: {name}"
             )
-    for value, other in zip(one["predicted"], many["predicted"], strict=True):
-        np.testing.assert_allclose(other, value, rtol=1e-4, atol=1e-4)
     bias = one["weights"]["moe/router/expert_bias"]
     assert np.ptp(bias) > 0
 
 
-@pytest.mark.parametrize(("mesh", "parts"), [("shared", 8), ("2 x 4", 4), ("1 x 8", 8)])
+@pytest.mark.parametrize(("mesh", "parts"), [("shared", 8), ("2 x 4", 4)])
 def test_experts_tables_and_their_slots_are_split(found, mesh, parts):
-    shards = found[f"fit {mesh}"]["shards"]
+    shards = found[f"fit, {mesh}"]["shards"]
     split = [name for name, (whole, part) in shards.items() if whole != part]
     assert len(split) == 3 * sum(
-        bool(re.search(r"experts|table", name)) for name in found["fit None"]["weights"]
+        bool(re.search(r"experts|table", name))
+        for name in found["fit, None"]["weights"]
     )  # Each weight with two slots of Adam.
     for name in split:
         whole, part = shards[name]
         assert part == [whole[0] // parts, *whole[1:]], name
-    summary = found[f"fit {mesh}"]["summary"]
+    summary = found[f"fit, {mesh}"]["summary"]
     assert f"{8 // parts} of 8 experts" in summary
     assert "moe/router/kernel (10, 8) replicated: every token" in summary
-
-
-def test_data_parallelism_replicates_all_weights(found):
-    assert all(whole == part for whole, part in found["fit data"]["shards"].values())
 
 
 def test_capacity_competes_within_a_part_of_the_batch(found):
@@ -104,7 +104,7 @@ def test_dropout_differs_between_devices_and_its_state_advances_once(found):
     assert found["dropout"]["state"] == found["dropout"]["state of one device"]
 
 
-@pytest.mark.parametrize("mesh", ["data", "shared", "2 x 4"])
+@pytest.mark.parametrize("mesh", ["data", "shared", "2 x 4", "table"])
 def test_a_plan_has_the_figures_of_the_compiled_step(found, mesh):
     """Losses and counts of experts, which a plan leaves out, are small."""
     for name, (compiled, planned) in found["planned"][mesh].items():

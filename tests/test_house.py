@@ -12,6 +12,7 @@ LEVELS = {
     "_backend": 0,
     "_checks": 0,
     "_layer": 1,
+    "_mesh": 0,
     "_replicas": 0,
     "_version": 0,
     "initializers": 1,

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_moe import _backend
+from keras_moe import _mesh
 from keras_moe import routing as routing_lib
 from keras_moe.dispatch._capacity import (
     capacity,
@@ -68,13 +68,9 @@ def placement(experts: Any) -> Placement | None:
     None if the plain dispatch is to be used: on one device, on other backends, and for
     experts whose variables are not stacked, or split along other axes than the first.
     """
-    if _backend.name() != "jax":
-        return None
-    active = keras.distribution.distribution()
-    if active is None or active.device_mesh.devices.size == 1:
-        return None
+    active = _mesh.active()
     # `on_rows` is the interface of stacked experts. A part of them has a smaller e.
-    if not hasattr(experts, "on_rows") or "num_experts" not in vars(experts):
+    if active is None or not hasattr(experts, "on_rows"):
         return None
     axes = set()
     for variable in experts.variables:
@@ -254,13 +250,8 @@ class _Part:
         if not self.splits:
             outputs = capacity(tokens, routing, experts, self.training, slots=slots)
         elif self.place.shared:
-            outputs = capacity(
-                tokens,
-                routing,
-                _AllToAll(experts, self.place),
-                self.training,
-                slots=slots,
-            )
+            remote: Any = _AllToAll(experts, self.place)
+            outputs = capacity(tokens, routing, remote, self.training, slots=slots)
         else:
             first, c = self._first_expert(), slots.tokens.shape[1]
             routing, own = self._own_choices(routing)

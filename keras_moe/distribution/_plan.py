@@ -124,40 +124,33 @@ def plan(
     slots = _checks.count("optimizer_slots", optimizer_slots)
     tokens = rows * _checks.positive_int("tokens_per_row", tokens_per_row)
     ids = rows * _checks.positive_int("ids_per_row", ids_per_row)
-    routed = list(_routed(model))
-    a = _checked_expert_devices(expert_devices, p, routed)
-    experts = {id(v) for layer in routed for v in layer.experts.weights}
-    tables = [
-        layer
-        for layer in model._flatten_layers(include_self=True)
-        if isinstance(layer, keras.layers.Embedding)
-    ]
-    in_tables = {id(v) for layer in tables for v in layer.weights}
-    whole = {id(v): _bytes(v) for v in model.weights}
-    if table_rows is not None:
-        for table in tables:
-            variable = table.embeddings
-            whole[id(variable)] *= table_rows / variable.shape[0]
+    parts = _Parts(model, table_rows)
+    a = _checked_expert_devices(expert_devices, p, parts.routed)
     plans = []
     for strategy in ("data", "experts", "experts and rows"):
         over = 1 if strategy == "data" else a
         mesh = {"batch": p} if over in (1, p) else {"batch": p // a, "expert": a}
-        parts = dict.fromkeys(experts, over)
+        split = {} if over == 1 else dict.fromkeys(parts.experts, list(mesh)[-1])
         if strategy == "experts and rows":
-            parts |= dict.fromkeys(in_tables, max(mesh.values()))
-        sizes = {key: size / parts.get(key, 1) for key, size in whole.items()}
-        weights = sum(sizes.values())
+            split |= dict.fromkeys(parts.in_tables, _table_axis(mesh))
+        sizes = {
+            key: size / (mesh[split[key]] if key in split else 1)
+            for key, size in parts.sizes.items()
+        }
         sent = {
+            # Split over the batch's axis, a part has the gradient of all rows.
             "gradients": sum(
-                _gradient_bytes(sizes[id(v)], parts.get(id(v), 1), mesh)
+                _all_reduce(sizes[id(v)], mesh["batch"])
                 for v in model.trainable_variables
+                if split.get(id(v)) != "batch"
             ),
-            "tokens": sum(_token_bytes(layer, tokens, mesh, over) for layer in routed),
+            "tokens": sum(_token_bytes(x, tokens, mesh, over) for x in parts.routed),
             "rows": 0.0,
         }
         if strategy == "experts and rows":
-            sent["rows"] = sum(_row_bytes(table, ids, mesh) for table in tables)
-        work = _flops(model, routed, in_tables, tokens, mesh, over)
+            sent["rows"] = sum(_row_bytes(table, ids, mesh) for table in parts.tables)
+        weights = sum(sizes.values())
+        work = _flops(parts, tokens, mesh)
         plans.append(
             Plan(
                 strategy,
@@ -171,6 +164,21 @@ def plan(
             )
         )
     return plans
+
+
+class _Parts:
+    """Routed layers and tables of a model, and the bytes of its weights by id."""
+
+    def __init__(self, model: Any, table_rows: int | None) -> None:
+        layers = model._flatten_layers(include_self=True)
+        self.routed = list(_routed(model))
+        self.tables = [x for x in layers if isinstance(x, keras.layers.Embedding)]
+        self.weights = model.weights
+        self.experts = {id(v): x for x in self.routed for v in x.experts.weights}
+        self.in_tables = {id(v) for table in self.tables for v in table.weights}
+        self.sizes = {id(v): _bytes(v) for v in model.weights}
+        for table in self.tables if table_rows is not None else ():
+            self.sizes[id(table.embeddings)] *= table_rows / table.input_dim
 
 
 def _routed(model: Any) -> Iterator[Any]:
@@ -219,15 +227,6 @@ def _all_gather(size: float, devices: int) -> float:
     return size * (devices - 1) / devices
 
 
-def _gradient_bytes(size: float, parts: int, mesh: dict[str, int]) -> float:
-    """Gradients are summed over the devices that hold the same part of a weight."""
-    p = math.prod(mesh.values())
-    if parts == p:
-        return 0.0
-    # A weight that is not split gets one gradient from each part of the batch.
-    return _all_reduce(size, mesh["batch"])
-
-
 def _token_bytes(layer: Any, tokens: int, mesh: dict[str, int], parts: int) -> float:
     """Bytes of tokens to their experts and back, and of their gradients."""
     if parts == 1:
@@ -249,31 +248,33 @@ def _token_bytes(layer: Any, tokens: int, mesh: dict[str, int], parts: int) -> f
     return _all_gather(tokens * (2 * s * (d + u) + 2 * weights + 4 * k), parts)
 
 
-def _flops(
-    model: Any,
-    routed: list[Any],
-    in_tables: set[int],
-    tokens: int,
-    mesh: dict[str, int],
-    parts: int,
-) -> float:
+def _flops(parts: _Parts, tokens: int, mesh: dict[str, int]) -> float:
     """Operations of a device: the forward pass, and twice that in the backward pass."""
-    choices = {id(v): (layer, v) for layer in routed for v in layer.experts.weights}
     total = 0.0
-    for variable in model.weights:
-        if id(variable) in in_tables or len(variable.shape) < 2:
+    for variable in parts.weights:
+        if id(variable) in parts.in_tables or len(variable.shape) < 2:
             continue
         work = 2 * tokens * math.prod(variable.shape)
-        if id(variable) not in choices:
-            total += work / mesh["batch"]
-            continue
-        layer = choices[id(variable)][0]
-        if len(variable.shape) == 3:
+        layer = parts.experts.get(id(variable))
+        if layer is None:
+            total += work / mesh["batch"]  # Repeated along the axis of the experts.
+        elif len(variable.shape) == 3:
             share = _choices(layer) / layer.num_experts
-            total += work * share / (mesh["batch"] * (parts if "expert" in mesh else 1))
+            total += work * share / math.prod(mesh.values())
     return 3 * total
 
 
 def _row_bytes(table: Any, ids: int, mesh: dict[str, int]) -> float:
     """Bytes of the rows of a split table, and of their gradients."""
-    raise NotImplementedError
+    axis = _table_axis(mesh)
+    width = 4 * table.output_dim
+    if axis == "expert":
+        return _all_reduce(ids / mesh["batch"] * width, mesh[axis])
+    # Ids are gathered, rows summed over the parts, and their gradients gathered.
+    gathered = _all_gather(ids * (4 + width), mesh[axis])
+    return gathered + _all_reduce(ids * width, mesh[axis])
+
+
+def _table_axis(mesh: dict[str, int]) -> str:
+    """Return the largest axis, the last one of equal axes."""
+    return max(reversed(mesh), key=lambda axis: mesh[axis])

@@ -9,7 +9,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_moe import _backend, _checks
+from keras_moe import _backend, _checks, _mesh
 from keras_moe.routing._records import (
     DenseRouting,
     ExpertChoiceRouting,
@@ -36,7 +36,10 @@ def top_k(scores: Any, k: int) -> Any:
     """
     _checks.axes(scores=(scores, "...e"))
     scores = tensor(scores)
-    return _backend.top_k(scores, _checks.choices("k", k, scores.shape[-1]))[1]
+    k = _checks.choices("k", k, scores.shape[-1])
+    if len(scores.shape) < 2:
+        return _backend.top_k(scores, k)[1]
+    return _mesh.by_rows(lambda rows: _backend.top_k(rows, k)[1], scores)
 
 
 def choose(values: Any, indices: Any) -> Any:

@@ -62,6 +62,9 @@ def collectives(text: str) -> list[Collective]:
     [Collective(kind='all-reduce', result=32, sent=56.0)]
     """
     found = []
+    # Groups that are left out have all devices.
+    devices = re.search(r"num_partitions=(\d+)", text)
+    count = int(devices.group(1)) if devices else 1
     for line in text.splitlines():
         match = _INSTRUCTION.search(line)
         if match is None:
@@ -74,24 +77,25 @@ def collectives(text: str) -> list[Collective]:
         ]
         if start and kind != "all-reduce":
             arrays = arrays[len(arrays) // 2 :]  # Operands come first.
-        found.append(Collective(kind, sum(arrays), _sent(kind, sum(arrays), line)))
+        size = sum(arrays)
+        found.append(Collective(kind, size, size * _factor(kind, line, count)))
     return found
 
 
-def _sent(kind: str, result: int, line: str) -> float:
-    """Return the bytes that each of the g devices of a ring sends."""
+def _factor(kind: str, line: str, devices: int) -> float:
+    """Return the bytes that each of the g devices of a ring sends, per byte."""
     groups = _GROUPS.search(line)
-    if groups is None:
-        return float(result)
-    iota, listed = groups.groups()
-    g = int(iota) if iota else len(listed.split(","))
-    factor = {
+    g = devices
+    if groups is not None:
+        iota, listed = groups.groups()
+        g = int(iota) if iota else len(listed.split(","))
+    factors = {
         "all-reduce": 2 * (g - 1) / g,
         "all-gather": (g - 1) / g,
         "reduce-scatter": g - 1,
         "all-to-all": (g - 1) / g,
     }
-    return result * factor.get(kind, 1.0)
+    return factors.get(kind, 1.0)
 
 
 def summarized(compiled: Any) -> Step:

@@ -30,65 +30,64 @@ MESHES = {
     "2 x 4": ({"batch": 2, "expert": 4}, "expert"),
     "1 x 8": ({"batch": 1, "expert": 8}, "expert"),
 }
-GRADIENT_MESHES = tuple(MESHES)
+# The parts that are compared on every mesh; `--all` compares all of them on all.
+FEW = ("blocked_at_once", "capacity", "bias_balanced", "sparse_mmoe", "ple")
 TASKS = 2
 
 
 class Fixed(layers.MoE):
-    """A mixture with a dispatch that "auto" selects only on other devices."""
+    """A mixture with a dispatch that "auto" may select only on other devices."""
 
-    def __init__(self, fixed: str, **kwargs):
-        super().__init__(EXPERTS, (7, UNITS), **kwargs)
+    def __init__(self, fixed: str, units=(7, UNITS), **kwargs):
+        super().__init__(EXPERTS, units, **kwargs)
         self._fixed = fixed
 
     def _resolve_dispatch(self) -> str:
         return self._fixed
 
 
+class Sparse(layers.MMoE):
+    """`MMoE` that computes chosen experts."""
+
+    def _resolve_dispatch(self) -> str:
+        return "ragged"
+
+
 def parts() -> dict:
-    """Return a layer for every dispatch, router and layer of several tasks."""
-    moe = {
-        "auto": {},
-        "dense": {"dispatch": "dense"},
+    """Return a layer for every dispatch, router and layer of several tasks.
+
+    The program of `blocked_in_turn` is long, that of "ragged" short.
+    """
+    glu = keras_moe.experts.GLUExperts(EXPERTS, 7, UNITS, name="experts")
+    return {
+        "blocked_in_turn": Fixed("blocked_in_turn", UNITS),
+        "blocked_at_once": Fixed("blocked_at_once", num_shared_experts=1),
+        "ragged": Fixed("ragged"),
+        "dense": Fixed("dense", router_z_loss_weight=0.1),
         # Without drops: tokens compete within their part of the batch.
-        "capacity": {"capacity_factor": EXPERTS / 2},
-        "expert_choice": {"router": "expert_choice"},
-        "bias_balanced": {"router": "bias_balanced"},
-        "sinkhorn": {"router": "sinkhorn"},
+        "capacity": Fixed("capacity", capacity_factor=EXPERTS / 2),
+        "expert_choice": Fixed("capacity", router="expert_choice"),
+        "bias_balanced": Fixed("ragged", router="bias_balanced"),
+        "sinkhorn": Fixed("ragged", router="sinkhorn"),
+        "glu": layers.MoE(experts=glu, capacity_factor=EXPERTS / 2),
+        "mmoe": layers.MMoE(EXPERTS, (7, UNITS), TASKS),
+        "sparse_mmoe": Sparse(
+            EXPERTS, (7, UNITS), TASKS, top_k=1, load_balancing_loss_weight=0.1
+        ),
+        "ple": layers.PLE(1, 2, 3, (7, UNITS), TASKS),
     }
-    made = {
-        name: layers.MoE(EXPERTS, (7, UNITS), num_shared_experts=1, **arguments)
-        for name, arguments in moe.items()
-    }
-    for name in ("blocked_in_turn", "blocked_at_once", "ragged"):
-        made[name] = Fixed(name)
-    made["glu"] = layers.MoE(
-        experts=keras_moe.experts.GLUExperts(EXPERTS, 7, UNITS),
-        router_z_loss_weight=0.1,
-    )
-    made["mmoe"] = layers.MMoE(EXPERTS, (7, UNITS), TASKS)
-    made["sparse mmoe"] = layers.MMoE(
-        EXPERTS,
-        (7, UNITS),
-        TASKS,
-        top_k=1,
-        dispatch="blocked",
-        load_balancing_loss_weight=0.1,
-    )
-    made["ple"] = layers.PLE(2, 2, 3, (7, UNITS), TASKS)
-    return made
 
 
 class Everything(keras.Model):
-    """All parts, on the same inputs and a row of a table."""
+    """Parts, on the same inputs and a row of a table."""
 
-    def __init__(self) -> None:
+    def __init__(self, names=None) -> None:
         super().__init__(name="everything")
         self.table = keras.layers.Embedding(16, FEATURES, name="table")
         made = parts()
         for name, part in made.items():
-            part.name = name.replace(" ", "_")
-        self.parts = list(made.values())
+            part.name = name
+        self.parts = [made[name] for name in names or made]
 
     def call(self, inputs, training=None):
         x, ids = inputs
@@ -110,23 +109,23 @@ def numbers(tree) -> list:
     return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(tree)]
 
 
-def everything():
+def everything(names=None):
     keras.utils.set_random_seed(0)
-    model = Everything()
+    model = Everything(names)
     model((np.zeros((ROWS, FEATURES)), np.zeros((ROWS,), int)), training=False)
     return model
 
 
-def gradients(mesh: str | None, rows: int = ROWS) -> dict:
+def gradients(mesh: str | None, rows: int = ROWS, names=None) -> dict:
     """Return loss, outputs, gradients and new state of one step in float64."""
     keras.config.set_floatx("float64")
     random = np.random.default_rng(0)
     x = random.normal(size=(rows, FEATURES))
     ids = random.integers(0, 16, size=(rows,))
     weights = random.normal(size=(rows, UNITS))
-    active = distribution(mesh, everything)
+    active = distribution(mesh, lambda: everything(names))
     keras.distribution.set_distribution(active)
-    model = everything()
+    model = everything(names)
     if active is not None and rows % 8 == 0:
         x, ids = (
             jax.device_put(value, active.get_data_layout(value.shape).backend_layout)
@@ -171,12 +170,12 @@ def ranker():
     )
     hidden = layers.MoE(
         EXPERTS,
-        (16, FEATURES),
+        FEATURES,
         router="bias_balanced",
         routing_metrics=["load_cv", "router_entropy"],
         name="moe",
     )(hidden)
-    sparse = layers.MMoE(EXPERTS, 8, ["all"], top_k=2, dispatch="blocked", name="mmoe")
+    sparse = Sparse(EXPERTS, 8, ["all"], top_k=2, name="mmoe")
     hidden = sparse(hidden)["all"]
     tasks = layers.PLE(1, 2, 3, 8, ["click", "stay"], name="ple")(hidden)
     outputs = {
@@ -208,7 +207,6 @@ def fitted(mesh: str | None) -> dict:
     found = {
         "history": history.history,
         "measured": measured,
-        "predicted": numbers(model.predict([ids, x], batch_size=48, verbose=0)),
         "weights": {v.path: np.asarray(v.value).tolist() for v in model.weights},
         "shards": {
             v.path: [list(v.shape), list(v.value.addressable_shards[0].data.shape)]
@@ -324,18 +322,47 @@ def planned() -> dict:
     return found
 
 
+def planned_table() -> list[float]:
+    """Return the bytes sent for a table whose rows are split, compiled and planned."""
+    ids = keras.Input((4,), dtype="int32")
+    hidden = keras.layers.Flatten()(keras.layers.Embedding(65536, 32)(ids))
+    model = keras.Model(ids, keras.layers.Dense(1)(hidden))
+    active = expert_parallel(model, {"batch": 8}, expert_axis="batch")
+    keras.distribution.set_distribution(active)
+
+    def placed(shape, dtype, layout):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.backend_layout)
+
+    weights = [
+        placed(v.shape, v.dtype, active.get_variable_layout(v)) for v in model.weights
+    ]
+    x = placed((2048, 4), "int32", active.get_data_layout((2048, 4)))
+    gradient = jax.jit(
+        jax.grad(lambda w, x: (model.stateless_call(w, [], x)[0] ** 2).mean()),
+        out_shardings=[w.sharding for w in weights],
+    )
+    step = collectives.summarized(gradient.lower(weights, x).compile())
+    keras.distribution.set_distribution(None)
+    plan = keras_moe.distribution.plan(
+        model, 8, 2048, bandwidth=1e9, flops=1e9, ids_per_row=4
+    )[-1]
+    return [step.sent, sum(plan.communication_bytes.values())]
+
+
 def main() -> None:
-    jax.config.update("jax_enable_x64", True)
+    whole = "--all" in sys.argv
     found = {}
-    for mesh in (None, *GRADIENT_MESHES):
-        found[f"gradients {mesh}"] = gradients(mesh)
-    found["gradients 45 None"] = gradients(None, 45)
-    found["gradients 45 2 x 4"] = gradients("2 x 4", 45)
+    jax.config.update("jax_enable_x64", True)
+    for mesh in (None, *(MESHES if whole else ("shared", "2 x 4"))):
+        found[f"all, 48 rows, {mesh}"] = gradients(mesh)
+    # Eight devices do not divide 45 rows.
+    for mesh in (None, *(MESHES if whole else ("data", "1 x 8"))):
+        found[f"few, 45 rows, {mesh}"] = gradients(mesh, 45, FEW)
     jax.config.update("jax_enable_x64", False)
-    for mesh in (None, *MESHES):
-        found[f"fit {mesh}"] = fitted(mesh)
+    for mesh in (None, *(MESHES if whole else ("shared", "2 x 4"))):
+        found[f"fit, {mesh}"] = fitted(mesh)
     found |= {"capacity": capacity(), "dropout": dropout(), "errors": errors()}
-    found["planned"] = planned()
+    found["planned"] = {**planned(), "table": {"sent": planned_table()}}
     json.dump(found, sys.stdout)
 
 
