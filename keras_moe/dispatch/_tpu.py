@@ -61,22 +61,19 @@ def affine_gradient(
     weights: Sequence[Any],
     runs: SortedChoices,
     upstream: Any,
-    interpret: bool = False,
 ) -> tuple[Any, ...]:
     """Return the gradients of `affine` by its rows, kernel and bias (if any)."""
     kernel, *bias = weights
-    by_weights = [kernel_gradient(rows, upstream, runs, interpret)]
+    by_weights = [kernel_gradient(rows, upstream, runs)]
     if bias:
         # Not by one-hot rows, which would spread the NaN of a row to every expert.
         ones = ops.ones((rows.shape[0], 8), rows.dtype)
-        by_weights.append(kernel_gradient(ones, upstream, runs, interpret)[:, 0])
+        by_weights.append(kernel_gradient(ones, upstream, runs)[:, 0])
     by_rows = _ragged_dot(upstream, ops.transpose(kernel, (0, 2, 1)), runs)
     return by_rows, *by_weights
 
 
-def kernel_gradient(
-    rows: Any, upstream: Any, runs: SortedChoices, interpret: bool = False
-) -> Any:
+def kernel_gradient(rows: Any, upstream: Any, runs: SortedChoices) -> Any:
     """(m, in), (m, out) -> (e, in, out): the sum of x_r^T g_r over the rows of e."""
     m, e = rows.shape[0], runs.ends.shape[0]
     dtype = keras.backend.standardize_dtype(rows.dtype)
@@ -90,7 +87,6 @@ def kernel_gradient(
         runs.ends - runs.starts,
         rows.dtype,
         (tile, _tile(rows.shape[1], widest), _tile(upstream.shape[1], widest)),
-        interpret=interpret,
     )
     return ops.cast(found, dtype)
 

@@ -18,16 +18,16 @@ _HEAD = """\
 # Accelerators
 
 This page was written by `python -m tests.benchmarks.accelerators page FILE.json`. All
-figures are **compiled for** a TPU and **run on** none: they are what the compiler of the
-TPU (`libtpu` {libtpu}, JAX {jax}, on a CPU) says of its program for one chip. No time on
-this page was measured.
+figures are **compiled for** a TPU and **run on** none: they are what the compiler of
+the TPU (`libtpu` {libtpu}, JAX {jax}, on a CPU) says of its program for one chip. No
+time on this page was measured.
 
-A program is the forward and the backward pass of one layer, with gradients of its inputs
-and all weights, its load-balancing loss, and no optimizer: n = {rows:,} rows, d =
-{features:,} features, experts with h = {hidden:,} hidden units, the best k = {top_k} of
-a row, bfloat16 with kernels kept in float32 (the cast is a part of the program; at e =
-256 kernels are bfloat16, for both layers: float32 would not fit a v5e). The dense MLP has
-k h hidden units: as many FLOPs, without router and dispatch.
+A program is the forward and the backward pass of one layer, with gradients of its
+inputs and all weights, its load-balancing loss, and no optimizer: n = {rows:,} rows,
+d = {features:,} features, experts with h = {hidden:,} hidden units, the best {top_k}
+of a row, bfloat16 with kernels kept in float32 (the cast is a part of the program; at
+e = 256 kernels are bfloat16, for both layers: float32 would not fit a v5e). The dense
+MLP has k h hidden units: as many FLOPs, without router and dispatch.
 
 - *TFLOP* and *bytes* are XLA's `cost_analysis`. For the kernels of `ragged_dot` and
   megablox it uses their own estimates: 2 m d h FLOPs for m rows. Tiles that two experts
@@ -98,6 +98,11 @@ def _name(case: Mapping[str, Any]) -> str:
     levels = f", {case['levels']} times" if case.get("levels", 1) > 1 else ""
     half = ", bfloat16 kernels" if case["dtype"] == "bfloat16" else ""
     return f"dense MLP, {case['hidden']:,} hidden units{levels}{half}"
+
+
+def _time_text(figures: Mapping[str, float], seconds: float) -> str:
+    text = f"{1e3 * seconds:.0f}"
+    return f"({text})" if _no_time(figures) else text
 
 
 def _no_time(figures: Mapping[str, float]) -> bool:
