@@ -29,8 +29,9 @@ def kernels_on_cpu(monkeypatch):
 
 
 def _runs(counts):
-    ends = np.cumsum(counts).astype("int32")
-    return SortedChoices(None, None, *map(_tensor, (ends - counts, ends)))
+    ends = np.cumsum(counts)
+    starts, ends = (_tensor(a, "int32") for a in (ends - counts, ends))
+    return SortedChoices(None, None, starts, ends)
 
 
 def _tensor(values, dtype=None):

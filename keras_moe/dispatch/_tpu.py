@@ -69,8 +69,17 @@ def affine_gradient(
         # Not by one-hot rows, which would spread the NaN of a row to every expert.
         ones = ops.ones((rows.shape[0], 8), rows.dtype)
         by_weights.append(kernel_gradient(ones, upstream, runs)[:, 0])
+    # Only after the kernel's: `rows` then need no memory any more.
+    by_weights, upstream = _in_order(by_weights, upstream)
     by_rows = _ragged_dot(upstream, ops.transpose(kernel, (0, 2, 1)), runs)
     return by_rows, *by_weights
+
+
+def _in_order(first: Any, then: Any) -> tuple[Any, Any]:
+    """Return both; what depends on `then` is computed after `first`."""
+    import jax
+
+    return jax.lax.optimization_barrier((first, then))
 
 
 def kernel_gradient(rows: Any, upstream: Any, runs: SortedChoices) -> Any:
@@ -81,13 +90,11 @@ def kernel_gradient(rows: Any, upstream: Any, runs: SortedChoices) -> Any:
         rows, upstream = ops.cast(rows, "float32"), ops.cast(upstream, "float32")
     tile = rows_per_tile(m, e)
     widest = _LARGEST_TILE // (1 if dtype == "bfloat16" else 2)
-    found = _tgmm()(
-        ops.transpose(rows),
-        upstream,
-        runs.ends - runs.starts,
-        rows.dtype,
-        (tile, _tile(rows.shape[1], widest), _tile(upstream.shape[1], widest)),
-    )
+    tiles = tile, _tile(rows.shape[1], widest), _tile(upstream.shape[1], widest)
+    sizes = runs.ends - runs.starts
+    # The kernel mixes dtypes of integers if JAX may use 64 bits.
+    with _bits_32():
+        found = _tgmm()(ops.transpose(rows), upstream, sizes, rows.dtype, tiles)
     return ops.cast(found, dtype)
 
 
@@ -97,6 +104,16 @@ def _tile(width: int, widest: int) -> int:
         return width
     parts = -(-width // widest)
     return -(-width // (128 * parts)) * 128
+
+
+def _bits_32() -> Any:
+    import jax
+
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(False)
+    from jax.experimental import disable_x64
+
+    return disable_x64()
 
 
 def _tgmm() -> Callable[..., Any]:
