@@ -69,17 +69,8 @@ def affine_gradient(
         # Not by one-hot rows, which would spread the NaN of a row to every expert.
         ones = ops.ones((rows.shape[0], 8), rows.dtype)
         by_weights.append(kernel_gradient(ones, upstream, runs)[:, 0])
-    # Only after the kernel's: `rows` then need no memory any more.
-    by_weights, upstream = _in_order(by_weights, upstream)
     by_rows = _ragged_dot(upstream, ops.transpose(kernel, (0, 2, 1)), runs)
     return by_rows, *by_weights
-
-
-def _in_order(first: Any, then: Any) -> tuple[Any, Any]:
-    """Return both; what depends on `then` is computed after `first`."""
-    import jax
-
-    return jax.lax.optimization_barrier((first, then))
 
 
 def kernel_gradient(rows: Any, upstream: Any, runs: SortedChoices) -> Any:
