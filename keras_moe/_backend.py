@@ -198,7 +198,18 @@ def take_rows(rows: Any, indices: Any) -> Any:
     """
     if name() != "jax":
         return ops.take(rows, indices, axis=0)
-    return rows.at[indices].get(mode="promise_in_bounds")
+
+    def take(rows: Any, indices: Any) -> Any:
+        return rows.at[indices].get(mode="promise_in_bounds")
+
+    def take_tiles(rows: Any, indices: Any) -> Any:
+        # A tile of a TPU has parts of 8 rows; in this shape, parts of one.
+        tiles = take(ops.reshape(rows, (rows.shape[0], -1, 128)), indices)
+        return ops.reshape(tiles, (*tiles.shape[:-2], rows.shape[-1]))
+
+    if len(rows.shape) != 2 or rows.shape[1] % 128 or rows.shape[1] == 128:
+        return take(rows, indices)
+    return on_tpu_or(take_tiles, take, rows, indices)
 
 
 def split_rows(rows: Any, sizes: Any, count: int) -> Sequence[Any]:

@@ -107,7 +107,7 @@ TABLE = {
         in_exports={"onnx": "split", "openvino": "split"},
     ),
     "ragged": Dispatch(
-        rows="m: one grouped matmul",
+        rows="m, plus padding: grouped matmuls on a TPU, else blocks",
         choices=("token",),
         experts_need="on_rows",
         dropless=True,

@@ -61,22 +61,19 @@ def affine_gradient(
     weights: Sequence[Any],
     runs: SortedChoices,
     upstream: Any,
-    interpret: bool = False,
 ) -> tuple[Any, ...]:
     """Return the gradients of `affine` by its rows, kernel and bias (if any)."""
     kernel, *bias = weights
-    by_weights = [kernel_gradient(rows, upstream, runs, interpret)]
+    by_weights = [kernel_gradient(rows, upstream, runs)]
     if bias:
         # Not by one-hot rows, which would spread the NaN of a row to every expert.
         ones = ops.ones((rows.shape[0], 8), rows.dtype)
-        by_weights.append(kernel_gradient(ones, upstream, runs, interpret)[:, 0])
+        by_weights.append(kernel_gradient(ones, upstream, runs)[:, 0])
     by_rows = _ragged_dot(upstream, ops.transpose(kernel, (0, 2, 1)), runs)
     return by_rows, *by_weights
 
 
-def kernel_gradient(
-    rows: Any, upstream: Any, runs: SortedChoices, interpret: bool = False
-) -> Any:
+def kernel_gradient(rows: Any, upstream: Any, runs: SortedChoices) -> Any:
     """(m, in), (m, out) -> (e, in, out): the sum of x_r^T g_r over the rows of e."""
     m, e = rows.shape[0], runs.ends.shape[0]
     dtype = keras.backend.standardize_dtype(rows.dtype)
@@ -84,14 +81,11 @@ def kernel_gradient(
         rows, upstream = ops.cast(rows, "float32"), ops.cast(upstream, "float32")
     tile = rows_per_tile(m, e)
     widest = _LARGEST_TILE // (1 if dtype == "bfloat16" else 2)
-    found = _tgmm()(
-        ops.transpose(rows),
-        upstream,
-        runs.ends - runs.starts,
-        rows.dtype,
-        (tile, _tile(rows.shape[1], widest), _tile(upstream.shape[1], widest)),
-        interpret=interpret,
-    )
+    tiles = tile, _tile(rows.shape[1], widest), _tile(upstream.shape[1], widest)
+    sizes = runs.ends - runs.starts
+    # The kernel mixes dtypes of integers if JAX may use 64 bits.
+    with _bits_32():
+        found = _tgmm()(ops.transpose(rows), upstream, sizes, rows.dtype, tiles)
     return ops.cast(found, dtype)
 
 
@@ -101,6 +95,16 @@ def _tile(width: int, widest: int) -> int:
         return width
     parts = -(-width // widest)
     return -(-width // (128 * parts)) * 128
+
+
+def _bits_32() -> Any:
+    import jax
+
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(False)
+    from jax.experimental import disable_x64
+
+    return disable_x64()
 
 
 def _tgmm() -> Callable[..., Any]:

@@ -58,13 +58,15 @@ class MoE(HasDispatch, MLPLayer):
 
             - "auto": "capacity" if `capacity_factor` is given or the router is
               expert-choice; "dense" if every token goes to every expert; else
-              "blocked" under XLA (`jit_compile=True`, JAX; but "dense" for
-              `LayerExperts`), "ragged" on a TPU under JAX, and "split" otherwise.
+              "ragged" under JAX and "blocked" under XLA (`jit_compile=True`) or on a
+              GPU with JAX (but "dense" for `LayerExperts`), and "split" otherwise.
               Works with and without XLA and in exports.
             - "split": experts compute exactly their rows, with data-dependent shapes.
               Not for XLA; on a GPU it copies the row counts to the host.
             - "blocked": the same rows in blocks of static size, for XLA.
-            - "ragged": the same rows with `jax.lax.ragged_dot`. Only for JAX.
+            - "ragged": the same rows. Programs for a TPU use grouped matmuls, forward
+              and backward, also if they are compiled on another host; other programs
+              use blocks in turn. Only for JAX.
             - "capacity": every expert takes at most `ceil(capacity_factor * k * n / e)`
               choices (the default factor is 1.25). Choices above that are dropped and
               contribute zero. Padding takes no slot but counts in n.

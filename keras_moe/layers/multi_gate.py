@@ -66,8 +66,8 @@ class MMoE(HasDispatch, GatedMixture):
             `keras_moe.losses.multi_gate_load_balancing_loss`. Needs `top_k`.
         dispatch: how rows are sent to experts with `top_k`: "dense" (every expert on
             every row), "split" (chosen experts only; not for XLA), "blocked" (the same
-            for XLA), "ragged" (the same with `jax.lax.ragged_dot`, on a TPU under
-            JAX), or "auto": "dense" if random gates would leave less than a quarter of
+            for XLA), "ragged" (the same for JAX: grouped matmuls in programs for a
+            TPU), or "auto": "dense" if random gates would leave less than a quarter of
             the experts unused by a row, else the first of the others that the backend
             and compiler support. The result is the same.
         gate_units: sequence of ints, hidden layers of the gates. By default a gate

@@ -71,7 +71,7 @@ def _compared(values: Any, indices: Any) -> Any:
     for j in range(indices.shape[-1]):
         own = indices[..., j : j + 1] == experts
         columns.append(ops.sum(ops.where(own, values, ops.zeros_like(values)), axis=-1))
-    return ops.stack(columns, axis=-1)
+    return ops.cast(ops.stack(columns, axis=-1), values.dtype)
 
 
 def rows_where(kept: Any, rows: Any) -> Any:
@@ -203,8 +203,9 @@ def sums_by_expert(values: Any, experts: Any, num_experts: int) -> Any:
     def compared(values: Any, experts: Any) -> Any:
         # XLA computes the sum without an (m, e) tensor.
         own = ops.expand_dims(experts, -1) == ops.arange(num_experts, dtype="int32")
-        values = ops.expand_dims(values, -1)
-        return ops.sum(ops.where(own, values, ops.zeros_like(values)), axis=0)
+        column = ops.expand_dims(values, -1)
+        sums = ops.sum(ops.where(own, column, ops.zeros_like(column)), axis=0)
+        return ops.cast(sums, values.dtype)  # Sums of int32 may be int64.
 
     def scattered(values: Any, experts: Any) -> Any:
         # Not `searchsorted`, which export formats do not support.

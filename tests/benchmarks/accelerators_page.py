@@ -18,16 +18,16 @@ _HEAD = """\
 # Accelerators
 
 This page was written by `python -m tests.benchmarks.accelerators page FILE.json`. All
-figures are **compiled for** a TPU and **run on** none: they are what the compiler of the
-TPU (`libtpu` {libtpu}, JAX {jax}, on a CPU) says of its program for one chip. No time on
-this page was measured.
+figures are **compiled for** a TPU and **run on** none: they are what the compiler of
+the TPU (`libtpu` {libtpu}, JAX {jax}, on a CPU) says of its program for one chip. No
+time on this page was measured.
 
-A program is the forward and the backward pass of one layer, with gradients of its inputs
-and all weights, its load-balancing loss, and no optimizer: n = {rows:,} rows, d =
-{features:,} features, experts with h = {hidden:,} hidden units, the best k = {top_k} of
-a row, bfloat16 with kernels kept in float32 (the cast is a part of the program; at e =
-256 kernels are bfloat16, for both layers: float32 would not fit a v5e). The dense MLP has
-k h hidden units: as many FLOPs, without router and dispatch.
+A program is the forward and the backward pass of one layer, with gradients of its
+inputs and all weights, its load-balancing loss, and no optimizer: n = {rows:,} rows,
+d = {features:,} features, experts with h = {hidden:,} hidden units, the best {top_k}
+of a row, bfloat16 with kernels kept in float32 (the cast is a part of the program; at
+e = 256 kernels are bfloat16, for both layers: float32 would not fit a v5e). The dense
+MLP has k h hidden units: as many FLOPs, without router and dispatch.
 
 - *TFLOP* and *bytes* are XLA's `cost_analysis`. For the kernels of `ragged_dot` and
   megablox it uses their own estimates: 2 m d h FLOPs for m rows. Tiles that two experts
@@ -35,16 +35,19 @@ k h hidden units: as many FLOPs, without router and dispatch.
   and are not in the estimates.
 - *Loops* with a data-dependent number of turns count once, so "blocked" in turn, the
   form for CPU, has no row here.
-- *Time* is XLA's `optimal_seconds`, the larger of arithmetic and memory time of each
-  operation. XLA 0.10.2 returns a negative number for many programs: then "cycles" are
-  all there is, the sum of `estimated_cycles`, which has none for kernels and gathers. A
-  time in brackets is that sum, plus the FLOPs of the kernels at the chip's peak.
+- *Bytes* count a gather of rows with the tiles that it reads, and what the kernels
+  may read again.
+- *Time* is the sum of the compiler's `estimated_cycles` by the clock of a core, plus,
+  for what has no such estimate, FLOPs of kernels by the peak of the chip and bytes of
+  gathers, each row once, by its bandwidth. (XLA's `optimal_seconds` is negative for
+  these programs.)
 
 {goals}
 
 ![Cost of a step relative to the dense MLP]({picture})
 """
 PEAKS = {"v5e": 197e12, "v6e": 918e12}
+BANDWIDTHS = {"v5e": 819e9, "v6e": 1640e9}
 _MEASURES = ("flops", "bytes", "temporary_bytes", "seconds")
 _TITLES = ("FLOPs", "bytes", "memory", "time")
 
@@ -73,16 +76,14 @@ def _table(rows: list[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
         cells = [_name(case), str(case.get("experts", ""))]
         if "error" in figures:
             error = figures["error"].replace("|", "/")
-            lines.append(f"| {' | '.join(cells)} | {error} |||||||||")
+            lines.append(f"| {' | '.join([*cells, error, *[''] * 7])} |")
             continue
         estimated = time_of(case, figures)
         cells += [
             f"{figures['flops'] / 1e12:.2f}",
             f"{figures['bytes'] / 1e9:.1f}",
             f"{figures['temporary_bytes'] / 1e9:.2f}",
-            f"({1e3 * estimated:.0f})"
-            if _no_time(figures)
-            else f"{1e3 * estimated:.0f}",
+            f"{1e3 * estimated:.0f}",
         ]
         ratios = ratios_of(entry, results)
         cells += [f"{ratios[name]:.2f}" if ratios else "" for name in _MEASURES]
@@ -100,16 +101,15 @@ def _name(case: Mapping[str, Any]) -> str:
     return f"dense MLP, {case['hidden']:,} hidden units{levels}{half}"
 
 
-def _no_time(figures: Mapping[str, float]) -> bool:
-    return figures["optimal_seconds"] <= 0
-
-
 def time_of(case: Mapping[str, Any], figures: Mapping[str, float]) -> float:
     """Return the estimate of a step in seconds: see the head of the page."""
-    if not _no_time(figures):
-        return figures["optimal_seconds"]
-    kernels = figures["flops"] if figures["kernels"] else 0.0
-    return figures["cycle_seconds"] + kernels / PEAKS[case["device"]]
+    device = case["device"]
+    kernels = figures["kernel_flops"] / PEAKS[device]
+    return (
+        figures["cycle_seconds"]
+        + kernels
+        + (figures["gather_bytes"] / BANDWIDTHS[device])
+    )
 
 
 def ratios_of(
@@ -124,9 +124,6 @@ def ratios_of(
         return None
     dense = found["figures"]
     by = {name: figures[name] / dense[name] for name in _MEASURES[:-1]}
-    # Both by the same estimate.
-    if _no_time(figures) or _no_time(dense):
-        figures, dense = ({**f, "optimal_seconds": 0.0} for f in (figures, dense))
     times = time_of(case, figures) / time_of(found["case"], dense)
     return {**by, "seconds": times}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import sys
 import time
@@ -47,10 +48,47 @@ def figures(case: Mapping[str, Any]) -> dict[str, float]:
         "argument_bytes": memory.argument_size_in_bytes,
         "optimal_seconds": costs.get("optimal_seconds", 0.0),
         "cycle_seconds": sum(map(int, cycles)) / CLOCKS[case["device"]] / 1e9,
-        # Pallas kernels, and those of `ragged_dot`: without cycles.
-        "kernels": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
+        # These have no cycles.
+        **work_of_kernels(text),
+        "gather_bytes": bytes_of_gathers(text),
         "compile_seconds": time.perf_counter() - start,
     }
+
+
+def work_of_kernels(text: str) -> dict[str, float]:
+    """Return the number and FLOPs of grouped matmuls: Pallas, and `ragged_dot`.
+
+    The last two operands are rows (m, in) and kernels (e, in, out) or rows (m, out).
+    """
+    count, flops = 0, 0
+    for line in text.splitlines():
+        if 'custom_call_target="tpu_custom_call"' not in line:
+            continue
+        count += 1
+        operands = line.partition("operand_layout_constraints={")[2]
+        shapes = _shapes(operands.partition("}}")[0])
+        if len(shapes) > 1 and all(dtype != "s32" for dtype, _ in shapes[-2:]):
+            (m, width), last = shapes[-2][1], shapes[-1][1]
+            flops += 2 * m * width * last[-1]
+    return {"kernels": count, "kernel_flops": flops}
+
+
+def bytes_of_gathers(text: str) -> int:
+    """Return what gathers of the program read and write, each row once."""
+    total = 0
+    for line in text.partition("ENTRY")[2].splitlines():
+        found = re.match(r"\s+(?:ROOT )?%gather\S* = (\S+) fusion\(", line)
+        for dtype, shape in _shapes(found[1]) if found else ():
+            total += 2 * _BYTES[dtype] * math.prod(shape)
+    return total
+
+
+def _shapes(text: str) -> list[tuple[str, list[int]]]:
+    found = re.findall(r"\b([a-z]+\d+)\[([\d,]*)\]", text)
+    return [(dtype, [int(n) for n in dims.split(",") if n]) for dtype, dims in found]
+
+
+_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
 def compiled(case: Mapping[str, Any]) -> Any:

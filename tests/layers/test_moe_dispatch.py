@@ -66,10 +66,3 @@ def test_a_dispatch_that_does_not_fit_is_refused_later_too():
 def test_ragged_is_refused_off_jax():
     with pytest.raises(ValueError, match=r"'ragged' only on.*'jax'"):
         MoE(E, U, dispatch="ragged")
-
-
-@pytest.mark.skipif(dispatches.BACKEND != "jax", reason="refused in __init__ elsewhere")
-def test_ragged_is_refused_without_a_grouped_matmul():
-    layer = MoE(E, U, dispatch="ragged")
-    with pytest.raises(ValueError, match=r'needs a device.*`layer.dispatch = "auto"`'):
-        layer(tokens(3))

@@ -36,7 +36,6 @@ def chosen(way, block_rows=4, tail_rows=2):
     """The device that goes this way, with blocks that small inputs fill too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_backend, "on_accelerator", lambda: way == "evenly")
-        patch.setattr(_backend, "has_grouped_matmul", lambda: way == "ragged")
         sizes = tuple(range(tail_rows, block_rows + 1, tail_rows))
         patch.setattr(_blocked, "block_sizes", lambda *_: sizes)
         # Few slots, so that many rows are guests; it needs `block_rows` slots.

@@ -1,0 +1,191 @@
+"""The form of "ragged" for a TPU: its numbers in interpret mode, and its programs."""
+
+import functools
+import importlib.util
+import json
+
+import keras
+import numpy as np
+import pytest
+
+from keras_moe import _backend
+from keras_moe.dispatch import _blocked, _tpu
+from keras_moe.experts import GLUExperts, MLPExperts
+from keras_moe.layers import MoE
+from keras_moe.routing import SortedChoices
+from tests.support import processes
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="a TPU needs JAX"
+)
+
+
+@pytest.fixture
+def kernels_on_cpu(monkeypatch):
+    """The branch for a TPU, whose kernels are interpreted."""
+    tgmm = functools.partial(_tpu._tgmm(), interpret=True)
+    monkeypatch.setattr(_tpu, "_tgmm", lambda: tgmm)
+    monkeypatch.setattr(_backend, "on_tpu_or", lambda tpu, _, *args: tpu(*args))
+
+
+def _runs(counts):
+    ends = np.cumsum(counts)
+    starts, ends = (_tensor(a, "int32") for a in (ends - counts, ends))
+    return SortedChoices(None, None, starts, ends)
+
+
+def _tensor(values, dtype=None):
+    return keras.ops.convert_to_tensor(np.asarray(values), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("counts", "rows"),
+    [
+        ([3, 0, 12, 1], 16),
+        ([0, 0, 7, 0], 32),  # Rows of no expert follow.
+        ([150, 0, 3, 103], 256),  # Two tiles, the last run across both.
+        ([0, 0, 0, 0], 16),
+    ],
+)
+def test_each_gradient_is_the_sum_over_the_own_rows(
+    kernels_on_cpu, counts, rows, dtype
+):
+    rng = np.random.default_rng(0)
+    x, upstream = rng.normal(size=(rows, 5)), rng.normal(size=(rows, 3))
+    kernel, bias = rng.normal(size=(4, 5, 3)), rng.normal(size=(4, 3))
+    tensors = [_tensor(a, dtype) for a in (x, kernel, bias, upstream)]
+    x, kernel, bias, upstream = (
+        np.asarray(keras.ops.cast(a, "float32"), "float64") for a in tensors
+    )
+    # Not a number in the rows of no expert: it must not reach a kernel.
+    upstream[sum(counts) :] = np.nan
+    tensors[3] = _tensor(upstream, dtype)
+    outputs = _tpu.affine(*tensors[:3], _runs(counts))
+    found = _tpu.affine_gradient(tensors[0], tensors[1:3], _runs(counts), tensors[3])
+    wanted = [np.zeros_like(a) for a in (upstream, x, kernel, bias)]
+    row = 0
+    for expert, count in enumerate(counts):
+        for _ in range(count):
+            wanted[0][row] = x[row] @ kernel[expert] + bias[expert]
+            wanted[1][row] = kernel[expert] @ upstream[row]
+            wanted[2][expert] += np.outer(x[row], upstream[row])
+            wanted[3][expert] += upstream[row]
+            row += 1
+    tolerance = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}[dtype]
+    for a, b in zip((outputs, *found), wanted, strict=True):
+        assert keras.backend.standardize_dtype(a.dtype) == dtype
+        a = np.asarray(keras.ops.cast(a, "float32"))
+        if len(a) == rows:
+            a, b = a[:row], b[:row]
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=10 * tolerance)
+
+
+def _step(layer, x):
+    """Return outputs and gradients as a function, and its arguments."""
+    import jax
+
+    others = [v.value for v in layer.non_trainable_variables]
+
+    def loss(trained, x):
+        outputs, _ = layer.stateless_call(trained, others, x, training=True)
+        return keras.ops.sum(outputs**2), outputs
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    return step, ([v.value for v in layer.trainable_variables], x)
+
+
+def _layer(kind, dispatch, dtype="float32", n=90):
+    experts = MLPExperts(5, (24, 7)) if kind == "MLP" else GLUExperts(5, 24, 7)
+    if dtype != "float32":
+        experts = type(experts).from_config(experts.get_config() | {"dtype": dtype})
+    layer = MoE(experts=experts, top_k=2, dispatch=dispatch, dtype=dtype)
+    layer.build((n, 6))
+    rng = np.random.default_rng(0)
+    for weight in layer.trainable_variables:
+        weight.assign(rng.normal(size=weight.shape))
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["MLP", "GLU"])
+def test_a_layer_has_the_outputs_and_gradients_of_blocks(kind, request):
+    """90 rows: no tile divides 180 choices and their padding."""
+    import jax
+
+    x = _tensor(np.random.default_rng(1).normal(size=(90, 6)), "float32")
+    wanted = _step(_layer(kind, "blocked"), x)
+    wanted = wanted[0](*wanted[1])
+    request.getfixturevalue("kernels_on_cpu")
+    found = _step(_layer(kind, "ragged"), x)
+    found = found[0](*found[1])
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dispatch", ["auto", "ragged"])
+def test_the_device_of_the_program_decides(dispatch):
+    """Not that of this host: kernels for a TPU, a loop for a CPU."""
+    from jax import export
+
+    step, arguments = _step(
+        _layer("MLP", dispatch), _tensor(np.ones((90, 6), "float32"))
+    )
+    text = {
+        name: export.export(step, platforms=[name])(*arguments).mlir_module()
+        for name in ("tpu", "cpu")
+    }
+    # Two kernels and two biases; forward and by the rows, twice each.
+    assert text["tpu"].count("stablehlo.custom_call @tpu_custom_call") == 4
+    assert text["tpu"].count("chlo.ragged_dot") == 4
+    assert "tpu_custom_call" not in text["cpu"]
+    assert "ragged_dot" not in text["cpu"]
+    assert "stablehlo.while" in text["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "tile"),
+    [
+        (5, 3, 16),
+        (100, 8, 112),
+        (129, 1, 128),
+        (131072, 8, 512),
+        (131072, 64, 256),
+        (131072, 256, 128),
+    ],
+)
+def test_tiles_of_rows(rows, experts, tile):
+    assert _tpu.rows_per_tile(rows, experts) == tile
+
+
+def test_rows_are_padded_to_whole_tiles():
+    for n in (1, 3, 60, 64, 500, 4097):
+        largest = _blocked.block_sizes(2 * n, 4)[-1]
+        tile = _tpu.rows_per_tile(2 * n + largest, 4)
+        padded = 2 * n + largest + -(2 * n + largest) % tile
+        assert padded % _tpu.rows_per_tile(padded, 4) == 0
+
+
+def test_the_compiler_of_a_tpu_counts_few_flops_more(tmp_path):
+    """A small case of `tests.benchmarks.accelerators`."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu: `python -m tests.benchmarks setup tpu`")
+    from tests.benchmarks import accelerators
+    from tests.benchmarks.environments import ROOT
+
+    common = accelerators.COMMON | {"rows": 2048, "features": 256, "device": "v5e"}
+    cases = [
+        common | {"layer": "dense", "hidden": 1024},
+        common | {"layer": "MoE", "experts": 8, "hidden": 512, "dispatch": "auto"},
+    ]
+    dense, moe = (
+        json.loads(
+            processes.run(
+                ["-m", "tests.benchmarks.tpu_programs", json.dumps(case)],
+                ROOT,
+                **accelerators.VARIABLES,
+            ).stdout.splitlines()[-1]
+        )
+        for case in cases
+    )
+    assert moe["kernels"] >= 8
+    assert moe["flops"] <= 1.35 * dense["flops"]
