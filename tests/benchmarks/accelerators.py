@@ -25,7 +25,7 @@ NAMES = {
     "dense": "dense MLP of equal FLOPs",
     "ragged": '"ragged", the "auto" of JAX',
     "automatic gradient": '"ragged" before: `ragged_dot`, automatic gradient',
-    "blocked_at_once": '"blocked" at once',
+    "blocked_evenly": '"blocked" at once',
     "capacity": '"capacity"',
 }
 COMMON = {
@@ -62,7 +62,7 @@ def _cases_of_a_device() -> list[dict[str, Any]]:
     found += [dense | WEIGHTS_IN_HALF, moe | {"experts": 256} | WEIGHTS_IN_HALF]
     found += [moe | {"experts": e, "dispatch": "capacity"} for e in (8, 64)]
     found += [moe | {"experts": 8, "dispatch": "automatic gradient"}]
-    found += [moe | {"experts": 8, "dispatch": "blocked_at_once"}]
+    found += [moe | {"experts": 8, "dispatch": "blocked_evenly"}]
     # All experts compute all rows: 8 of 1024 hidden units, or 2 levels of 6.
     mixture = COMMON | {"hidden": 1024, "tasks": 2}
     found += [

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 Mesh = tuple[dict[str, int], str | None]
-DISPATCHES = ("blocked_in_turn", "blocked_at_once", "capacity", "expert_choice")
+DISPATCHES = ("blocked_in_turn", "blocked_evenly", "capacity", "expert_choice")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "bf16": 2, "f16": 2, "s32": 4}
 _BYTES |= {"u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"

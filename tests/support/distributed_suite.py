@@ -31,7 +31,7 @@ MESHES = {
     "1 x 8": ({"batch": 1, "expert": 8}, "expert"),
 }
 # The parts that are compared on every mesh; `--all` compares all of them on all.
-FEW = ("blocked_at_once", "capacity", "bias_balanced", "sparse_mmoe", "ple")
+FEW = ("blocked_evenly", "capacity", "bias_balanced", "sparse_mmoe", "ple")
 TASKS = 2
 
 
@@ -61,7 +61,7 @@ def parts() -> dict:
     glu = keras_moe.experts.GLUExperts(EXPERTS, 7, UNITS, name="experts")
     return {
         "blocked_in_turn": Fixed("blocked_in_turn", UNITS),
-        "blocked_at_once": Fixed("blocked_at_once", num_shared_experts=1),
+        "blocked_evenly": Fixed("blocked_evenly", num_shared_experts=1),
         "ragged": Fixed("ragged"),
         "dense": Fixed("dense", router_z_loss_weight=0.1),
         # Without drops: tokens compete within their part of the batch.
