@@ -338,7 +338,7 @@ def test_no_loop_copies_what_is_as_long_as_the_rows(e):
 @only_jax
 @pytest.mark.parametrize("kind", ["uniform", "Zipf", "all on one", "masked", "empty"])
 def test_evenly_as_it_is_shipped(kind):
-    """Compiled once for a batch shape; guests from none to nearly all rows."""
+    """Compiled once for a batch shape; from no overflow to nearly all rows."""
     import jax
 
     e, k, n = 6, 2, 0 if kind == "empty" else 3000
@@ -363,7 +363,8 @@ def test_evenly_as_it_is_shipped(kind):
     c = _even.slots_per_expert(n * k, e, b)
     turns = jax.jit(lambda runs: _even.even_slots(runs, c, b, n, k)[1].turns)(runs)[-1]
     # All on one: c = 9 * 6000 / 48 + 256 / 6 = 1168, so experts 0 and 1 have 1832
-    # guests each, in rooms of 1168. Runs of 1168, 664, 504, 1168 and 160 guests need
+    # overflow rows each, for 1168 empty slots an expert. Runs of 1168, 664, 504, 1168
+    # and 160 rows need
     # 5 + 3 + 2 + 5 + 1 turns of 256.
     wanted = {"uniform": 0, "masked": 0, "empty": 0, "all on one": 16}
     assert turns == wanted.get(kind, turns)

@@ -4,9 +4,9 @@ Axis letters: n tokens, d input features, u output units, e experts, k choices p
 token, c slots per expert, b rows per turn of the loop, m = n * k rows, r runs.
 
 c is a little above the mean load m / e, so e * c slots hold all rows. An expert's first
-c rows are in its own slots. The rows beyond them are *guests*: they fill the slots that
+c rows are in its own slots. The rows beyond them, the overflow, fill the slots that
 other experts leave empty, in the order of their experts. A batched matmul computes all
-slots, and a loop, whose number of turns depends on the guests, computes these again
+slots, and a loop, whose number of turns depends on the overflow, computes it again
 with their own kernel. There is no copy of a kernel and no room for a worst case.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from keras import ops
 
 from keras_moe import routing as routing_lib
-from keras_moe.dispatch._even_matmul import Guests, even_dense
+from keras_moe.dispatch._even_matmul import Overflow, even_dense
 from keras_moe.dispatch._slots import in_slots
 from keras_moe.experts._protocol import GroupedExperts, Prologue
 from keras_moe.routing import Routing, Slots, SortedChoices
@@ -31,12 +31,12 @@ def blocked_evenly(
     n = ops.shape(tokens)[0]
     b = rows_per_turn(n, k, e)
     runs = routing_lib.sort_choices(routing, e)
-    slots, guests = even_slots(runs, slots_per_expert(n * k, e, b), b, n, k)
+    slots, overflow = even_slots(runs, slots_per_expert(n * k, e, b), b, n, k)
 
     def matmul(
         rows: Any, kernel: Any, bias: Any = None, prologue: Prologue | None = None
     ) -> Any:
-        return even_dense(rows, kernel, bias, prologue, guests, b)
+        return even_dense(rows, kernel, bias, prologue, overflow, b)
 
     return in_slots(
         lambda rows: experts.on_rows(rows, matmul, training=training),
@@ -49,7 +49,7 @@ def blocked_evenly(
 def slots_per_expert(m: Any, e: int, b: int) -> Any:
     """Return c: an eighth and 8 rows above the mean load, and b rows in all.
 
-    With uniform routing few experts have a guest: the excess is two standard deviations
+    With uniform routing few experts overflow: the excess is two standard deviations
     of a load of 64, and three of a load of 512. Works for a symbolic m.
     """
     return 9 * m // (8 * e) + max(8, -(-b // e))
@@ -68,34 +68,34 @@ def rows_per_turn(n: Any, k: int, e: int) -> int:
 
 def even_slots(
     runs: SortedChoices, c: Any, b: int, n: Any, k: int
-) -> tuple[Slots, Guests]:
-    """Return the slots of all choices (e, c), and where the guests are."""
+) -> tuple[Slots, Overflow]:
+    """Return the slots of all choices (e, c), and where the overflow is."""
     e, loads = runs.ends.shape[0], runs.ends - runs.starts
-    # Guests and empty slots are each numbered in the order of the experts.
-    guest_ends = _ends(ops.maximum(loads - c, 0))
+    # Overflow rows and empty slots are each numbered in the order of the experts.
+    overflow_ends = _ends(ops.maximum(loads - c, 0))
     room_ends = _ends(ops.maximum(c - loads, 0))
-    guest_starts = routing_lib.shifted(guest_ends)
-    # The slot of a guest is its number plus the shift of its host.
+    overflow_starts = routing_lib.shifted(overflow_ends)
+    # The slot of an overflow row is its number plus the shift of the slots' expert.
     experts = ops.arange(e, dtype="int32")
     shifts = experts * c + loads - routing_lib.shifted(room_ends)
 
-    # The guest number of each slot; negative for the expert's own rows.
+    # The number of the overflow row of each slot; negative for the expert's own rows.
     slot = ops.expand_dims(ops.arange(c, dtype="int32"), 0)
-    guest = ops.expand_dims(experts * c - shifts, -1) + slot
+    overflow = ops.expand_dims(experts * c - shifts, -1) + slot
     own = ops.minimum(loads, c)
     is_own = slot < ops.expand_dims(own, -1)
-    first_guests = runs.starts + c - guest_starts
+    first_overflow = runs.starts + c - overflow_starts
     rows = ops.where(
         is_own,
         ops.expand_dims(runs.starts, -1) + slot,
-        guest + ops.take(first_guests, _at(guest_ends, guest)),
+        overflow + ops.take(first_overflow, _at(overflow_ends, overflow)),
     )
-    filled = ops.logical_or(is_own, guest < guest_ends[-1])
+    filled = ops.logical_or(is_own, overflow < overflow_ends[-1])
 
     kept = runs.positions < runs.ends[-1]
     expert = _at(runs.ends, runs.positions)
     rank = runs.positions - ops.take(runs.starts, expert)
-    number = ops.take(guest_starts, expert) + rank - c
+    number = ops.take(overflow_starts, expert) + rank - c
     slot_of_choice = ops.where(
         rank < c, expert * c + rank, number + ops.take(shifts, _at(room_ends, number))
     )
@@ -106,19 +106,21 @@ def even_slots(
         slot_of_choice=slot_of_choice,
         kept=kept,
     )
-    return slots, _guests(own, guest_ends, room_ends, shifts, b)
+    return slots, _overflow_runs(own, overflow_ends, room_ends, shifts, b)
 
 
-def _guests(own: Any, guest_ends: Any, room_ends: Any, shifts: Any, b: int) -> Guests:
-    """Return the runs of guests with one expert and one host, which are contiguous."""
+def _overflow_runs(
+    own: Any, overflow_ends: Any, room_ends: Any, shifts: Any, b: int
+) -> Overflow:
+    """Return the contiguous runs: rows of one expert in slots of one other."""
     ends = ops.sort(
-        ops.concatenate([guest_ends, ops.minimum(room_ends, guest_ends[-1])])
+        ops.concatenate([overflow_ends, ops.minimum(room_ends, overflow_ends[-1])])
     )
     starts = routing_lib.shifted(ends)
     shift = ops.take(shifts, _at(room_ends, starts))
-    return Guests(
+    return Overflow(
         own=own,
-        experts=_at(guest_ends, starts),
+        experts=_at(overflow_ends, starts),
         starts=starts + shift,
         ends=ends + shift,
         turns=_ends((ends - starts + (b - 1)) // b),

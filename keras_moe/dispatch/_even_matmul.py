@@ -1,6 +1,6 @@
-"""The grouped matmul of `blocked_evenly`: all slots at once, then the guests in a loop.
+"""The grouped matmul of `blocked_evenly`: all slots at once, the overflow in a loop.
 
-Axis letters: e experts, c slots per expert, b rows per turn, r runs of guests.
+Axis letters: e experts, c slots per expert, b rows per turn, r runs of overflow rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from keras_moe.dispatch._rows import (
 from keras_moe.experts._protocol import Prologue
 
 
-class Guests(NamedTuple):
+class Overflow(NamedTuple):
     """The slots with rows of another expert than their own, as r contiguous runs.
 
     Attributes:
@@ -48,20 +48,20 @@ def even_dense(
     kernel: Any,
     bias: Any,
     prologue: Prologue | None,
-    guests: Guests,
+    overflow: Overflow,
     b: int,
 ) -> Any:
     """(e, c, in), (e, in, out) -> (e, c, out): y_r = prologue(x_r) W_e + b_e.
 
-    e is the expert of row r: that of the slot, or for a guest its own.
+    e is the expert of row r: that of the slot, or for an overflow row its own.
     """
     rows = rows if isinstance(rows, tuple) else (rows,)
     activate = prologue or identity
     weights = [_backend.as_tensor(w) for w in (kernel, bias) if w is not None]
     width, e = len(rows), weights[0].shape[0]
 
-    def forward(*inputs_and_guests: Any) -> Any:
-        *inputs, guests = inputs_and_guests
+    def forward(*inputs_and_overflow: Any) -> Any:
+        *inputs, overflow = inputs_and_overflow
         rows, weights = inputs[:width], inputs[width:]
         row_weights = [weights[0], *[ops.expand_dims(w, 1) for w in weights[1:]]]
         outputs = affine(activate(*rows), *row_weights)
@@ -73,10 +73,10 @@ def even_dense(
             return (_updated(outputs, first, inside, block),)
 
         carry = (flat(outputs),)
-        _, outputs = _for_guests(guests, b, ops.shape(rows[0])[0], step, carry)
+        _, outputs = _for_overflow(overflow, b, ops.shape(rows[0])[0], step, carry)
         return ops.reshape(outputs, (e, -1, outputs.shape[-1]))
 
-    def gradient(inputs: Any, guests: Guests, upstream: Any) -> Any:
+    def gradient(inputs: Any, overflow: Overflow, upstream: Any) -> Any:
         rows, weights = inputs[:width], inputs[width:]
         hidden, pull = _backend.pullback(activate, rows)
         by_hidden = ops.matmul(upstream, ops.transpose(weights[0], (0, 2, 1)))
@@ -86,7 +86,9 @@ def even_dense(
 
         # No other rows than its own reach the kernel of an expert, even NaN.
         slots = ops.expand_dims(ops.arange(ops.shape(hidden)[1], dtype="int32"), 0)
-        hidden = routing_lib.rows_where(slots < ops.expand_dims(guests.own, -1), hidden)
+        hidden = routing_lib.rows_where(
+            slots < ops.expand_dims(overflow.own, -1), hidden
+        )
         rows = [flat(row) for row in rows]
         by_output, by_hidden = flat(upstream), flat(by_hidden)
         num_slots = ops.shape(by_output)[0]
@@ -128,11 +130,13 @@ def even_dense(
             *[ops.zeros(w.shape[1:], sums_dtype) for w in weights],
             *[ops.zeros_like(w) for w in weights],
         )
-        turns, _, by_hidden, *sums = _for_guests(guests, b, num_slots, step, carry)
+        turns, _, by_hidden, *sums = _for_overflow(overflow, b, num_slots, step, carry)
         # A loop of its own, after the other: XLA copies the whole of a tensor that a
         # loop reads and writes, in every turn.
-        start = turns - guests.turns[-1]
-        _, by_output = _for_guests(guests, b, num_slots, remove, (by_output,), start)
+        start = turns - overflow.turns[-1]
+        _, by_output = _for_overflow(
+            overflow, b, num_slots, remove, (by_output,), start
+        )
         by_output, by_hidden = (
             ops.reshape(x, (e, -1, x.shape[-1])) for x in (by_output, by_hidden)
         )
@@ -149,11 +153,11 @@ def even_dense(
             ],
         )
 
-    return _backend.with_gradient(forward, gradient, (*rows, *weights), guests)
+    return _backend.with_gradient(forward, gradient, (*rows, *weights), overflow)
 
 
-def _for_guests(
-    guests: Guests, b: int, num_slots: Any, step: Any, carry: Any, start: Any = None
+def _for_overflow(
+    overflow: Overflow, b: int, num_slots: Any, step: Any, carry: Any, start: Any = None
 ) -> Any:
     """Run `step(expert, first_slot, inside, *carry)` over blocks of b slots.
 
@@ -162,17 +166,17 @@ def _for_guests(
     """
 
     def turn(t: Any, *carry: Any) -> Any:
-        run = ops.sum(ops.cast(guests.turns <= t, "int32"))
-        turns_before = ops.take(routing_lib.shifted(guests.turns), run)
-        slot = ops.take(guests.starts, run) + (t - turns_before) * b
-        end = ops.take(guests.ends, run)
+        run = ops.sum(ops.cast(overflow.turns <= t, "int32"))
+        turns_before = ops.take(routing_lib.shifted(overflow.turns), run)
+        slot = ops.take(overflow.starts, run) + (t - turns_before) * b
+        end = ops.take(overflow.ends, run)
         # A block that would pass the last slot begins earlier.
         first = ops.minimum(slot, num_slots - b)
         slots = first + ops.arange(b, dtype="int32")
         inside = ops.logical_and(slots >= slot, slots < end)
-        return t + 1, *step(ops.take(guests.experts, run), first, inside, *carry)
+        return t + 1, *step(ops.take(overflow.experts, run), first, inside, *carry)
 
-    turns = guests.turns[-1]
+    turns = overflow.turns[-1]
     start = index(0) if start is None else start
     return ops.while_loop(lambda t, *_: t < turns, turn, (start, *carry))
 

@@ -38,7 +38,7 @@ def chosen(way, block_rows=4, tail_rows=2):
         patch.setattr(_backend, "on_accelerator", lambda: way == "evenly")
         sizes = tuple(range(tail_rows, block_rows + 1, tail_rows))
         patch.setattr(_blocked, "block_sizes", lambda *_: sizes)
-        # Few slots, so that many rows are guests; it needs `block_rows` slots.
+        # Few slots, so that many rows overflow; it needs `block_rows` slots.
         patch.setattr(_even, "rows_per_turn", lambda *_: block_rows)
         patch.setattr(
             _even, "slots_per_expert", lambda m, e, b: m // e + 1 + -(-b // e)
