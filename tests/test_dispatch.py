@@ -364,8 +364,7 @@ def test_evenly_as_it_is_shipped(kind):
     turns = jax.jit(lambda runs: _even.even_slots(runs, c, b, n, k)[1].turns)(runs)[-1]
     # All on one: c = 9 * 6000 / 48 + 256 / 6 = 1168, so experts 0 and 1 have 1832
     # overflow rows each, for 1168 empty slots an expert. Runs of 1168, 664, 504, 1168
-    # and 160 rows need
-    # 5 + 3 + 2 + 5 + 1 turns of 256.
+    # and 160 rows need 5 + 3 + 2 + 5 + 1 turns of 256.
     wanted = {"uniform": 0, "masked": 0, "empty": 0, "all on one": 16}
     assert turns == wanted.get(kind, turns)
 
