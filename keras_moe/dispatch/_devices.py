@@ -113,7 +113,8 @@ def on_devices(
     n = tokens.shape[0]
     # XLA splits the matmuls of the dense dispatch without help.
     place = None if compute is dense or not isinstance(n, int) else placement(experts)
-    if place is None or n == 0:
+    # XLA's partitioner ends the process for some uneven divisions of the rows.
+    if place is None or n == 0 or n % place.size(place.batch):
         return compute(tokens, routing, experts, training, **options)
     part = _Part(compute, place, experts, training, options)
     if isinstance(routing, ExpertChoiceRouting):
