@@ -20,7 +20,9 @@ def blocked(
     tokens: Any, routing: Routing, experts: GroupedExperts, training: bool | None = None
 ) -> Any:
     """Multiply the sorted rows in blocks of static size."""
-    if _backend.on_accelerator():
+    # TensorFlow 2.21 aborts where XLA compiles it for a sparse MMoE and any batch size.
+    is_safe = isinstance(tokens.shape[0], int) or routing.combine_weights is not None
+    if _backend.on_accelerator() and is_safe:
         return blocked_evenly(tokens, routing, experts, training)
     return blocked_in_turn(tokens, routing, experts, training)
 

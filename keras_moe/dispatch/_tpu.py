@@ -51,9 +51,14 @@ def affine(rows: Any, kernel: Any, bias: Any, runs: SortedChoices) -> Any:
     if bias is None:
         return outputs
     # A matmul with one-hot rows, which XLA adds as it makes them: a gather of the
-    # biases would read and write an (m, out) tensor several times.
+    # biases would read and write an (m, out) tensor several times. In such a matmul a
+    # bias that is not finite would reach the rows of every expert.
     experts = _expert_of_row(rows, runs)
-    return outputs + ops.matmul(ops.cast(experts, bias.dtype), bias)
+    finite = ops.isfinite(bias)
+    broken = ops.logical_and(experts, ops.logical_not(ops.all(finite, axis=-1)))
+    bias = ops.where(finite, bias, ops.zeros_like(bias))
+    outputs = outputs + ops.matmul(ops.cast(experts, bias.dtype), bias)
+    return ops.where(ops.any(broken, axis=-1, keepdims=True), float("nan"), outputs)
 
 
 def affine_gradient(

@@ -87,9 +87,9 @@ def sort_choices(
     indices = routing.expert_indices
     if routing.mask is not None:
         indices = ops.where(ops.expand_dims(routing.mask, -1), indices, num_experts)
-    # int64 stays: TensorFlow has int32 operations of a GPU on its host.
+    # int64 stays: TensorFlow has int32 operations of a GPU on its host, without XLA.
     is_long = keras.backend.standardize_dtype(indices.dtype) == "int64"
-    dtype = "int64" if is_long else "int32"
+    dtype = "int64" if is_long and not _backend.under_xla() else "int32"
     choices = ops.reshape(ops.cast(indices, dtype), (-1,))
     if queue is not None:
         choices = ops.take(choices, queue)
