@@ -118,13 +118,10 @@ def on_devices(
         return compute(tokens, routing, experts, training, **options)
     part = _Part(compute, place, experts, training, options)
     if isinstance(routing, ExpertChoiceRouting):
-        outputs = part.run(part.of_slots, *_padded_slots(tokens, routing, place))
-        return nan_where(routing.invalid, outputs[:n])
+        outputs = part.run(part.of_slots, tokens, *_slots(routing, n, place))
+        return nan_where(routing.invalid, outputs)
     by_token = part.with_capacity if compute is within_capacity else part.of_choices
-    outputs = part.run(by_token, *_padded_choices(tokens, routing, place))
-    if compute is within_capacity:
-        return outputs[0][:n], outputs[1][:n]
-    return outputs[:n]
+    return part.run(by_token, tokens, *_choices(routing, place))
 
 
 class _Part:
@@ -329,48 +326,27 @@ def _is_seed(variable: Any) -> bool:
     return variable.dtype == "uint32"
 
 
-def _padded_choices(
-    tokens: Any, routing: Routing, place: Placement
-) -> tuple[Any, dict[str, Any], Any]:
-    """Return tokens and fields of a record, padded for a batch that p must divide."""
+def _choices(routing: Routing, place: Placement) -> tuple[dict[str, Any], Any]:
+    """Return the fields of a record, and how they are split."""
     from jax.sharding import PartitionSpec
 
     names = ("expert_indices", "combine_weights", "mask")
     fields = {name: getattr(routing, name) for name in names}
     fields = {name: value for name, value in fields.items() if value is not None}
-    n = tokens.shape[0]
-    missing = -n % place.size(place.batch)
-    if missing:
-        fields.setdefault("mask", ops.ones((n,), "bool"))
-        tokens = _padded(tokens, missing)
-        fields = {name: _padded(value, missing) for name, value in fields.items()}
-    return tokens, fields, PartitionSpec(place.batch)
+    return fields, PartitionSpec(place.batch)
 
 
-def _padded_slots(
-    tokens: Any, routing: ExpertChoiceRouting, place: Placement
-) -> tuple[Any, dict[str, Any], Any]:
-    """Return tokens and slots, padded; the batch's axis splits the slots, if it can."""
+def _slots(
+    routing: ExpertChoiceRouting, n: int, place: Placement
+) -> tuple[dict[str, Any], Any]:
+    """Return the slots of each expert, padded for the axis that splits them."""
     from jax.sharding import PartitionSpec
 
-    n, p = tokens.shape[0], place.size(place.batch)
     indices, weights = routing.token_indices, routing.combine_weights
     axis = None if place.shared else place.batch
-    missing = -indices.shape[1] % place.size(axis)
-    tokens = _padded(tokens, -n % p)
-    pads = ((0, 0), (0, missing))
+    pads = ((0, 0), (0, -indices.shape[1] % place.size(axis)))
     fields = {
         "token_indices": ops.pad(indices, pads, constant_values=n),
         "combine_weights": ops.pad(weights, pads),
     }
-    return tokens, fields, PartitionSpec(place.experts, axis)
-
-
-def _padded(values: Any, missing: int) -> Any:
-    """Return `values` with `missing` more rows of zeros (False)."""
-    if not missing:
-        return values
-    dtype = values.dtype
-    values = ops.cast(values, "int32") if dtype == "bool" else values
-    pads = ((0, missing), *[(0, 0)] * (len(values.shape) - 1))
-    return ops.cast(ops.pad(values, pads), dtype)
+    return fields, PartitionSpec(place.experts, axis)

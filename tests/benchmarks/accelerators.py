@@ -25,7 +25,7 @@ NAMES = {
     "dense": "dense MLP of equal FLOPs",
     "ragged": '"ragged", the "auto" of JAX',
     "automatic gradient": '"ragged" before: `ragged_dot`, automatic gradient',
-    "blocked_evenly": '"blocked" at once',
+    "blocked_evenly": '"blocked", evenly',
     "capacity": '"capacity"',
 }
 COMMON = {

@@ -29,6 +29,9 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "bf16": 2, "f16": 2, "s32": 4}
 _BYTES |= {"u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _INSTRUCTION = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
+# "replica_groups=mesh['a'=2,'b'=4] {'a'}": groups along these axes.
+_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
+_AXIS = re.compile(r"'(\w+)'=(\d+)")
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
@@ -84,11 +87,16 @@ def collectives(text: str) -> list[Collective]:
 
 def _factor(kind: str, line: str, devices: int) -> float:
     """Return the bytes that each of the g devices of a ring sends, per byte."""
-    groups = _GROUPS.search(line)
+    groups, axes = _GROUPS.search(line), _AXES.search(line)
     g = devices
     if groups is not None:
         iota, listed = groups.groups()
         g = int(iota) if iota else len(listed.split(","))
+    elif axes is not None:
+        sizes = dict(_AXIS.findall(axes.group(1)))
+        g = math.prod(
+            int(sizes[name]) for name in re.findall(r"'(\w+)'", axes.group(2))
+        )
     factors = {
         "all-reduce": 2 * (g - 1) / g,
         "all-gather": (g - 1) / g,
