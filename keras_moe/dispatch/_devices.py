@@ -161,8 +161,9 @@ class _Part:
         def local(
             weights_here: Any, seeds_here: Any, tokens: Any, fields: Any
         ) -> tuple[Any, Any]:
-            # Devices draw different numbers, as they have other rows.
-            index = jax.lax.axis_index(tuple(place.mesh.axis_names))
+            # Devices with other rows or experts draw other numbers.
+            axes = dict.fromkeys((place.batch, place.experts or place.batch))
+            index = jax.lax.axis_index(tuple(axes))
             shift = ops.stack([ops.cast(index, "uint32"), ops.zeros((), "uint32")])
             scope = keras.StatelessScope()
             # Its constructor refuses values of another shape.

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
+from keras.src.utils.naming import to_snake_case  # Keras does not export it.
 
 from keras_moe import _backend, _checks
 from keras_moe.experts import MLPExperts, StackedKernels
@@ -86,7 +87,7 @@ def expert_parallel(
     table_axis: str | None = None,
     embeddings: bool = True,
     batch_size: int | None = None,
-    **kwargs: Any,
+    auto_shard_dataset: bool = True,
 ) -> ExpertParallel:
     """Return a distribution that splits experts and tables over the axis of a mesh.
 
@@ -120,15 +121,15 @@ def expert_parallel(
         mesh: a `keras.distribution.DeviceMesh`, or a dict from axis names to sizes, in
             the order of the axes, such as `{"batch": 2, "expert": 4}`.
         expert_axis: name of the mesh axis over which experts are split.
-        batch_axis: name of the mesh axis over which batches are split. Default: the
-            first axis of the mesh.
+        batch_axis: name of the mesh axis over which batches are split. Default: "batch"
+            if the mesh has it, else its first axis.
         table_axis: name of the mesh axis over which tables are split. Default:
             `expert_axis`.
         embeddings: bool, whether tables are split.
         batch_size: int, the size of a global batch, to be checked. Not checked by
             default; Keras fails in `fit` if the axis does not divide it.
-        **kwargs: arguments of `keras.distribution.ModelParallel`, such as
-            `auto_shard_dataset`.
+        auto_shard_dataset: bool, whether Keras gives each process its part of a
+            `tf.data.Dataset`.
 
     Returns:
         An `ExpertParallel`, to be used as any `keras.distribution.Distribution`.
@@ -136,7 +137,8 @@ def expert_parallel(
     Raises:
         ValueError: if the backend is not JAX, the model is not built or has experts
             that cannot be split, there are too few devices, an axis is unknown, or an
-            axis does not divide the number of experts or the batch.
+            axis does not divide the number of experts or the batch; or if default names
+            cannot tell a variable that is split from one that is not.
 
     References:
         - [Lepikhin et al., 2020: GShard: Scaling Giant Models with Conditional
@@ -155,14 +157,15 @@ def expert_parallel(
         )
     mesh = _checked_mesh(mesh)
     sizes = dict(zip(mesh.axis_names, mesh.shape, strict=True))
-    batch_axis = mesh.axis_names[0] if batch_axis is None else batch_axis
+    if batch_axis is None:
+        batch_axis = "batch" if "batch" in sizes else mesh.axis_names[0]
     table_axis = expert_axis if table_axis is None else table_axis
     for argument, axis in {
         "expert_axis": expert_axis,
         "batch_axis": batch_axis,
         "table_axis": table_axis,
     }.items():
-        if axis not in sizes:
+        if not isinstance(axis, str) or axis not in sizes:
             raise ValueError(
                 f"`{argument}` must be an axis of `mesh`, one of {list(sizes)}. "
                 f"Received: {argument}={axis!r}"
@@ -178,14 +181,14 @@ def expert_parallel(
     table = (table_axis, sizes[table_axis]) if embeddings else None
     placements = list(_placements(model, (expert_axis, sizes[expert_axis]), table))
     layout_map = keras.distribution.LayoutMap(mesh)
-    for pattern, axes in _patterns(placements).items():
+    for pattern, axes in _patterns(placements, model).items():
         layout_map[pattern] = axes
     return ExpertParallel(
         layout_map=layout_map,
         batch_dim_name=batch_axis,
         placements=placements,
         notes=list(_notes(model, batch_axis, sizes[batch_axis])),
-        **kwargs,
+        auto_shard_dataset=auto_shard_dataset,
     )
 
 
@@ -283,12 +286,16 @@ def _check_experts(layer: Any, axis: Axis) -> None:
         )
 
 
-def _patterns(placements: list[VariablePlacement]) -> dict[str, tuple[Any, ...]]:
+def _patterns(
+    placements: list[VariablePlacement], model: Any
+) -> dict[str, tuple[Any, ...]]:
     """Return the patterns of the split variables.
 
     Keras numbers default names over the life of a process, so a pattern accepts any
     number, unless it would match a variable that is placed in another way.
     """
+    layers = model._flatten_layers(include_self=True)
+    default_names = {to_snake_case(type(layer).__name__) for layer in layers}
     by_pattern = defaultdict(list)
     for place in placements:
         by_pattern[_without_numbers(place.path)].append(place)
@@ -296,8 +303,16 @@ def _patterns(placements: list[VariablePlacement]) -> dict[str, tuple[Any, ...]]
     for pattern, places in by_pattern.items():
         if len({place.axes for place in places}) == 1:
             patterns[pattern] = places[0].axes
-        else:
-            patterns |= {re.escape(place.path): place.axes for place in places}
+            continue
+        paths = [place.path for place in places]
+        if default_names & {re.sub(r"_\d+$", "", x) for x in paths[0].split("/")[:-1]}:
+            raise ValueError(
+                "`model` must not have variables whose paths differ in numbers alone "
+                "where one is split and another is not, since a second model has other "
+                "numbers: name the layers, or make their sizes multiples of the axis. "
+                f"Received: {paths}"
+            )
+        patterns |= {re.escape(place.path): place.axes for place in places}
     return {pattern: axes for pattern, axes in patterns.items() if any(axes)}
 
 

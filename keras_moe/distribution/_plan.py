@@ -70,10 +70,15 @@ def plan(
     """Return the memory, communication and time of a training step, without a device.
 
     Three strategies are compared: all variables replicated ("data"), experts split
-    ("experts"), and tables split by rows as well ("experts and rows"). The figures are
-    those of the programs that `expert_parallel` gives (matmuls, gradients, tokens to
-    experts, rows of tables; not activations and not small reductions of losses). On JAX
-    the gradient of a table has the size of the table, which "data" sums over devices.
+    ("experts"), and tables split by rows as well ("experts and rows"). Counted are
+    matmuls, gradients, tokens to experts and rows of tables; not activations and not
+    small reductions of losses. On JAX the gradient of a table has the size of the
+    table, which "data" sums over devices.
+
+    Differences from a program of `expert_parallel`: FLOPs are those of the chosen rows,
+    where "capacity" computes all slots, and dispatches of static shape compute more if
+    experts are split; mixtures that compute every expert count as replicated; and
+    tables are split over the longest axis (there, `table_axis`).
 
     Args:
         model: a built Keras model or layer.

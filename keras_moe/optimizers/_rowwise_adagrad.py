@@ -113,11 +113,18 @@ class RowwiseAdagrad(LazyAdam):
 
     def _accumulator_of(self, table: Any) -> Any:
         path = getattr(table, "path", table.name).replace("/", "_")
+        options = {}
+        layout = getattr(table, "_layout", None)
+        if isinstance(layout, keras.distribution.TensorLayout):
+            options["layout"] = keras.distribution.TensorLayout(
+                layout.axes[:1], layout.device_mesh
+            )
         return self.add_variable(
             shape=(table.shape[0],),
             initializer=keras.initializers.Constant(self.initial_accumulator_value),
             dtype=table.dtype,
             name=f"{path}_accumulator",
+            **options,
         )
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:

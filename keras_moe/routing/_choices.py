@@ -158,7 +158,10 @@ def union(gates: Any, max_experts: int) -> tuple[Routing, Any]:
     chosen = ops.any(gates != 0, axis=1)
     # Chosen experts in index order: expert 0 scores e, expert e - 1 scores 1; others 0.
     scores = ops.where(chosen, e - ops.arange(e, dtype="int32"), 0)
-    best = ops.cast(ops.top_k(ops.cast(scores, "float32"), max_experts)[0], "int32")
+    best = _mesh.by_rows(
+        lambda rows: ops.top_k(rows, max_experts)[0], ops.cast(scores, "float32")
+    )
+    best = ops.cast(best, "int32")
     indices = e - best
     padded = ops.pad(gates, ((0, 0), (0, 0), (0, 1)))  # Weight 0 for no expert.
     wanted = ops.broadcast_to(
