@@ -111,7 +111,12 @@ def test_a_plan_has_the_figures_of_the_compiled_step(found, mesh):
         np.testing.assert_allclose(planned, compiled, rtol=0.1, err_msg=name)
 
 
-@pytest.mark.parametrize("case", range(7))
+def test_an_axis_for_tables_alone(found):
+    """Devices along it compute the same: also the same dropout."""
+    assert found["third axis"] == {"spread": 0.0, "accumulator": [32]}
+
+
+@pytest.mark.parametrize("case", range(8))
 def test_invalid_arguments(found, case):
     argument, rule, value = [
         ("mesh", "must not have more devices than there are, 8", "'expert': 4"),
@@ -121,6 +126,7 @@ def test_invalid_arguments(found, case):
         ("model", "cannot be split", "LayerExperts"),
         ("model", "must be built", "Dense"),
         ("mesh", "must be a keras.distribution.DeviceMesh or a dict", "mesh=8"),
+        ("model", "paths differ in numbers alone", "/embeddings'"),
     ][case]
     message = found["errors"][case]
     assert message.startswith(f"`{argument}`")

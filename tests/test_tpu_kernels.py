@@ -38,6 +38,17 @@ def _tensor(values, dtype=None):
     return keras.ops.convert_to_tensor(np.asarray(values), dtype)
 
 
+def test_a_bias_that_is_not_finite_reaches_the_rows_of_its_expert_alone():
+    """Runs of 3, 0, 4 and 1 rows: expert 2 has the rows 3 to 6."""
+    bias = np.ones((4, 2))
+    bias[1], bias[2, 0] = np.inf, np.nan
+    rows, kernel = np.ones((8, 3)), np.ones((4, 3, 2))
+    tensors = [_tensor(a, "float32") for a in (rows, kernel, bias)]
+    found = np.asarray(_tpu.affine(*tensors, _runs([3, 0, 4, 1])))
+    np.testing.assert_array_equal(found[[0, 1, 2, 7]], 4.0)
+    assert np.isnan(found[3:7]).all()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("counts", "rows"),

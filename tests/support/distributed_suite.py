@@ -256,6 +256,36 @@ def dropout() -> dict:
     }
 
 
+def third_axis() -> dict:
+    """Dropout and RowwiseAdagrad on a mesh with an axis of its own for tables.
+
+    Returns:
+        The largest difference between replicas of a dense kernel after training, and
+        the shape of a device's part of the table's accumulator.
+    """
+
+    def build():
+        ids = keras.Input((3,), dtype="int32")
+        x = keras.layers.Flatten()(keras.layers.Embedding(64, 4, name="table")(ids))
+        x = layers.MoE(EXPERTS, (8, 12), dropout=0.5, seed=0, name="moe")(x)
+        return keras.Model(ids, keras.layers.Dense(1, name="head")(x))
+
+    sizes = {"batch": 2, "expert": 2, "table": 2}
+    active = expert_parallel(build(), sizes, table_axis="table")
+    ids = np.random.default_rng(0).integers(0, 64, (32, 3))
+    with active.scope():
+        model = build()
+        model.compile(keras_moe.optimizers.RowwiseAdagrad(1e-2), "mse")
+        model.fit(ids, ids[:, :1] / 64, batch_size=16, epochs=2, verbose=0)
+        (slot,) = (v for v in model.optimizer.variables if "accumulator" in v.path)
+        parts = model.get_layer("head").kernel.value.addressable_shards
+        parts = [np.asarray(part.data) for part in parts]
+    return {
+        "spread": max(float(np.abs(part - parts[0]).max()) for part in parts),
+        "accumulator": slot.value.addressable_shards[0].data.shape,
+    }
+
+
 def errors() -> list[str]:
     """Return the messages of invalid arguments."""
 
@@ -269,6 +299,9 @@ def errors() -> list[str]:
     separate = keras_moe.experts.LayerExperts(dense)
     built = keras.layers.Dense(1)
     built.build((None, 1))
+    ids = keras.Input((), dtype="int32")
+    tables = [keras.layers.Embedding(rows, 4)(ids) for rows in (16, 17)]
+    two = keras.Model(ids, keras.layers.Concatenate()(tables))
     calls = [
         lambda: expert_parallel(built, {"batch": 4, "expert": 4}),
         lambda: expert_parallel(built, {"batch": 8}),
@@ -279,6 +312,7 @@ def errors() -> list[str]:
         lambda: expert_parallel(moe(separate), {"batch": 2, "expert": 4}),
         lambda: expert_parallel(keras.layers.Dense(1), {"batch": 8}),
         lambda: expert_parallel(built, 8),
+        lambda: expert_parallel(two, {"batch": 2, "expert": 4}),
     ]
     messages = []
     for call in calls:
@@ -362,6 +396,7 @@ def main() -> None:
     for mesh in (None, *(MESHES if whole else ("shared", "2 x 4"))):
         found[f"fit, {mesh}"] = fitted(mesh)
     found |= {"capacity": capacity(), "dropout": dropout(), "errors": errors()}
+    found["third axis"] = third_axis()
     found["planned"] = {**planned(), "table": {"sent": planned_table()}}
     json.dump(found, sys.stdout)
 
