@@ -6,7 +6,14 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tests.benchmarks.accelerators import COMMON, DEVICES, NAMES, counterpart, label
+from tests.benchmarks.accelerators import (
+    COMMON,
+    DEVICES,
+    NAMES,
+    cases,
+    counterpart,
+    label,
+)
 
 PICTURE = "figures/accelerators.png"
 GOALS = """\
@@ -66,7 +73,22 @@ def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         if rows:
             parts += [f"## {device}\n", _table(rows, results), *_missed(rows, results)]
+        missing = [
+            case
+            for case in cases()
+            if case["device"] == device and label(case) not in results
+        ]
+        if missing:
+            parts += [f"Not compiled yet for {device}: {_list(missing)}."]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
+
+
+def _list(missing: list[dict[str, Any]]) -> str:
+    layers = dict.fromkeys(
+        _name(case) + (f" at e = {case['experts']}" if "experts" in case else "")
+        for case in missing
+    )
+    return "; ".join(layers)
 
 
 def _table(rows: list[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
