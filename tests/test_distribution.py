@@ -48,15 +48,15 @@ def _assert_equal(found, expected, tolerance):
 @pytest.mark.parametrize(
     ("case", "mesh"),
     [
-        ("all, 48 rows", "shared"),
         ("all, 48 rows", "2 x 4"),
-        ("few, 45 rows", "data"),
+        ("few, 48 rows", "data"),
+        ("few, 48 rows", "shared"),
         ("few, 45 rows", "1 x 8"),
     ],
 )
 def test_losses_outputs_gradients_and_state_are_those_of_one_device(found, case, mesh):
     expected = found[f"{case}, None"]
-    assert len(expected) > 20
+    assert len(expected) > 10
     _assert_equal(found[f"{case}, {mesh}"], expected, 1e-10)
 
 
