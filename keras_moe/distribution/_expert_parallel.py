@@ -97,18 +97,16 @@ def expert_parallel(
     is also the axis of the experts, every device has a part of both.
 
     The result describes variables by their paths, up to the numbers that Keras appends
-    to default names. Make or load the model once more in its scope:
+    to default names. Make or load the model once more in its scope::
 
-    ```python
-    distribution = keras_moe.distribution.expert_parallel(
-        build(), {"batch": 2, "expert": 4}
-    )
-    print(distribution.summary())
-    with distribution.scope():
-        model = build()  # or keras.models.load_model(...)
-        model.compile("adam", "mse")
-        model.fit(dataset)
-    ```
+        distribution = keras_moe.distribution.expert_parallel(
+            build(), {"batch": 2, "expert": 4}
+        )
+        print(distribution.summary())
+        with distribution.scope():
+            model = build()  # or keras.models.load_model(...)
+            model.compile("adam", "mse")
+            model.fit(dataset)
 
     Losses, gradients, metrics and the state of routers are those of the whole batch,
     with one exception: under `dispatch="capacity"` a token competes for slots with the
