@@ -25,7 +25,8 @@ def by_rows(function: Callable[[Any], Any], rows: Any) -> Any:
     by itself, but gathers all rows for a top k.
     """
     distribution = active()
-    if distribution is None or not isinstance(rows.shape[0], int):
+    has_rows = distribution is not None and len(rows.shape) > 1
+    if not has_rows or not isinstance(rows.shape[0], int):
         return function(rows)
     import jax
     from jax.sharding import PartitionSpec

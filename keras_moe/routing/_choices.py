@@ -37,8 +37,6 @@ def top_k(scores: Any, k: int) -> Any:
     _checks.axes(scores=(scores, "...e"))
     scores = tensor(scores)
     k = _checks.choices("k", k, scores.shape[-1])
-    if len(scores.shape) < 2:
-        return _backend.top_k(scores, k)[1]
     return _mesh.by_rows(lambda rows: _backend.top_k(rows, k)[1], scores)
 
 

@@ -94,7 +94,8 @@ def sort_choices(
     if queue is not None:
         choices = ops.take(choices, queue)
     order = ops.cast(ops.argsort(choices), dtype)
-    counts = sums_by_expert(ops.ones_like(choices), choices, num_experts + 1)
+    ones = ops.ones_like(choices, dtype="int32")
+    counts = ops.cast(sums_by_expert(ones, choices, num_experts + 1), dtype)
     ends = ops.cast(ops.cumsum(counts[:-1]), dtype)
     if queue is not None:
         order = ops.take(queue, order)
