@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -46,7 +47,8 @@ MLP has k h hidden units: as many FLOPs, without router and dispatch.
   may read again.
 - *Time* is the sum of the compiler's `estimated_cycles` by the clock of a core, plus,
   for what has no such estimate, FLOPs of kernels by the peak of the chip and bytes of
-  gathers, each row once, by its bandwidth. (XLA's `optimal_seconds` is negative for
+  gathers, each row once, by its bandwidth. "none": the compiler has no number of
+  cycles for a kernel. (XLA's `optimal_seconds` is negative for
   these programs.)
 
 {goals}
@@ -109,10 +111,11 @@ def _table(rows: list[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
             f"{figures['flops'] / 1e12:.2f}",
             f"{figures['bytes'] / 1e9:.1f}",
             f"{figures['temporary_bytes'] / 1e9:.2f}",
-            f"{1e3 * estimated:.0f}",
+            "none" if math.isnan(estimated) else f"{1e3 * estimated:.0f}",
         ]
         ratios = ratios_of(entry, results)
-        cells += [f"{ratios[name]:.2f}" if ratios else "" for name in _MEASURES]
+        values = [(ratios or {}).get(name, math.nan) for name in _MEASURES]
+        cells += ["" if math.isnan(value) else f"{value:.2f}" for value in values]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -145,8 +148,11 @@ def _name(case: Mapping[str, Any]) -> str:
 
 
 def time_of(case: Mapping[str, Any], figures: Mapping[str, float]) -> float:
-    """Return the estimate of a step in seconds: see the head of the page."""
+    """Return the estimate of a step in seconds, or NaN: see the head of the page."""
     device = case["device"]
+    # For some kernels on a v6e, the compiler's number of cycles is the highest integer.
+    if figures["cycle_seconds"] > 1000:
+        return math.nan
     kernels = figures["kernel_flops"] / PEAKS[device]
     return (
         figures["cycle_seconds"]
