@@ -12,15 +12,18 @@ from tests.support import processes
 ROOT = Path(__file__).parent.parent
 
 pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "jax", reason="keras.distribution is for JAX"
+    keras.backend.backend() != "tensorflow", reason="started from TensorFlow's run"
 )
-pytest.importorskip("tensorflow")  # For tf.data, which Keras shards.
 
 
 @pytest.fixture(scope="module")
 def found():
+    pytest.importorskip("jax")
     done = processes.run(
-        ["-m", "tests.support.several_processes", "2"], cwd=ROOT, timeout=1100
+        ["-m", "tests.support.several_processes", "2"],
+        cwd=ROOT,
+        timeout=1100,
+        KERAS_BACKEND="jax",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
