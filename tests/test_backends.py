@@ -37,7 +37,7 @@ UNOPTIMISED = (
 )
 RUNS = {
     "jax": ("jax", OTHERS, UNOPTIMISED),
-    "jax-dispatch": ("jax", DISPATCH, ""),
+    "jax-dispatch": ("jax", (*DISPATCH, "test_tpu_kernels.py"), ""),
     "torch": ("torch", (*OTHERS, *DISPATCH), ""),
 }
 
