@@ -50,9 +50,7 @@ def on_accelerator() -> bool:
 
 
 def default_device_is_gpu() -> bool:
-    """Whether JAX computes on a GPU unless told otherwise."""
-    if name() != "jax":
-        return False
+    """Whether JAX, the backend in use, computes on a GPU unless told otherwise."""
     import jax
 
     return jax.default_backend() == "gpu"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from keras_moe import _backend
+from keras_moe.dispatch import _tpu
 from keras_moe.dispatch._even import blocked_evenly
 from keras_moe.dispatch._grouped_matmul import grouped_dense
 from keras_moe.dispatch._sorted import in_sorted_rows
@@ -28,28 +29,36 @@ def blocked(
 
 
 def blocked_in_turn(
-    tokens: Any, routing: Routing, experts: GroupedExperts, training: bool | None = None
+    tokens: Any,
+    routing: Routing,
+    experts: GroupedExperts,
+    training: bool | None = None,
+    tpu_kernels: bool = False,
 ) -> Any:
     """Blocks in a loop with a data-dependent trip count (CPU).
 
     The last block of an expert may overlap the rows of the next expert, which
     overwrites them. This needs no padding between experts, only one block of padding
-    after the last run.
+    after the last run. With `tpu_kernels`, programs for a TPU use its kernels in place
+    of the loop, which need whole tiles of rows.
     """
-    num_rows = None
-    if tokens.shape[0] is not None:
-        num_rows = tokens.shape[0] * routing.expert_indices.shape[1]
+    n, k = tokens.shape[0], routing.expert_indices.shape[1]
+    num_rows = n * k if isinstance(n, int) else None
     sizes = block_sizes(num_rows, experts.num_experts)
+    padding = sizes[-1]
+    if tpu_kernels and num_rows:
+        tile = _tpu.rows_per_tile(num_rows + padding, experts.num_experts)
+        padding += -(num_rows + padding) % tile
 
     def compute(rows: Any, runs: SortedChoices) -> Any:
         def matmul(
             rows: Any, kernel: Any, bias: Any = None, prologue: Prologue | None = None
         ) -> Any:
-            return grouped_dense(rows, kernel, bias, prologue, runs, sizes)
+            return grouped_dense(rows, kernel, bias, prologue, runs, sizes, tpu_kernels)
 
         return experts.on_rows(rows, matmul, training=training)
 
-    return in_sorted_rows(compute, tokens, routing, experts.num_experts, sizes[-1])
+    return in_sorted_rows(compute, tokens, routing, experts.num_experts, padding)
 
 
 def block_sizes(num_rows: int | None, num_experts: int) -> tuple[int, ...]:

@@ -14,7 +14,15 @@ from keras import ops
 from keras_moe import _backend
 from keras_moe import routing as routing_lib
 from keras_moe.dispatch import _tpu
-from keras_moe.dispatch._rows import affine, block_of, identity, index, part_of
+from keras_moe.dispatch._rows import (
+    affine,
+    block_of,
+    identity,
+    index,
+    part_of,
+    with_block,
+    with_part,
+)
 from keras_moe.experts._protocol import Prologue
 from keras_moe.routing import SortedChoices
 
@@ -54,7 +62,7 @@ def grouped_dense(
                 )
                 # On torch, Keras computes float64 matmuls in float32.
                 block = ops.cast(block, outputs.dtype)
-                return (ops.slice_update(outputs, (first, index(0)), block),)
+                return (with_block(outputs, first, block),)
 
             return k + 1, *_for_blocks(runs, k, sizes, step, (outputs,))
 
@@ -87,7 +95,7 @@ def grouped_dense(
                 by_blocks = pull(ops.matmul(by_output, ops.transpose(own_kernel)))
                 return (
                     *[
-                        ops.slice_update(whole, (first, index(0)), block)
+                        with_block(whole, first, block)
                         for whole, block in zip(by_rows, by_blocks, strict=True)
                     ],
                     *[
@@ -99,11 +107,7 @@ def grouped_dense(
             zeros = [ops.zeros(w.shape[1:], sums_dtype) for w in weights]
             inner = _for_blocks(runs, k, sizes, step, (*carry[:width], *zeros))
             updated = [
-                ops.slice_update(
-                    whole,
-                    (k, *[index(0)] * (len(whole.shape) - 1)),
-                    ops.expand_dims(ops.cast(part, whole.dtype), 0),
-                )
+                with_part(whole, k, part)
                 for whole, part in zip(carry[width:], inner[width:], strict=True)
             ]
             return k + 1, *inner[:width], *updated
