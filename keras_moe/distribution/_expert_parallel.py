@@ -324,8 +324,8 @@ def _notes(model: Any, axis: str, size: int) -> Iterator[str]:
     """Yield a line for each routed layer whose tokens compete."""
     for layer in model._flatten_layers(include_self=True):
         choice = getattr(getattr(layer, "router", None), "choice", None)
-        has_capacity = getattr(layer, "_has_capacity", None)
-        if choice == "token" and has_capacity is not None and has_capacity():
+        routed = isinstance(layer, HasDispatch)
+        if choice == "token" and routed and layer._has_capacity():
             yield (
                 f'{layer.path}: the tokens of "capacity" compete within one of the '
                 f"{size} parts of a batch (axis {axis!r})"

@@ -246,7 +246,7 @@ def _token_bytes(layer: Any, tokens: int, mesh: dict[str, int], parts: int) -> f
         here = tokens / mesh["batch"]
         # The outputs; then the gradients of tokens and weights.
         return _all_reduce(here * (s * (u + d) + weights), parts)
-    if getattr(layer, "_has_capacity", bool)():
+    if layer._has_capacity():
         factor = layer.capacity_factor or DEFAULT_FACTOR
         return 2 * _all_gather(factor * k * tokens / parts * s * (d + u), parts)
     # Tokens, indices and weights; outputs; then the gradients of all but the indices.

@@ -34,6 +34,10 @@ class HasDispatch:
         self._check_dispatch(name)
         self._dispatch = name
 
+    def _has_capacity(self) -> bool:
+        """Whether experts take a limited number of choices."""
+        return False
+
     def _check_dispatch(self, name: str) -> None:
         """Raise ValueError if the layer does not support the dispatch."""
         raise NotImplementedError

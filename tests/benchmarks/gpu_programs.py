@@ -67,9 +67,8 @@ def main() -> None:
     print("|---|---|---|---|---|")
     _print_row("dense MLP of equal active FLOPs", mlp(options.rows, sharding))
     for e in options.experts:
-        for move in (dispatch.blocked_evenly, dispatch.ragged):
-            program = mixture(move, options.rows, e, sharding)
-            _print_row(f"`{move.__name__}`, e = {e}", program)
+        program = mixture(dispatch.blocked_evenly, options.rows, e, sharding)
+        _print_row(f"`blocked_evenly`, e = {e}", program)
 
 
 def on_h100() -> Any:
