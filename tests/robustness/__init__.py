@@ -1,0 +1,1 @@
+"""Long profiles of robustness: what was tried, how often, and what survived."""
