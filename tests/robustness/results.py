@@ -1,4 +1,4 @@
-"""Results of the long profiles, one JSON file a profile, from which the page is made."""
+"""Results of the long profiles: a JSON file each, from which the page is made."""
 
 from __future__ import annotations
 
