@@ -1,0 +1,154 @@
+"""A tf.data pipeline whose position can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+
+class DatasetPosition:
+    """The position of a `tf.data.Dataset` in `fit`, for `ExactBackup`.
+
+    Pass `dataset` of this object to `fit` and the object to `ExactBackup(data=...)`.
+    A backup then holds the state of the pipeline: shuffle buffers, the orders of later
+    epochs, the place in files. On TensorFlow no batch is read again after a restore; on
+    JAX and torch, the batches of the current epoch that were used are read again.
+
+    Args:
+        dataset: a `tf.data.Dataset` of batches. Give `shuffle` a seed: without one, a
+            program that starts again has another order.
+
+    Attributes:
+        dataset: the dataset for `fit`.
+
+    Raises:
+        TypeError: if `dataset` is not a `tf.data.Dataset`.
+
+    Example:
+
+    >>> import tensorflow as tf
+    >>> x, y = np.zeros((64, 4), "float32"), np.zeros((64, 1), "float32")
+    >>> rows = tf.data.Dataset.from_tensor_slices((x, y))
+    >>> position = keras_moe.callbacks.DatasetPosition(
+    ...     rows.shuffle(64, seed=1).batch(16)
+    ... )
+    >>> backup = keras_moe.callbacks.ExactBackup("backup", data=position)
+    >>> # model.fit(position.dataset, epochs=10, callbacks=[backup])
+    """
+
+    def __init__(self, dataset: tf.data.Dataset) -> None:
+        import tensorflow as tf
+
+        if not isinstance(dataset, tf.data.Dataset):
+            raise TypeError(
+                "`dataset` must be a tf.data.Dataset. "
+                f"Received: dataset={dataset!r} of type {type(dataset).__name__}"
+            )
+        self.dataset = _iterated_by(self, dataset)
+        self._iterator: Any = None
+        self._at_start = b""
+        self._used_before = 0  # batches, when this iteration started
+        self._is_new = False
+        self._next: tuple[bytes, int] | None = None
+
+    def start_epoch(self) -> None:
+        """Nothing: the position is that of the iterator."""
+
+    def advance(self, used: int) -> None:
+        """Tell that `used` batches of all epochs were used until now."""
+        if self._is_new:
+            self._used_before, self._is_new = used, False
+
+    def get_state(self, used: int) -> dict[str, Any]:
+        """Return the position after `used` batches of all epochs.
+
+        Raises:
+            ValueError: if `fit` does not iterate over `self.dataset`, or if the state
+                of the pipeline cannot be saved.
+        """
+        if self._iterator is None:
+            raise ValueError(
+                "`data` must be a DatasetPosition whose `dataset` is iterated by `fit`."
+                " Received: one that is not; `fit` has another dataset, or several "
+                "devices or processes share it"
+            )
+        if _is_known_between_batches():
+            return {"iterator": _serialized(self._iterator), "used": 0}
+        return {"iterator": self._at_start, "used": used - self._used_before}
+
+    def restore(self, state: dict[str, Any], batches: int) -> bool:
+        """Make the next iteration start at the position.
+
+        Returns:
+            Whether the `batches` that were used in this epoch are to be read again.
+        """
+        read_again = not _is_known_between_batches()
+        skip = state["used"] - batches if read_again else 0
+        self._next = state["iterator"], skip
+        return read_again
+
+    def _start(self, iterator: Any) -> Iterator[Any]:
+        """Return an iteration with a new iterator of the dataset."""
+        skip = 0
+        if self._next is not None:
+            (position, skip), self._next = self._next, None
+            _restore(iterator, position)
+        self._iterator, self._is_new = iterator, True
+        if not _is_known_between_batches():
+            self._at_start = _serialized(iterator)
+        for _ in range(skip):
+            next(iterator)
+        return iterator
+
+
+def _is_known_between_batches() -> bool:
+    # `fit` of JAX and torch may read batches in advance.
+    return keras.backend.backend() == "tensorflow"
+
+
+def _iterated_by(position: DatasetPosition, dataset: tf.data.Dataset) -> Any:
+    import tensorflow as tf
+
+    class Iterated(tf.data.Dataset):
+        """The same dataset, whose iterations `position` sees."""
+
+        def __init__(self) -> None:
+            super().__init__(dataset._variant_tensor)
+
+        def _inputs(self) -> list[Any]:
+            return [dataset]
+
+        @property
+        def element_spec(self) -> Any:
+            return dataset.element_spec
+
+        def __iter__(self) -> Iterator[Any]:
+            return position._start(iter(dataset))
+
+    return Iterated()
+
+
+def _serialized(iterator: Any) -> bytes:
+    import tensorflow as tf
+
+    try:
+        state = iterator._serialize_to_tensors()["_STATE"]
+        return tf.io.serialize_tensor(state).numpy()
+    except tf.errors.OpError as error:
+        raise ValueError(
+            "`data` must be a pipeline whose state can be saved, without Python "
+            "generators and stateful random operations. TensorFlow says: "
+            f"{error.message}"
+        ) from error
+
+
+def _restore(iterator: Any, position: bytes) -> None:
+    import tensorflow as tf
+
+    state = tf.io.parse_tensor(position, tf.variant)
+    iterator._restore_from_tensors({"_STATE": state})

@@ -1,0 +1,121 @@
+"""What `fit` needs to go on: variables, random states, states of callbacks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src.backend.common import global_state  # Not in the public API.
+from keras.src.random import seed_generator
+
+from keras_moe.callbacks._state_file import is_plain
+
+_OF_KERAS = ("model", "_model", "params", "validation_data")
+
+
+def read_variables(model: keras.Model) -> dict[str, list[np.ndarray]]:
+    """Return the values of all variables: "variables" and "metrics"."""
+    if keras.backend.backend() == "jax":
+        model.jax_state_sync()
+    variables, metrics = _variables(model)
+    return {
+        "variables": [_to_numpy(variable) for variable in variables],
+        "metrics": [_to_numpy(variable) for variable in metrics],
+    }
+
+
+def assign_variables(
+    model: keras.Model, state: dict[str, list[np.ndarray]], with_metrics: bool
+) -> None:
+    """Assign the values of `read_variables`.
+
+    Raises:
+        ValueError: if the model has other variables; then none is changed.
+    """
+    if keras.backend.backend() == "jax":
+        model.jax_state_sync()
+    variables, metrics = _variables(model)
+    pairs = _paired(variables, state["variables"])
+    if with_metrics:
+        pairs += _paired(metrics, state["metrics"])
+    for variable, value in pairs:
+        variable.assign(value)
+
+
+def _variables(model: keras.Model) -> tuple[list[Any], list[Any]]:
+    """Return weights, seed generators and optimizer; and the metrics."""
+    optimizer = getattr(model, "optimizer", None)
+    metrics = {id(v): v for v in model.metrics_variables}
+    found = [*model.variables, *([] if optimizer is None else optimizer.variables)]
+    others = {id(v): v for v in found if id(v) not in metrics}
+    return list(others.values()), list(metrics.values())
+
+
+def _paired(
+    variables: Sequence[Any], values: Sequence[np.ndarray]
+) -> list[tuple[Any, np.ndarray]]:
+    for i in range(max(len(variables), len(values))):
+        here = _described(variables[i]) if i < len(variables) else "no such variable"
+        there = _described(values[i]) if i < len(values) else "no such variable"
+        if here != there:
+            path = variables[i].path if i < len(variables) else f"variable {i}"
+            raise ValueError(
+                "the model of `fit` must be that of the backup. "
+                f"Received: {path}: {here}; in the backup: {there}"
+            )
+    return list(zip(variables, values, strict=True))
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of the global generators of Python, NumPy and Keras."""
+    of_keras = global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        # Made when it is first needed, with a draw from Python's generator.
+        "keras": None if of_keras is None else _to_numpy(of_keras.state),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Set what `random_states` returned."""
+    if states["keras"] is not None:
+        seed_generator.global_seed_generator().state.assign(states["keras"])
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+
+
+def callback_state(callback: keras.callbacks.Callback) -> dict[str, Any]:
+    """Return the attributes that are plain values or arrays."""
+    return {
+        name: value
+        for name, value in vars(callback).items()
+        if name not in _OF_KERAS and is_plain(value)
+    }
+
+
+def set_callback_state(
+    callback: keras.callbacks.Callback, state: dict[str, Any]
+) -> None:
+    """Set what `callback_state` returned."""
+    for name, value in state.items():
+        setattr(callback, name, value)
+
+
+def _described(variable: Any) -> str:
+    # Without the path: Keras counts names up in a process, as `dense_1`.
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    return f"shape {tuple(variable.shape)} and dtype {dtype}"
+
+
+def _to_numpy(variable: Any) -> np.ndarray:
+    value = variable.value
+    if getattr(value, "is_fully_addressable", True):
+        # A copy: JAX and torch may share their memory.
+        return np.array(keras.ops.convert_to_numpy(value))
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
