@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from keras import backend, ops
@@ -108,6 +109,16 @@ def seed(value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"`seed` must be an integer or None. Received: seed={value!r}")
     return int(value)
+
+
+def path(name: str, value: Any) -> Path:
+    """Return `value` as a path if it is a non-empty str or a path."""
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise ValueError(
+            f"`{name}` must be a path, as str or pathlib.Path. "
+            f"Received: {name}={value!r}"
+        )
+    return Path(value)
 
 
 def last_dimension(layer: str, shape: Any) -> int:

@@ -38,7 +38,7 @@ class DatasetPosition:
     ...     rows.shuffle(64, seed=1).batch(16)
     ... )
     >>> backup = keras_moe.callbacks.ExactBackup("backup", data=position)
-    >>> # model.fit(position.dataset, epochs=10, callbacks=[backup])
+    >>> # model.fit(position.dataset, epochs=10, callbacks=[backup], shuffle=False)
     """
 
     def __init__(self, dataset: tf.data.Dataset) -> None:

@@ -94,7 +94,7 @@ class ExactBackup(keras.callbacks.Callback):
         if every_steps is not None:
             every_steps = _checks.positive_int("every_steps", every_steps)
         if every_seconds is not None:
-            every_seconds = _checks.non_negative("every_seconds", every_seconds)
+            every_seconds = _checks.non_negative_number("every_seconds", every_seconds)
         self._every_steps, self._every_seconds = every_steps, every_seconds
         is_position = isinstance(data, DatasetPosition)
         self._data = data if is_position else EpochData(data)
@@ -244,7 +244,7 @@ class ExactBackup(keras.callbacks.Callback):
                         f"process-{self._process}.", f"process-{other}."
                     )
                     _state_file.check(path.with_name(name))
-            except _state_file.DamagedFile as error:
+            except _state_file.DamagedFileError as error:
                 damaged = error
                 warnings.warn(f"{error}: the backup before is used", stacklevel=2)
                 continue

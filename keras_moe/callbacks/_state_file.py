@@ -15,6 +15,8 @@ from typing import Any
 import ml_dtypes  # of Keras: the names of bfloat16 and float8 for NumPy
 import numpy as np
 
+from keras_moe import _files
+
 _TREE = "tree.json"
 _DAMAGE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
 
@@ -26,7 +28,10 @@ def write(path: Path, tree: Any) -> None:
         OSError: if the file cannot be written; one that was there stays.
         TypeError: if a value is of another kind.
     """
-    with atomic_file(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
+    with (
+        _files.atomic_write(path, overwrite=True) as unfinished,
+        zipfile.ZipFile(unfinished, "w") as archive,
+    ):
         # Array by array: a table of many rows is in memory once.
         count = [0]
 
@@ -41,26 +46,26 @@ def write(path: Path, tree: Any) -> None:
         archive.writestr(_TREE, json.dumps(encoded))
 
 
-class DamagedFile(ValueError):
+class DamagedFileError(ValueError):
     """A file that is missing, damaged or of another kind."""
 
 
 def check(path: Path) -> None:
-    """Raise DamagedFile unless every checksum of the file is right."""
+    """Raise DamagedFileError unless every checksum of the file is right."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except _DAMAGE as error:
-        raise DamagedFile(f"{path}: not a whole backup: {error}") from error
+        raise DamagedFileError(f"{path}: not a whole backup: {error}") from error
     if damaged is not None:
-        raise DamagedFile(f"{path}: not a whole backup: {damaged} is damaged")
+        raise DamagedFileError(f"{path}: not a whole backup: {damaged} is damaged")
 
 
 def read(path: Path) -> Any:
     """Return the tree of a file.
 
     Raises:
-        DamagedFile: if it is damaged or is none that `write` made.
+        DamagedFileError: if it is damaged or is none that `write` made.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -74,7 +79,7 @@ def read(path: Path) -> Any:
 
             return _decode(json.loads(archive.read(_TREE)), load)
     except _DAMAGE as error:
-        raise DamagedFile(f"{path}: not a whole backup: {error}") from error
+        raise DamagedFileError(f"{path}: not a whole backup: {error}") from error
 
 
 def is_plain(value: Any) -> bool:

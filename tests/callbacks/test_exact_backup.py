@@ -1,0 +1,206 @@
+"""ExactBackup: an interrupted training ends bit-identical to one that was not."""
+
+import json
+import signal
+
+import keras
+import numpy as np
+import pytest
+
+from keras_moe.callbacks import DatasetPosition, ExactBackup
+from tests.support import interrupted, processes
+
+EPOCHS = 3
+BACKEND = keras.backend.backend()
+
+
+class Interrupt(keras.callbacks.Callback):
+    def __init__(self, batches):
+        super().__init__()
+        self._left = batches
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._left -= 1
+        if self._left == 0:
+            raise InterruptedError
+
+
+def _interrupt(folder, data, batches, model=None, **backup):
+    with pytest.raises(InterruptedError):
+        interrupted.train(
+            folder, data, EPOCHS, [Interrupt(batches)], model=model, **backup
+        )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return what an uninterrupted training finds, by its data."""
+    known = {}
+
+    def find(data):
+        if data not in known:
+            folder = tmp_path_factory.mktemp(data) / "backup"
+            known[data] = interrupted.train(folder, data, EPOCHS)
+            assert not folder.exists()  # deleted at the end
+        return known[data]
+
+    return find
+
+
+@pytest.mark.parametrize("data", interrupted.DATA)
+def test_an_interrupted_epoch_goes_on(data, whole, tmp_path):
+    if BACKEND == "torch" and data == "arrays":
+        pytest.skip("Keras shuffles arrays by torch's own generator")
+    _interrupt(tmp_path, data, 9, every_steps=2)
+    assert interrupted.train(tmp_path, data, EPOCHS, every_steps=2) == whole(data)
+
+
+def test_backups_are_at_the_start_of_epochs_by_default(whole, tmp_path):
+    _interrupt(tmp_path, "tf", 14)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        "batch-000000000006-process-0.backup",
+        "batch-000000000012-process-0.backup",
+    ]
+    assert interrupted.train(tmp_path, "tf", EPOCHS) == whole("tf")
+
+
+def test_several_interruptions_and_steps_per_execution(tmp_path):
+    def model():
+        return interrupted.make_model("pcgrad", steps_per_execution=2)
+
+    folder = tmp_path / "whole"
+    whole = interrupted.train(folder, "tf", EPOCHS, model=model())
+    folder = tmp_path / "interrupted"
+    for batches in (4, 2, 5):
+        _interrupt(folder, "tf", batches, model(), every_seconds=0)
+    assert interrupted.train(folder, "tf", EPOCHS, model=model()) == whole
+
+
+def test_a_damaged_backup_is_passed_over(whole, tmp_path):
+    _interrupt(tmp_path, "tf", 9, every_steps=2)
+    before, last = sorted(tmp_path.iterdir())
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=f"{last.name}.*the backup before is used"):
+        found = interrupted.train(tmp_path, "tf", EPOCHS, every_steps=2)
+    assert found == whole("tf")
+
+
+@pytest.mark.parametrize("damage", ["empty", "flipped", "text", "folder"])
+def test_no_whole_backup_is_named(damage, tmp_path):
+    path = tmp_path / "batch-000000000006-process-0.backup"
+    _interrupt(tmp_path, "fixed_order", 7)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes({"empty": b"", "flipped": content, "text": b"{}"}[damage])
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=f"{path.name}.*delete {tmp_path}"),
+    ):
+        interrupted.train(tmp_path, "fixed_order", EPOCHS)
+
+
+def test_another_model_is_refused(tmp_path):
+    _interrupt(tmp_path, "fixed_order", 7)
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, {"click": keras.layers.Dense(1)(inputs)})
+    model.compile("sgd", "mse")
+    x, y = interrupted.rows()
+    with pytest.raises(ValueError, match="the model of `fit` must be that of the"):
+        backup = ExactBackup(tmp_path, callbacks=[keras.callbacks.EarlyStopping()])
+        model.fit(x, {"click": y["click"]}, callbacks=[backup], epochs=3, verbose=0)
+
+
+def test_a_disk_that_is_full_does_not_end_the_training(whole, tmp_path):
+    resource = pytest.importorskip("resource")
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+
+    try:
+        with pytest.warns(UserWarning, match=r"no backup was written \(File too large"):
+            found = interrupted.train(
+                tmp_path, "tf", EPOCHS, [Full()], delete_at_end=False
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert found == whole("tf")
+    (name,) = [path.name for path in tmp_path.iterdir()]
+    assert name == "batch-000000000006-process-0.backup"
+
+
+def test_a_killed_process_goes_on(whole, tmp_path):
+    command = ["-m", "tests.support.interrupted", str(tmp_path), "--data", "tf"]
+    command += ["--epochs", str(EPOCHS), "--every-steps", "1"]
+    environment = {"KERAS_BACKEND": BACKEND}
+    killed = processes.run([*command, "--kill", "0.05"], cwd=None, **environment)
+    assert killed.returncode == -signal.SIGKILL
+    done = processes.run(command, cwd=None, **environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["hash"], found["history"]) == whole("tf")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"folder": ""},
+        {"folder": 3},
+        {"every_steps": 0},
+        {"every_steps": True},
+        {"every_seconds": -1},
+        {"every_seconds": float("nan")},
+        {"delete_at_end": "yes"},
+        {"data": object()},
+        {"callbacks": ["early_stopping"]},
+    ],
+)
+def test_bad_arguments_are_named(arguments):
+    (name,) = arguments
+    with pytest.raises((ValueError, TypeError), match=f"`{name}`"):
+        ExactBackup(**{"folder": "backup", **arguments})
+
+
+def test_a_model_that_is_not_built_is_refused(tmp_path):
+    _interrupt(tmp_path, "fixed_order", 7)
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    if BACKEND == "tensorflow":  # the others build before
+        with pytest.raises(ValueError, match="must be built before `fit`"):
+            model.fit(
+                np.ones((8, 6)),
+                np.ones((8, 1)),
+                callbacks=[ExactBackup(tmp_path)],
+                verbose=0,
+            )
+
+
+def test_a_dataset_that_fit_does_not_read_is_named(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    rows = tf.data.Dataset.from_tensor_slices((np.ones((8, 6)), np.ones((8, 1))))
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    backup = ExactBackup(tmp_path, data=DatasetPosition(rows.batch(4)))
+    with pytest.raises(ValueError, match="`data` must be a DatasetPosition whose"):
+        model.fit(rows.batch(4), epochs=2, callbacks=[backup], shuffle=False, verbose=0)
+    generated = tf.data.Dataset.from_generator(
+        lambda: iter([(np.ones((4, 6)), np.ones((4, 1)))] * 2),
+        output_signature=rows.batch(4, drop_remainder=True).element_spec,
+    )
+    position = DatasetPosition(generated)
+    backup = ExactBackup(tmp_path, data=position)
+    with pytest.raises(ValueError, match="`data` must be a pipeline whose state"):
+        model.fit(
+            position.dataset, epochs=2, callbacks=[backup], shuffle=False, verbose=0
+        )
+    with pytest.raises(TypeError, match="`dataset` must be a tf.data.Dataset"):
+        DatasetPosition([1, 2])
