@@ -68,11 +68,11 @@ class FiniteGuard(keras.callbacks.Callback):
         super().set_model(model)
         if getattr(model, "optimizer", None) is None:
             return
-        if _backend.num_replicas() > 1:
+        strategy = type(getattr(model, "distribute_strategy", None)).__name__
+        if strategy not in ("NoneType", "_DefaultDistributionStrategy"):
             raise ValueError(
-                "`FiniteGuard` must have one device: under a tf.distribute strategy "
-                f"gradients are known later. Received: {_backend.num_replicas()} "
-                "replicas"
+                "`FiniteGuard` works without a tf.distribute strategy, which reduces "
+                f"gradients where no branch may be. Received: {strategy}"
             )
         self._findings = _guarded_step.Findings()
         self._read = _guarded_step.install(model, self._findings)
@@ -152,7 +152,7 @@ class FiniteGuard(keras.callbacks.Callback):
     def _broken_weights(self) -> str:
         if _backend.name() == "jax":
             self.model.jax_state_sync()
-        for variable in self.model.variables:
+        for variable in self.model.weights:
             if "float" not in keras.backend.standardize_dtype(variable.dtype):
                 continue
             if not bool(ops.all(ops.isfinite(variable))):

@@ -64,17 +64,22 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command(
         lambda: options.run(options),
         needs="the pipeline (string features, SavedModel)",
-        interrupted="unfinished results were discarded",
+        interrupted="unfinished results were discarded; --resume goes on from the last "
+        "backup of the training, if it had one",
     )
 
 
 def train(options: argparse.Namespace) -> None:
     """Train and evaluate a ranker and the baselines; write the run's folder."""
+    from recsys_examples.backups import backup_folder
     from recsys_examples.runs import run_folder
 
     started = time.perf_counter()
     console = make_console()
-    with run_folder(options.out) as (folder, final):
+    with (
+        backup_folder(options.out, _depends_on(options), options.resume) as backups,
+        run_folder(options.out) as (folder, final),
+    ):
         # TensorFlow is imported only after the data was read and the output folder
         # created, so that errors in either are raised at once.
         data = read_data(options)
@@ -93,6 +98,7 @@ def train(options: argparse.Namespace) -> None:
             seed=options.seed,
             jit_compile=options.jit_compile,
             verbose=verbose,
+            backups=backups,
         )
         console.print("Baselines: popularity and ALS.")
         budget_s = QUICK_ALS_BUDGET if options.quick else ALS_BUDGET
@@ -115,6 +121,17 @@ def train(options: argparse.Namespace) -> None:
         f"Try: python -m recsys_examples.movielens recommend --user "
         f"{windows.before_test.user_ids[-1]} --model {final}"
     )
+
+
+def _depends_on(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a training depends on, for its backups."""
+    from recsys_examples.runs import versions
+
+    given = {k: v for k, v in vars(options).items() if k not in ("run", "resume")}
+    return {
+        **{k: str(v) if isinstance(v, Path) else v for k, v in given.items()},
+        "versions": versions("keras-moe", "keras", "tensorflow", "numpy"),
+    }
 
 
 def _baseline_results(
@@ -284,6 +301,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compile the training step with XLA",
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the training of an interrupted run with the same options; "
+        "a study goes on by itself",
+    )
     commands = parser.add_subparsers(title="commands")
     add_recommend(commands, recommend, OUT, 2**31 - 1)
     return parser
@@ -294,6 +317,10 @@ def _train_or_study(options: argparse.Namespace) -> None:
         raise InputError("--body cannot be used with --study, which runs all bodies")
     if options.study and options.jit_compile:
         raise InputError("--jit-compile cannot be used with --study")
+    if options.study and options.resume:
+        raise InputError(
+            "--resume cannot be used with --study, which always goes on from its files"
+        )
     if not options.study and len(options.optimizer or ()) > 1:
         raise InputError("--optimizer must be one name without --study")
     (study if options.study else train)(options)

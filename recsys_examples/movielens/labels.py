@@ -9,6 +9,8 @@ Axis letters: b batch, u users, i movies of the catalogue, c movies watched next
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 
@@ -71,7 +73,18 @@ class Examples(keras.utils.PyDataset):
                 "no training examples: no user has two ratings in the training window"
             )
 
+    def get_state(self) -> dict[str, Any]:
+        """Return the state of the generator: before this epoch was cut, and now."""
+        return {"before": self._before, "now": self._rng.bit_generator.state}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Cut the epoch of `get_state` again."""
+        self._rng.bit_generator.state = state["before"]
+        self._cut()
+        self._rng.bit_generator.state = state["now"]
+
     def _cut(self) -> None:
+        self._before = self._rng.bit_generator.state
         block = self._settings.block
         lengths = self._sequences.lengths
         # The first movie has no history; after it, every `block`-th rating starts a

@@ -8,6 +8,7 @@ is. The test window is used once, for the final ranker.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -114,8 +115,12 @@ def run_ranker(
     seed: int = 0,
     jit_compile: bool = False,
     verbose: int = 1,
+    backups: Path | None = None,
 ) -> Outcome:
-    """Tune on validation, train on all ratings before the test window, and evaluate."""
+    """Tune on validation, train on all ratings before the test window, and evaluate.
+
+    With a folder `backups`, an interrupted run goes on from what it has in it.
+    """
     catalogue = windows.catalogue
     selection = fit_ranker(
         windows.train,
@@ -126,6 +131,7 @@ def run_ranker(
         validation=Validation(windows.before_test, windows.validation_task),
         jit_compile=jit_compile,
         verbose=verbose,
+        backup=None if backups is None else backups / "on_validation",
     )
 
     calibration = None
@@ -144,6 +150,7 @@ def run_ranker(
         calibration=calibration,
         jit_compile=jit_compile,
         verbose=verbose,
+        backup=None if backups is None else backups / "final",
     )
     rows, predictions = _predict(fit, windows.before_test, windows.test, catalogue)
     metrics = measure(rows, predictions)

@@ -9,6 +9,7 @@ Axis letters: b batch, i movies of the catalogue, c movies watched next.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -16,6 +17,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import optimizers
+from keras_moe.callbacks import ExactBackup
 from recsys_examples.movielens.features import Catalogue, Sequences
 
 # `fuse` and `UNKNOWN_USER` are re-exported for backward compatibility.
@@ -31,6 +33,8 @@ from recsys_examples.movielens.model import (
     build_ranker,
 )
 from recsys_examples.movielens.ranking import RankingTask, Scorer, rank
+
+_SECONDS_BETWEEN_BACKUPS = 10.0
 
 OPTIMIZERS = {
     "adam": keras.optimizers.Adam,
@@ -116,6 +120,7 @@ def fit_ranker(
     calibration: Calibration | None = None,
     jit_compile: bool = False,
     verbose: int = 1,
+    backup: Path | None = None,
 ) -> Fit:
     """Train a ranker.
 
@@ -132,6 +137,7 @@ def fit_ranker(
         calibration: calibration of the watch scores, if known from an earlier fit.
         jit_compile: whether to compile with XLA, see `Ranker.without_lookups`.
         verbose: as in `keras.Model.fit`.
+        backup: folder of backups, from which an interrupted fit goes on.
     """
     keras.utils.set_random_seed(seed)
     popularity = np.bincount(sequences.movies, minlength=len(catalogue))
@@ -147,22 +153,32 @@ def fit_ranker(
         sequences, catalogue, settings, tasks, seed, equal_batches=jit_compile
     )
     compile_ranker(model, settings, tasks, steps=len(examples), jit_compile=jit_compile)
-    early_stopping: dict[str, Any] = {}
+    callbacks: list[keras.callbacks.Callback] = []
+    window = None
     if validation is not None:
         known = sequences.lengths
-        window = Examples(validation.sequences, catalogue, settings, tasks, known=known)
+        window = model_inputs(
+            Examples(validation.sequences, catalogue, settings, tasks, known=known)
+        )
         scorer = fused_scorer(ranker, sequences, catalogue)
-        early_stopping = {
-            "validation_data": model_inputs(window),
-            "callbacks": _early_stopping(
-                scorer if "watch" in tasks else None, validation.task
-            ),
-        }
+        callbacks = _early_stopping(
+            scorer if "watch" in tasks else None, validation.task
+        )
+    if backup is not None:
+        saved = ExactBackup(
+            backup,
+            every_seconds=_SECONDS_BETWEEN_BACKUPS,
+            data=examples,
+            callbacks=callbacks,
+            delete_at_end=False,
+        )
+        callbacks = [saved, *callbacks]
     history = model.fit(
         model_inputs(examples),
         epochs=epochs or settings.max_epochs,
+        validation_data=window,
+        callbacks=callbacks,
         verbose=verbose,
-        **early_stopping,
     )
     curves = {name: [float(v) for v in h] for name, h in history.history.items()}
     return Fit(ranker, curves, _best_epoch(curves))

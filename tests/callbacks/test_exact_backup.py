@@ -79,7 +79,7 @@ def test_several_interruptions_and_steps_per_execution(tmp_path):
 
 def test_a_damaged_backup_is_passed_over(whole, tmp_path):
     _interrupt(tmp_path, "tf", 9, every_steps=2)
-    before, last = sorted(tmp_path.iterdir())
+    _, last = sorted(tmp_path.iterdir())
     last.write_bytes(last.read_bytes()[:-100])
     with pytest.warns(UserWarning, match=f"{last.name}.*the backup before is used"):
         found = interrupted.train(tmp_path, "tf", EPOCHS, every_steps=2)
@@ -98,7 +98,7 @@ def test_no_whole_backup_is_named(damage, tmp_path):
     else:
         path.write_bytes({"empty": b"", "flipped": content, "text": b"{}"}[damage])
     with (
-        pytest.warns(UserWarning),
+        pytest.warns(UserWarning, match="the backup before is used"),
         pytest.raises(ValueError, match=f"{path.name}.*delete {tmp_path}"),
     ):
         interrupted.train(tmp_path, "fixed_order", EPOCHS)
@@ -110,8 +110,8 @@ def test_another_model_is_refused(tmp_path):
     model = keras.Model(inputs, {"click": keras.layers.Dense(1)(inputs)})
     model.compile("sgd", "mse")
     x, y = interrupted.rows()
+    backup = ExactBackup(tmp_path, callbacks=[keras.callbacks.EarlyStopping()])
     with pytest.raises(ValueError, match="the model of `fit` must be that of the"):
-        backup = ExactBackup(tmp_path, callbacks=[keras.callbacks.EarlyStopping()])
         model.fit(x, {"click": y["click"]}, callbacks=[backup], epochs=3, verbose=0)
 
 
@@ -202,5 +202,5 @@ def test_a_dataset_that_fit_does_not_read_is_named(tmp_path):
         model.fit(
             position.dataset, epochs=2, callbacks=[backup], shuffle=False, verbose=0
         )
-    with pytest.raises(TypeError, match="`dataset` must be a tf.data.Dataset"):
+    with pytest.raises(TypeError, match=r"`dataset` must be a tf\.data\.Dataset"):
         DatasetPosition([1, 2])
