@@ -39,6 +39,7 @@ PACKAGES = [
     "experts",
     "dispatch",
     "metrics",
+    "callbacks",
     "optimizers",
     "export",
     "upcycling",

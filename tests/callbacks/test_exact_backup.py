@@ -196,6 +196,7 @@ def test_a_dataset_that_fit_does_not_read_is_named(tmp_path):
         lambda: iter([(np.ones((4, 6)), np.ones((4, 1)))] * 2),
         output_signature=rows.batch(4, drop_remainder=True).element_spec,
     )
+    generated = generated.apply(tf.data.experimental.assert_cardinality(2))
     position = DatasetPosition(generated)
     backup = ExactBackup(tmp_path, data=position)
     with pytest.raises(ValueError, match="`data` must be a pipeline whose state"):
