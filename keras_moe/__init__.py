@@ -7,8 +7,9 @@ Layers: `keras_moe.layers`. Sparse: MoE, HierarchicalMoE, SoftMoE. Multi-task:
 Parts:  `keras_moe.routers` (assign tokens to experts), `keras_moe.experts` (expert
         networks), `keras_moe.losses` (auxiliary losses of routers), `keras_moe.metrics`
         (ranking, calibration, routing), `keras_moe.initializers` (PerExpert),
-        `keras_moe.callbacks` (one figure for several tasks, backups), `keras_moe.optimizers`
-        (Adam and Adagrad in one pass; tables of millions of rows).
+        `keras_moe.callbacks` (one figure for several tasks, backups),
+        `keras_moe.optimizers` (Adam and Adagrad in one pass; tables of millions of
+        rows).
 Models: `keras_moe.multitask` (MultiTaskModel, UncertaintyWeighting),
         `keras_moe.upcycling` (convert a trained MLP to a MoE, add experts),
         `keras_moe.export`
