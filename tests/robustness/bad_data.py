@@ -3,7 +3,8 @@
 `python -m tests.robustness.bad_data --json FILE` trains small models on features that
 are infinite or NaN, in each place and with each router; on empty batches, batches of
 one row, labels of one class, histories that are all padding; with a router that sends
-every row to one expert, and with learning rates of a million. `--cost` measures a step with and without `FiniteGuard`, alternating in one process.
+every row to one expert, and with learning rates of a million. `--cost` measures a step
+with and without `FiniteGuard`, alternating in one process.
 """
 
 import argparse
