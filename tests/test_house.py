@@ -11,6 +11,7 @@ ROOT = Path(keras_moe.__file__).parent
 LEVELS = {
     "_backend": 0,
     "_checks": 0,
+    "_files": 0,
     "_layer": 1,
     "_mesh": 0,
     "_replicas": 0,

@@ -12,7 +12,7 @@ import keras
 
 from keras_moe import _checks
 from keras_moe import dispatch as dispatch_lib
-from keras_moe.export._files import atomic_write
+from keras_moe._files import atomic_write
 from keras_moe.export._inference import without_metrics
 from keras_moe.export._ports import (
     as_inputs,

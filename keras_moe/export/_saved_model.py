@@ -9,8 +9,8 @@ from typing import Any
 import keras
 
 from keras_moe import _checks
+from keras_moe._files import atomic_write, check_free
 from keras_moe.export import _requests
-from keras_moe.export._files import atomic_write, check_free
 from keras_moe.export._inference import without_metrics
 from keras_moe.export._ports import (
     as_inputs,
