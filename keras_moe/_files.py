@@ -71,22 +71,27 @@ def atomic_write(
 
     Raises:
         FileExistsError: if `path` exists, before or after the block.
-        OSError: if the output cannot be written, flushed or moved.
+        OSError: if the output cannot be written, flushed or moved. It names `path`, and
+            stands for TensorFlow's errors of a full or read-only disk too.
     """
     path = Path(os.path.abspath(path))
     if not overwrite:
         check_free(path, *companions)
-    made = make_folder(path.parent)
+    made = []
     try:
+        made = make_folder(path.parent)
         with hidden_folder(path.parent) as hidden:
             yield hidden / path.name
             finals = [Path(os.path.abspath(final)) for final in (*companions, path)]
             for final in finals:
                 flush(hidden / final.name)
             _move_all(hidden, finals, overwrite)
-    except BaseException:
+    except BaseException as error:
         remove_empty(made)
-        raise
+        found = disk_error(error, path)
+        if found is None:
+            raise
+        raise found from error
 
 
 def make_folder(folder: Path) -> list[Path]:
