@@ -85,13 +85,18 @@ def atomic_write(
             finals = [Path(os.path.abspath(final)) for final in (*companions, path)]
             for final in finals:
                 flush(hidden / final.name)
+            for folder in made:
+                flush_entries(folder.parent)
             _move_all(hidden, finals, overwrite)
-    except BaseException as error:
+    except Exception as error:
         remove_empty(made)
         found = disk_error(error, path)
         if found is None:
             raise
         raise found from error
+    except BaseException:  # interrupted
+        remove_empty(made)
+        raise
 
 
 def make_folder(folder: Path) -> list[Path]:
@@ -209,12 +214,13 @@ def disk_error(error: BaseException, path: str | Path) -> OSError | None:
     """Return an OSError that names `path` if it could not be written, or None.
 
     TensorFlow and HDF5 raise errors of their own, with the text of the system's error.
-    Some errors count only if their text has `path`, since a read has them too.
+    Those that a read may have too count only if their text has the path of the output.
     """
     found: BaseException | None = error
     while found is not None:
         text = str(found)
-        codes = _FULL + (_OF_A_PATH if str(path) in text else ())
+        is_of_output = PREFIX in text or os.path.abspath(path) in text
+        codes = _FULL + (_OF_A_PATH if is_of_output else ())
         for code in codes:
             reason = os.strerror(code)
             if reason in text or getattr(found, "errno", None) == code:

@@ -61,7 +61,7 @@ def _reserve(parent: Path, stack: ExitStack) -> tuple[Path, Path]:
         # Only now: such a run may have ended before the hidden folder was made.
         if not final.exists():
             return folder, final
-    raise InputError(f"cannot write to the output folder {parent}: no name is free")
+    raise InputError(f"cannot write to the output folder {parent}: no free name")
 
 
 def _move_to_free_name(folder: Path, final: Path) -> None:
@@ -74,6 +74,7 @@ def _move_to_free_name(folder: Path, final: Path) -> None:
         if name != final:
             print(f"{final} exists: written to {name}", file=sys.stderr)
         return
+    raise InputError(f"cannot write to the output folder {final.parent}: no free name")
 
 
 def _names(path: Path) -> Iterator[Path]:

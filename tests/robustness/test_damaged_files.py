@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_moe import export
 from recsys_examples.movielens.__main__ import main
 from tests.robustness import files, read_cases
 from tests.robustness.damage import KINDS, copied, damage, without_root
@@ -106,6 +107,19 @@ def test_without_checksums_it_is_loaded(folder):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match="cannot be loaded"):
         read_cases.read_saved_model("mixture", folder)
+
+
+def test_a_saved_model_of_a_later_version(folder):
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    path = folder / "saved_model.pb"
+    model = saved_model_pb2.SavedModel.FromString(path.read_bytes())
+    model.meta_graphs[0].graph_def.versions.min_consumer = 10**6
+    path.write_bytes(model.SerializeToString())
+    export.write_checksums(folder)
+    with pytest.raises(ValueError, match=r"cannot be loaded.*1000000") as error:
+        read_cases.read_saved_model("mixture", folder)
+    assert str(folder) in str(error.value)
 
 
 @pytest.mark.parametrize("kind", [*dict.fromkeys(KINDS)])
