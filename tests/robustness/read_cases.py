@@ -28,6 +28,10 @@ def damaged(
 
     `read` returns None if the outcome is right. An InputError that names the file is.
     """
+    # Also for its imports, which a user without rights may not be able to do.
+    fault = read(source)
+    if fault is not None:
+        raise RuntimeError(f"the whole {source.name} fails: {fault}")
     files = sorted(p.relative_to(source) for p in source.rglob("*") if p.is_file())
     while True:
         # Each file and kind in turn, in a random order.
@@ -185,7 +189,7 @@ def recommend(scratch: Path, rng: random.Random) -> Iterator[Case]:
     arguments = ("recommend", "--user", 3, "--k", 4, "--model")
     expected = called(main, *arguments, source)
     if expected[0]:
-        raise RuntimeError(f"the whole model fails: {expected[2]}")
+        raise RuntimeError(f"the whole run fails: {expected[2]}")
 
     def read(folder: Path) -> str | None:
         found = called(main, *arguments, folder)
@@ -262,7 +266,10 @@ def data_folders(scratch: Path, rng: random.Random) -> Iterator[Case]:
     """Readers of data: InputError that names the file, or rows that are valid."""
 
     def reader(read: Callable[[Path], Any]) -> Callable[[Path], None]:
-        return lambda folder: read(folder) and None
+        def read_all(folder: Path) -> None:
+            read(folder)
+
+        return read_all
 
     formats = [
         damaged(source, scratch / "copy", rng, reader(read))
