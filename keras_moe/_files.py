@@ -37,6 +37,10 @@ _OF_ONE_MACHINE = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs"} 
     "xfs",
     "zfs",
 }
+# What a write says if the disk is the cause, whatever it wrote; and what may also come
+# from a file that was read.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_OF_A_PATH = (errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.ENOENT)
 # Errors of `fsync` on file systems that cannot flush a folder.
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
@@ -67,20 +71,30 @@ def atomic_write(
 
     Raises:
         FileExistsError: if `path` exists, before or after the block.
-        OSError: if the output cannot be written, flushed or moved.
+        OSError: if the output cannot be written, flushed or moved. It names `path`, and
+            stands for TensorFlow's errors of a full or read-only disk too.
     """
     path = Path(os.path.abspath(path))
     if not overwrite:
         check_free(path, *companions)
-    made = make_folder(path.parent)
+    made = []
     try:
+        made = make_folder(path.parent)
         with hidden_folder(path.parent) as hidden:
             yield hidden / path.name
             finals = [Path(os.path.abspath(final)) for final in (*companions, path)]
             for final in finals:
                 flush(hidden / final.name)
+            for folder in made:
+                flush_entries(folder.parent)
             _move_all(hidden, finals, overwrite)
-    except BaseException:
+    except Exception as error:
+        remove_empty(made)
+        found = disk_error(error, path)
+        if found is None:
+            raise
+        raise found from error
+    except BaseException:  # interrupted
         remove_empty(made)
         raise
 
@@ -131,6 +145,23 @@ def remove_stale(folder: str | Path) -> list[Path]:
     return [hidden for hidden in found if _remove_if_dead(hidden)]
 
 
+def try_lock(handle: int) -> bool:
+    """Lock an open file; return False if another handle has the lock.
+
+    The lock ends with its handle. Without locks (Windows, some network file systems),
+    it returns True.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def flush(path: Path) -> None:
     """Flush a file, or a folder with all its contents, to the disk."""
     if path.is_symlink() or os.name == "nt":  # Windows flushes only writable handles
@@ -177,6 +208,25 @@ def flush_entries(folder: Path) -> None:
             raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
         os.close(handle)
+
+
+def disk_error(error: BaseException, path: str | Path) -> OSError | None:
+    """Return an OSError that names `path` if it could not be written, or None.
+
+    TensorFlow and HDF5 raise errors of their own, with the text of the system's error.
+    Those that a read may have too count only if their text has the path of the output.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        text = str(found)
+        is_of_output = PREFIX in text or os.path.abspath(path) in text
+        codes = _FULL + (_OF_A_PATH if is_of_output else ())
+        for code in codes:
+            reason = os.strerror(code)
+            if reason in text or getattr(found, "errno", None) == code:
+                return OSError(code, reason, str(path))
+        found = found.__cause__ or found.__context__
+    return None
 
 
 def _move_all(hidden: Path, finals: list[Path], overwrite: bool) -> None:

@@ -24,8 +24,8 @@ def run_command(work: Callable[[], None], needs: str, interrupted: str) -> int:
         interrupted: message after an interrupt or termination.
 
     Returns:
-        0; 2 after an `InputError`; 130 after an interrupt. Errors are printed to
-        stderr in one line.
+        0; 2 after an `InputError` or an error of the system (`OSError`), such as a full
+        disk; 130 after an interrupt. Errors are printed to stderr in one line.
     """
     # TensorFlow warns about retracing, which is expected with many different models.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
@@ -37,13 +37,30 @@ def run_command(work: Callable[[], None], needs: str, interrupted: str) -> int:
                 f"KERAS_BACKEND={backend}"
             )
         work()
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        return _failed(error)
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
         return 130
     return 0
+
+
+def _failed(error: OSError) -> int:
+    """Print an error of the system that no InputError describes; return 2."""
+    where = error.filename
+    try:
+        sys.stdout.flush()
+    except OSError as broken:
+        # What is left in the buffer would fail again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        where, error = "the standard output", broken
+    place = f"{where}: " if where else ""
+    print(f"error: {place}{error.strerror or error}", file=sys.stderr)
+    return 2
 
 
 def interrupt_on_sigterm() -> None:

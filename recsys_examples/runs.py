@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
+import sys
 import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from recsys_examples import files
 from recsys_examples.errors import InputError
+
+CHECKSUM = "crc32"
 
 
 @contextmanager
 def run_folder(parent: Path) -> Iterator[tuple[Path, Path]]:
     """Yield a temporary folder that is renamed to its final path at the end.
+
+    The final path is reserved: no other run gets it. What runs that were killed left in
+    `parent` is removed.
 
     Args:
         parent: folder of the run's folder, whose name is the current time.
@@ -28,24 +33,54 @@ def run_folder(parent: Path) -> Iterator[tuple[Path, Path]]:
         interrupted, the temporary folder is removed.
 
     Raises:
-        InputError: if nothing can be written under `parent`.
+        InputError: if nothing can be written under `parent`, or the disk is full.
     """
     made = make_folder(parent)
     try:
-        hidden = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
-    except OSError as error:
-        raise _not_writable(parent, error) from error
-    try:
-        hidden.chmod(0o755)  # mkdtemp creates it with 0o700
-        final = _free_name(parent / time.strftime("%Y-%m-%dT%H-%M-%S"))
-        yield hidden, final
-        hidden.rename(final)
+        with ExitStack() as stack, _disk_errors(parent, "the output folder "):
+            hidden, final = _reserve(parent, stack)
+            folder = hidden / "run"
+            folder.mkdir()
+            yield folder, final
+            files.flush(folder)
+            _move_to_free_name(folder, final)
+            files.flush_entries(parent)
     except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        for folder in made:
-            with suppress(OSError):  # not empty: another process uses it
-                folder.rmdir()
+        files.remove_empty(made)
         raise
+
+
+def _reserve(parent: Path, stack: ExitStack) -> tuple[Path, Path]:
+    """Return a hidden folder and the path that its name reserves."""
+    for final in _names(parent / time.strftime("%Y-%m-%dT%H-%M-%S")):
+        try:
+            hidden = files.hidden_folder(parent, final.name)
+            folder = stack.enter_context(hidden)
+        except FileExistsError:  # a run that began in the same second
+            continue
+        # Only now: such a run may have ended before the hidden folder was made.
+        if not final.exists():
+            return folder, final
+    raise InputError(f"cannot write to the output folder {parent}: no free name")
+
+
+def _move_to_free_name(folder: Path, final: Path) -> None:
+    """Rename a run's folder, to another name if someone else has made this one."""
+    for name in _names(final):
+        try:
+            files.move(folder, name)
+        except FileExistsError:
+            continue
+        if name != final:
+            print(f"{final} exists: written to {name}", file=sys.stderr)
+        return
+    raise InputError(f"cannot write to the output folder {final.parent}: no free name")
+
+
+def _names(path: Path) -> Iterator[Path]:
+    yield path
+    for number in range(2, 10_000):
+        yield path.with_name(f"{path.name}-{number}")
 
 
 def make_folder(folder: Path) -> list[Path]:
@@ -55,27 +90,97 @@ def make_folder(folder: Path) -> list[Path]:
         InputError: if it cannot be created.
     """
     try:
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
+        return files.make_folder(folder)
     except OSError as error:
         raise _not_writable(folder, error) from error
-    return missing
 
 
 def _not_writable(folder: Path, error: OSError) -> InputError:
     return InputError(f"cannot write to the output folder {folder}: {error.strerror}")
 
 
-def _free_name(path: Path) -> Path:
-    names = [path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 1000))]
-    return next(name for name in names if not name.exists())
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a temporary path of a file that replaces `path` in one step at the end.
+
+    Raises:
+        InputError: if it cannot be written; `path` is then as it was.
+    """
+    with _disk_errors(path):
+        try:
+            with files.atomic_write(path, overwrite=True) as unfinished:
+                yield unfinished
+        except FileExistsError as error:
+            raise InputError(f"cannot write to {path}: it is a folder") from error
+
+
+@contextmanager
+def _disk_errors(path: Path, what: str = "") -> Iterator[None]:
+    """Raise InputError for errors of the disk: full, read-only, no permission."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        found = files.disk_error(error, path)
+        if found is None:
+            raise
+        reason = f"cannot write to {what}{path}: {found.strerror}"
+        raise InputError(reason) from error
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(unfinished, path)
+    """Write a JSON file atomically; an object gets the checksum of its other items.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    if isinstance(value, dict):
+        value = sealed(value)
+    text = json.dumps(value, indent=2) + "\n"
+    with replaced(path) as unfinished:
+        unfinished.write_text(text)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Return the object that `write_json` wrote, with its checksum if it has one.
+
+    Args:
+        path: the file.
+        remedy: what the user can do about a damaged file, for the error.
+
+    Raises:
+        InputError: if the file cannot be read or is damaged.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+    except (ValueError, RecursionError) as error:
+        reason = f"not a JSON file: {error}"
+    else:
+        if not isinstance(value, dict):
+            reason = "not a JSON object"
+        elif not is_whole(value):
+            reason = "damaged: its checksum differs"
+        else:
+            return value
+    raise InputError(f"{path}: {reason}; {remedy}")
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with the checksum of its items."""
+    return {**record, CHECKSUM: _checksum(json.loads(json.dumps(record)))}
+
+
+def is_whole(record: dict[str, Any]) -> bool:
+    """Return whether a JSON object has no checksum, or the one of its other items."""
+    rest = {name: value for name, value in record.items() if name != CHECKSUM}
+    return CHECKSUM not in record or record[CHECKSUM] == _checksum(rest)
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -164,6 +164,35 @@ class TestAtomicWrite:
             (path / "deep" / "a").write_text("a")
         assert events == ["a", "deep", "out", "rename", tmp_path.name]
 
+    def test_new_parents_are_on_the_disk_too(self, tmp_path, monkeypatch):
+        flushed = []
+        monkeypatch.setattr(_files, "flush_entries", flushed.append)
+        with atomic_write(tmp_path / "new" / "deep" / "a") as path:
+            path.write_text("a")
+        new = tmp_path / "new"
+        assert flushed == [new, tmp_path, new / "deep"]
+
+    def test_an_error_of_a_full_disk_names_the_output(self, tmp_path):
+        """TensorFlow and HDF5 say so in errors of their own."""
+
+        def fail(error):
+            with atomic_write(tmp_path / "a"):
+                raise error
+
+        for error in (
+            OSError(28, "No space left on device"),
+            RuntimeError("write failed; No space left on device [Op:SaveV2]"),
+        ):
+            with pytest.raises(OSError, match="No space left on device") as caught:
+                fail(error)
+            assert caught.value.errno == 28
+            assert caught.value.filename == str(tmp_path / "a")
+        for error in (RuntimeError("other"), FileNotFoundError(2, "absent", "b")):
+            with pytest.raises(type(error)) as caught:
+                fail(error)
+            assert caught.value is error
+        assert os.listdir(tmp_path) == []
+
     def test_of_two_writers_one_fails_and_loses_nothing_of_the_other(self, tmp_path):
         barrier = threading.Barrier(8)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_moe import _checks
 from keras_moe.export import _requests
+from keras_moe.export._loading import load_saved_model
 
 
 def load(path: str | Path, signature: str = "serving_default") -> Served:
@@ -20,11 +21,10 @@ def load(path: str | Path, signature: str = "serving_default") -> Served:
         signature: the name of the signature.
 
     Raises:
-        ValueError: if the SavedModel has no such signature.
+        ValueError: if there is no SavedModel, one of its files is damaged, or it has no
+            such signature. The message names the path, or the signature.
     """
-    import tensorflow as tf
-
-    loaded = tf.saved_model.load(str(path))
+    loaded = load_saved_model(path)
     _checks.one_of("signature", signature, loaded.signatures)
     return Served(loaded, signature)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ import keras
 
 from keras_moe import _checks
 from keras_moe import dispatch as dispatch_lib
-from keras_moe._files import atomic_write
+from keras_moe._files import atomic_write, disk_error
 from keras_moe.export._inference import without_metrics
 from keras_moe.export._ports import (
     as_inputs,
@@ -55,6 +57,7 @@ def export_model(model: keras.Model, path: str | Path, format: str) -> None:
             name or a dtype that requests cannot hold, or the format does not support a
             layer or operation. Nothing is written then.
         FileExistsError: if `path` exists.
+        OSError: if the disk is full or read-only. Nothing is written then.
 
     Example:
 
@@ -106,6 +109,10 @@ def export_model(model: keras.Model, path: str | Path, format: str) -> None:
         except (ImportError, MemoryError, OSError):
             raise
         except Exception as error:
+            if disk_error(error, unfinished):
+                raise
+            if "iostream error" in str(error):  # OpenVINO does not say which
+                raise OSError(errno.EIO, "the disk is full or failed", path) from error
             raise _conversion_error(model, format, error) from error
 
 
@@ -156,11 +163,13 @@ def _options(format: str) -> dict[str, Any]:
 
 
 def _check_file(path: Path, format: str) -> None:
-    """Raise for operations that tf2onnx writes but ONNX does not define."""
+    """Raise for operations that ONNX does not define, and for incomplete weights."""
     if format == "onnx":
         import onnx
 
         onnx.checker.check_model(str(path))
+    elif format == "openvino":
+        importlib.import_module("openvino").Core().read_model(path)
 
 
 def _conversion_error(model: keras.Model, format: str, error: Exception) -> ValueError:

@@ -12,6 +12,7 @@ from keras_moe import _checks
 from keras_moe._files import atomic_write, check_free
 from keras_moe.export import _requests
 from keras_moe.export._inference import without_metrics
+from keras_moe.export._loading import write_checksums
 from keras_moe.export._ports import (
     as_inputs,
     check_backend,
@@ -49,6 +50,7 @@ def export_saved_model(
     Raises:
         ValueError: as in `export_model`, or if a warm-up request is invalid.
         FileExistsError: if `path` exists.
+        OSError: if the disk is full or read-only. Nothing is written then.
 
     Example:
 
@@ -94,6 +96,7 @@ def export_saved_model(
         archive.write_out(str(unfinished), verbose=False)
         if requests:
             _requests.write_warmup(unfinished, requests)
+        write_checksums(unfinished)
 
 
 def _with_preprocessing(preprocessing: Any, model: keras.Model) -> keras.Model:

@@ -40,6 +40,7 @@ from recsys_examples.command import (
     whole_number,
 )
 from recsys_examples.errors import InputError
+from recsys_examples.runs import replaced
 
 if TYPE_CHECKING:
     from recsys_examples.click_conversion.sources import Source
@@ -222,10 +223,8 @@ def _write_tables(path: Path, tables: list[Table], lines: list[str]) -> None:
     for line in lines:
         console.print(line, markup=False)
     stripped = [line.rstrip() for line in text.getvalue().splitlines()]
-    try:
-        path.write_text("\n".join(stripped) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+    with replaced(path) as unfinished:
+        unfinished.write_text("\n".join(stripped) + "\n")
 
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:

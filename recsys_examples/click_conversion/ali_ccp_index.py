@@ -8,8 +8,8 @@ database by its index, from which a batch fetches its users.
 
 from __future__ import annotations
 
-import os
 import sqlite3
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 
 from recsys_examples.click_conversion import streams
 from recsys_examples.errors import InputError
+from recsys_examples.runs import replaced
 
 ENTRIES, FEATURE, VALUE = "\x01", "\x02", "\x03"  # separators of a feature list
 
@@ -59,7 +60,7 @@ class Encoder:
     @property
     def description(self) -> str:
         """All settings, to recognise a database with others."""
-        return f"{self._sizes} {self.weighted} {self._user}"
+        return f"checksums {self._sizes} {self.weighted} {self._user}"
 
     def encode(self, path: Path, number: int, count: str, text: str) -> Record:
         """Return the user, the indices and the weights of a feature list.
@@ -97,19 +98,34 @@ class Encoder:
                 weights[self._weights[field]] = _weight(path, number, entry, value)
         return user, indices, weights
 
-    def pack(self, record: Record) -> bytes:
-        """Return a record as bytes."""
+    def pack(self, key: str, record: Record) -> bytes:
+        """Return a record as bytes, with a checksum of the key and the record."""
         user, indices, weights = record
-        return np.int64(user).tobytes() + indices.tobytes() + weights.tobytes()
+        packed = np.int64(user).tobytes() + indices.tobytes() + weights.tobytes()
+        return packed + _checksum(key, packed)
 
-    def unpack(self, packed: bytes) -> Record:
-        """Return the record that was packed."""
+    def unpack(self, key: str, packed: bytes) -> Record:
+        """Return the record that was packed.
+
+        Raises:
+            sqlite3.DatabaseError: if the checksum differs.
+        """
+        packed, checksum = packed[:-4], packed[-4:]
+        if _checksum(key, packed) != checksum:
+            raise sqlite3.DatabaseError(
+                f"the record of {streams.shown(key)} is damaged; remove the file to "
+                "build it again"
+            )
         end = 8 + 4 * len(self.fields)
         return (
             int(np.frombuffer(packed[:8], np.int64)[0]),
             np.frombuffer(packed[8:end], np.int32),
             np.frombuffer(packed[end:], np.float32),
         )
+
+
+def _checksum(key: str, packed: bytes) -> bytes:
+    return zlib.crc32(key.encode() + packed).to_bytes(4, "little")
 
 
 def _malformed(path: Path, number: int, entry: str) -> InputError:
@@ -150,7 +166,7 @@ class Index:
             marks = ",".join("?" * len(part))
             query = f"SELECT key, record FROM features WHERE key IN ({marks})"
             for key, packed in self._database.execute(query, part):
-                found[key] = self._encoder.unpack(packed)
+                found[key] = self._encoder.unpack(key, packed)
         return found
 
 
@@ -159,7 +175,7 @@ def open_index(common: Path, folder: Path, encoder: Encoder) -> Iterator[Index]:
     """Open the database of a file of common features, and build it if need be.
 
     It is built beside its final path and renamed, so that an interrupted run leaves no
-    incomplete one.
+    incomplete one. Each record has a checksum.
 
     Args:
         common: the file.
@@ -174,12 +190,8 @@ def open_index(common: Path, folder: Path, encoder: Encoder) -> Iterator[Index]:
     source = f"{status.st_size} {status.st_mtime_ns} {encoder.description}"
     try:
         if not _is_of(path, source):
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            try:
-                _build(partial, common, source, encoder)
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
+            with replaced(path) as unfinished:
+                _build(unfinished, common, source, encoder)
         with closing(_connect(path)) as database:
             yield Index(database, encoder)
     except sqlite3.Error as error:
@@ -218,7 +230,7 @@ def _build(path: Path, common: Path, source: str, encoder: Encoder) -> None:
                 try:
                     database.execute(
                         "INSERT INTO features VALUES (?, ?)",
-                        (key, encoder.pack(record)),
+                        (key, encoder.pack(key, record)),
                     )
                 except sqlite3.IntegrityError:
                     raise InputError(

@@ -13,6 +13,7 @@ import numpy as np
 
 from recsys_examples.click_conversion.regimes import Gain
 from recsys_examples.click_conversion.settings import MIXTURES
+from recsys_examples.runs import replaced
 
 
 def draw(path: Path, gains: list[Gain]) -> None:
@@ -34,7 +35,8 @@ def draw(path: Path, gains: list[Gain]) -> None:
             if first and any(gain.cell.line for gain in here):
                 ax.legend(fontsize="small", loc="lower right")
         row[0].set_ylabel(f"{model} - SharedBottom, AUC")
-    figure.savefig(path, dpi=120)
+    with replaced(path) as unfinished:
+        figure.savefig(unfinished, dpi=120)
     plt.close(figure)
 
 

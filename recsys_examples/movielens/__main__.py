@@ -217,7 +217,7 @@ def recommend(options: argparse.Namespace) -> None:
 
     from recsys_examples.movielens.serving import load_recommender
 
-    signature = load_recommender(options.model)
+    signature = load_recommender(options.model, ("user_id", "k"))
     try:
         answer = signature(
             user_id=tf.constant([options.user], tf.int64), k=tf.constant(options.k)

@@ -18,6 +18,7 @@ from recsys_examples.movielens.order import order_warnings
 from recsys_examples.runs import versions
 
 QUICK_USERS = 150
+PRINTED = ("movie_id", "title", "watch", "like", "rating")  # columns of a list
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, out: str, study: str) -> None:
@@ -130,8 +131,7 @@ def print_list(user: int, answer: dict[str, Any], most: int) -> None:
     table = Table(title=title, title_justify="left")
     for heading in ("rank", "movie", "title", "watch", "like", "stars"):
         table.add_column(heading, justify="left" if heading == "title" else "right")
-    columns = ("movie_id", "title", "watch", "like", "rating")
-    rows = zip(*(answer[name][0].numpy()[:most] for name in columns), strict=True)
+    rows = zip(*(answer[name][0].numpy()[:most] for name in PRINTED), strict=True)
     for place, (movie, title, watch, like, stars) in enumerate(rows, start=1):
         if movie:
             table.add_row(

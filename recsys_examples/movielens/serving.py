@@ -17,7 +17,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import keras_moe
 from recsys_examples.errors import InputError
+from recsys_examples.movielens.command import PRINTED
 from recsys_examples.movielens.features import NO_MOVIE, Catalogue, Sequences
 from recsys_examples.movielens.fusion import fuse
 from recsys_examples.movielens.model import Ranker, prediction
@@ -156,20 +158,33 @@ def export_saved_model(
         ],
     )
     archive.write_out(folder, verbose=False)
+    keras_moe.export.write_checksums(folder)
 
 
-def load_recommender(run: Path) -> Any:
+def load_recommender(run: Path, inputs: tuple[str, ...]) -> Any:
     """Load the `recommend` signature of a run or of a SavedModel.
 
+    Args:
+        run: the folder.
+        inputs: names of the inputs that the signature must have.
+
     Raises:
-        InputError: if there is no SavedModel with that signature.
+        InputError: if there is no SavedModel with that signature, or it is damaged.
     """
     folder = find_saved_model(run)
     try:
-        signatures = tf.saved_model.load(str(folder)).signatures
-    except (OSError, ValueError, tf.errors.OpError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{folder} cannot be loaded: {reason}") from error
+        signatures = keras_moe.export.load_saved_model(folder).signatures
+    except ValueError as error:
+        raise InputError(str(error)) from error
     if "recommend" not in signatures:
         raise InputError(f'{folder} has no signature "recommend"')
-    return signatures["recommend"]
+    signature = signatures["recommend"]
+    found = sorted(signature.structured_input_signature[1])
+    missing = {*PRINTED, "known_user"} - {*signature.structured_outputs}
+    if found != sorted(inputs) or missing:
+        raise InputError(
+            f"{folder} is not a model of this example: its `recommend` signature must "
+            f"take {sorted(inputs)} and return {[*PRINTED, 'known_user']}; it takes "
+            f"{found} and returns {sorted(signature.structured_outputs)}"
+        )
+    return signature

@@ -22,7 +22,7 @@ from recsys_examples.movielens.model import TASKS, Settings, build_ranker
 from recsys_examples.movielens.pipeline import Windows, run_ranker
 from recsys_examples.movielens.ranking import Scorer, rank
 from recsys_examples.movielens.tuning import tune
-from recsys_examples.runs import versions, write_json
+from recsys_examples.runs import CHECKSUM, read_json, versions, write_json
 
 MODELS = ("MMoE", "shared bottom", "single-task", "ALS", "item-kNN", "popularity")
 Metrics = dict[str, float]
@@ -189,7 +189,9 @@ class ResultsOnDisk:
             self._folder / f"{name.replace(', ', '-').replace(' ', '-')}-{digest}.json"
         )
         if path.exists():
-            return json.loads(path.read_text())
+            found = read_json(path, "remove it to compute it again")
+            if found.pop(CHECKSUM, None):  # else of an earlier version
+                return found
         keras.backend.clear_session()  # frees the previous models
         result = make()
         write_json(path, result)

@@ -11,6 +11,7 @@ matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 import numpy as np
 
+from recsys_examples.runs import replaced
 from recsys_examples.task_correlation.claims import Losses, mean, standard_deviation
 
 
@@ -57,5 +58,6 @@ def draw(path: Path, losses: Losses) -> None:
         ax.set_xticks(places, [f"{p:g}" for p in correlations])
         ax.set_xlabel("task correlation p")
         ax.set_ylim(bottom=0)
-    figure.savefig(path, dpi=120)
+    with replaced(path) as unfinished:
+        figure.savefig(unfinished, dpi=120)
     plt.close(figure)

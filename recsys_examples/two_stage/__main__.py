@@ -223,13 +223,7 @@ def recommend(options: argparse.Namespace) -> None:
 
     from recsys_examples.movielens.serving import load_recommender
 
-    signature = load_recommender(options.model)
-    inputs = sorted(signature.structured_input_signature[1])
-    if inputs != ["user_id"]:
-        raise InputError(
-            f"{options.model} is not a model of this example: its `recommend` "
-            f"signature must take ['user_id']; got {inputs}"
-        )
+    signature = load_recommender(options.model, ("user_id",))
     answer = signature(user_id=tf.constant([options.user], tf.int64))
     print_list(options.user, answer, options.k)
 

@@ -85,7 +85,11 @@ def _measure(request: dict[str, Any]) -> dict[str, dict[str, float]]:
     )
 
     def load(folder: str) -> Callable[[np.ndarray], Any]:
-        signature = tf.saved_model.load(folder).signatures["recommend"]
+        try:
+            signature = tf.saved_model.load(folder).signatures["recommend"]
+        except Exception as error:  # TensorFlow raises many kinds for a damaged file
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            sys.exit(f"{folder} cannot be loaded: {reason}")
         # The signature of the MovieLens example takes the length of the list.
         takes_k = "k" in signature.structured_input_signature[1]
         extra = {"k": tf.constant(10)} if takes_k else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -85,11 +84,7 @@ def _of_run(options: argparse.Namespace) -> None:
     from recsys_examples.two_stage.latency import measure_latency
 
     find_saved_model(options.model)
-    folders = {
-        name: options.model / folder
-        for name, folder in SAVED_MODELS.items()
-        if (options.model / folder).is_dir()
-    }
+    folders = _folders(options.model)
     users = _users_of(options.model)
     console = make_console()
     found = {}
@@ -104,13 +99,34 @@ def _of_run(options: argparse.Namespace) -> None:
     write_json(options.model / "latency.json", found)
 
 
+def _folders(model: Path) -> dict[str, Path]:
+    """Return the folders of the SavedModels of a run, by name."""
+    folders = {
+        name: model / folder
+        for name, folder in SAVED_MODELS.items()
+        if (model / folder).is_dir()
+    }
+    if "two stages" not in folders:
+        raise InputError(f"{model}: not a run: found no {SAVED_MODELS['two stages']}")
+    return folders
+
+
 def _users_of(model: Path) -> list[int]:
     """Return the ids of the test users of a run."""
+    from recsys_examples.runs import read_json
+
     path = model / "metrics.json"
-    try:
-        return json.loads(path.read_text())["users"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not the metrics of a run: {error!r}") from error
+    users = read_json(path, "give the folder of another run").get("users")
+    if (
+        not isinstance(users, list)
+        or not users
+        or not all(type(user) is int and 0 <= user < 2**63 for user in users)
+    ):
+        raise InputError(
+            f"{path}: not the metrics of a run of this example: `users` must be a list "
+            "of user ids"
+        )
+    return users
 
 
 def _by_size(options: argparse.Namespace, prepare: Prepare) -> None:

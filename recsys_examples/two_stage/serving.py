@@ -20,6 +20,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+import keras_moe
 from recsys_examples.movielens.features import HISTORY_LENGTH, NO_MOVIE
 from recsys_examples.movielens.serving import KnownUsers
 from recsys_examples.two_stage.fusion import Fusion, diverse_top, fuse
@@ -155,6 +156,7 @@ def export_saved_model(
     }
     archive.add_endpoint("serving_default", recommender.recommend_for, [features])
     archive.write_out(folder, verbose=False)
+    keras_moe.export.write_checksums(folder)
 
 
 def export_stages(recommender: Recommender, folder: Path, candidates: int) -> None:

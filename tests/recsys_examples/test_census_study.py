@@ -24,6 +24,7 @@ from recsys_examples.census_income.study import Found, Plan, Study, best_layer
 from recsys_examples.census_income.training import Outcome
 from recsys_examples.comparison import Comparison, compare
 from recsys_examples.errors import InputError
+from recsys_examples.runs import sealed
 
 DATA = {"data": "tiny", "versions": {"keras": "3"}}
 
@@ -233,7 +234,7 @@ class TestResume:
     def test_an_invalid_line_is_reported_by_number(self, path, line):
         Results(path, DATA).add(self.JOB, by_job(self.JOB))
         with path.open("a") as file:
-            file.write(f"{line}\n")
+            file.write(json.dumps(sealed(json.loads(line))) + "\n")
         with pytest.raises(InputError, match="line 3: not a run: ") as error:
             Results(path, DATA, resume=True)
         assert str(path) in str(error.value)
@@ -242,7 +243,7 @@ class TestResume:
     def test_a_line_holds_the_job_and_its_outcome(self, path):
         Results(path, DATA).add(self.JOB, by_job(self.JOB))
         first, line = path.read_text().splitlines()
-        assert json.loads(first) == DATA
+        assert json.loads(first) == sealed(DATA)
         record = json.loads(line)
         assert record["job"]["settings"]["structure"] == {"num_experts": 4}
         assert record["job"]["trial"] == 1

@@ -453,9 +453,9 @@ def test_a_terminated_run_leaves_no_files(data_dir, tmp_path):
         cwd=ROOT,
     )
     deadline = time.monotonic() + 120
-    while not list(out.glob(".unfinished-*")) and time.monotonic() < deadline:
+    while not list(out.glob(".partial-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert list(out.glob(".unfinished-*"))
+    assert list(out.glob(".partial-*"))
     run.terminate()
     # Python exits by SIGINT if the interrupt comes during `exec`, such as in runpy.
     assert run.wait(timeout=120) in (130, -signal.SIGINT)

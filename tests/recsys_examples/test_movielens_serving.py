@@ -269,10 +269,13 @@ class TestRecommend:
         assert rule in str(served[f"{name} error"])
 
 
+INPUTS = ("user_id", "k")
+
+
 class TestLoadRecommender:
     @pytest.mark.parametrize("inner", ["", "saved_model"])
     def test_a_run_or_its_saved_model(self, exported, served, queries, inner):
-        signature = load_recommender(exported / inner)
+        signature = load_recommender(exported / inner, INPUTS)
         users, k = queries["one"]
         found = signature(
             user_id=keras.ops.convert_to_tensor(users, "int64"),
@@ -283,13 +286,13 @@ class TestLoadRecommender:
     def test_no_model(self, tmp_path):
         for folder in (tmp_path, tmp_path / "absent"):
             with pytest.raises(InputError, match="not a run or a SavedModel") as caught:
-                load_recommender(folder)
+                load_recommender(folder, INPUTS)
             assert str(folder) in str(caught.value)
 
     def test_broken_model(self, tmp_path):
         (tmp_path / "saved_model.pb").write_bytes(b"not a model")
         with pytest.raises(InputError, match="cannot be loaded") as caught:
-            load_recommender(tmp_path)
+            load_recommender(tmp_path, INPUTS)
         assert str(tmp_path) in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -298,7 +301,11 @@ class TestLoadRecommender:
         other = keras.Model(inputs, keras.layers.Dense(1)(inputs))
         other.export(tmp_path / "other", verbose=False)
         with pytest.raises(InputError, match='has no signature "recommend"'):
-            load_recommender(tmp_path / "other")
+            load_recommender(tmp_path / "other", INPUTS)
+
+    def test_the_model_of_another_example(self, exported):
+        with pytest.raises(InputError, match=r"must take \['user_id'\] and return"):
+            load_recommender(exported, ("user_id",))
 
 
 def test_a_sparse_moe(windows, settings, features, tmp_path):

@@ -34,6 +34,7 @@ def test_round_trip(path):
     assert file.results == [FIRST, SECOND]
     file.add([THIRD])
     assert file.results == [FIRST, SECOND, THIRD]
+    del file
     assert resumed(path).results == [FIRST, SECOND, THIRD]
     lines = path.read_text().splitlines()
     assert [len(lines), json.loads(lines[0])["steps"]] == [4, 10]
@@ -55,6 +56,7 @@ def test_an_incomplete_last_line_is_dropped(path, cut):
     assert file.results == [FIRST]
     # The next record is not appended to the incomplete line.
     file.add([THIRD])
+    del file
     assert resumed(path).results == [FIRST, THIRD]
 
 

@@ -148,7 +148,7 @@ class TestLatency:
     def test_a_folder_that_is_not_a_run(self, run, command):
         status, _, err = command("latency", "--model", run / "saved_model")
         assert status == 2
-        assert "metrics.json: not the metrics of a run" in err
+        assert "saved_model: not a run: found no saved_model" in err
         assert len(err.splitlines()) == 1
 
 
