@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import keras
 
-from keras_moe import _backend, _replicas
+from keras_moe import _backend, _checks, _replicas
 
 # Arguments of `call` that are not inputs.
 _NON_INPUTS = ("self", "mask", "training")
@@ -38,6 +38,9 @@ class Layer(keras.layers.Layer):
     least_rank: ClassVar[int] = 2
     rank_reason: ClassVar[str] = ""
     takes_dict: ClassVar[bool] = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**_checks.layer_options(kwargs))
 
     def add_state(
         self,

@@ -9,12 +9,15 @@ field, which makes the initial weights too small by a factor of sqrt(e).
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
+
+from keras_moe import _checks
 
 
 def independent(initializer: Any, *key: int) -> Callable[..., Any]:
@@ -32,7 +35,7 @@ def independent(initializer: Any, *key: int) -> Callable[..., Any]:
     if isinstance(config["seed"], int):
         # A SeedSequence distinguishes (seed 0, key 1) from (1, 0), but ignores trailing
         # zeros, hence the length of the key at the end.
-        words = [config["seed"], *key, len(key) + 1]
+        words = [config["seed"] % 2**64, *key, len(key) + 1]
         state = np.random.SeedSequence(words).generate_state(1)
         config["seed"] = int(state[0] >> 1)
     elif config["seed"] is not None:
@@ -69,10 +72,19 @@ class PerExpert(keras.initializers.Initializer):
     """
 
     def __init__(self, initializer: Any, stream: int | Sequence[int] = 0) -> None:
-        self.initializer = keras.initializers.get(initializer)
-        if self.initializer is None:
+        if initializer is None:
             raise ValueError("`initializer` must not be None.")
-        self.stream = stream if isinstance(stream, int) else list(stream)
+        self.initializer = _checks.initializer("initializer", initializer)
+        self.stream: int | list[int] = (
+            _checks.count("stream", stream)
+            if isinstance(stream, numbers.Integral)
+            else [
+                _checks.count(f"stream[{i}]", key)
+                for i, key in enumerate(
+                    _checks.items("stream", stream, "an integer or a sequence of them")
+                )
+            ]
+        )
 
     def __call__(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
         """Return a tensor of `shape`, whose first axis is the experts."""

@@ -30,8 +30,8 @@ from keras_moe.layers._parts import (
     check_expert_outputs,
     check_leading_axes,
     checked_rows,
-    default_name,
     expert_count,
+    layer_name,
 )
 
 # Keeps the old import path.
@@ -145,9 +145,7 @@ class MMoE(HasDispatch, GatedMixture):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            expert_units, tasks, name=name or default_name("mmoe"), **kwargs
-        )
+        super().__init__(expert_units, tasks, name=layer_name(name, "mmoe"), **kwargs)
         self.num_experts = expert_count(num_experts, self._experts_given)
         self.top_k, self.shared_top_k = _checked_choices(
             top_k, shared_top_k, self.num_experts
@@ -357,7 +355,7 @@ class OMoE(MMoE):
             num_experts,
             expert_units,
             tasks,
-            name=name or default_name("omoe"),
+            name=layer_name(name, "omoe"),
             **kwargs,
         )
 

@@ -17,7 +17,7 @@ from keras import ops
 
 from keras_moe import _backend, _checks
 from keras_moe._layer import Layer, given_or_attached
-from keras_moe.layers._parts import default_name
+from keras_moe.layers._parts import layer_name
 from keras_moe.layers._scenarios import (
     check_scenario_shape,
     checked_scenario,
@@ -83,7 +83,7 @@ class PartitionedNormalization(Layer):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        name = name or default_name("partitioned_normalization")
+        name = layer_name(name, "partitioned_normalization")
         super().__init__(name=name, **kwargs)
         self.supports_masking = True
         self.num_scenarios = _checks.positive_int("num_scenarios", num_scenarios)

@@ -200,7 +200,7 @@ class ByGroup(BufferedMetric):
             raise ValueError(
                 f"`metric` must be a Keras metric. Received: metric={metric!r}"
             )
-        super().__init__(max_rows, group, name or metric.name)
+        super().__init__(max_rows, group, metric.name if name is None else name)
         # In a config, not as an attribute: Keras would make it part of this state.
         self._config = keras.saving.serialize_keras_object(metric)
 

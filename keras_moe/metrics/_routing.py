@@ -108,10 +108,10 @@ class RoutingMetrics(keras.metrics.Metric):
         *,
         state_of: Layer | None = None,
     ) -> None:
-        super().__init__(name=name, dtype="float32")
+        super().__init__(name=_checks.text("name", name), dtype="float32")
         self.num_experts = _checks.positive_int("num_experts", num_experts)
         self.show = _checked_show(show)
-        self.prefix = prefix
+        self.prefix = _checks.text("prefix", prefix)
         needed = {part for figure in self.show for part in _SUMS_OF[figure]}
         self._sum_names = sorted(needed)
         # False while a model is exported: `update_state` then does nothing.
@@ -196,17 +196,10 @@ def _value(total: Any) -> Any:
 
 def _checked_show(show: Any) -> tuple[str, ...]:
     known = ", ".join(repr(name) for name in RoutingMetrics.KNOWN)
-    if isinstance(show, str) or not isinstance(show, Sequence):
-        raise ValueError(
-            f"`show` must be a sequence of names from {known}. Received: show={show!r}"
-        )
-    for name in show:
-        if name not in RoutingMetrics.KNOWN:
-            raise ValueError(
-                f"`show` must hold names from {known}. Received: {name!r} in "
-                f"show={show!r}"
-            )
-    return tuple(show)
+    names = _checks.items("show", show, f"a sequence of names from {known}")
+    for i, name in enumerate(names):
+        _checks.one_of(f"show[{i}]", name, RoutingMetrics.KNOWN)
+    return names
 
 
 def _check_kept(routing: Any, kept: Any) -> None:

@@ -127,7 +127,7 @@ class SumMetric(keras.metrics.Metric):
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], name: str) -> None:
-        super().__init__(name=name, dtype="float32")
+        super().__init__(name=_checks.text("name", name), dtype="float32")
         self._sums = {
             part: self.add_variable(shape=shape, initializer="zeros", name=part)
             for part, shape in shapes.items()

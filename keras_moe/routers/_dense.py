@@ -61,7 +61,7 @@ class DenseRouter(LinearRouter):
         self, num_experts: int, *, temperature: float = 1.0, **kwargs: Any
     ) -> None:
         super().__init__(num_experts, num_experts, **kwargs)
-        self.temperature = _checks.positive_number("temperature", temperature)
+        self.temperature = _checks.divisor("temperature", temperature)
 
     def call(
         self, tokens: Any, mask: Any = None, training: bool | None = None

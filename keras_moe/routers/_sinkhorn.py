@@ -87,7 +87,7 @@ class SinkhornRouter(LinearRouter):
     ) -> None:
         super().__init__(num_experts, top_k, **kwargs)
         self.iterations = _checks.positive_int("iterations", iterations)
-        self.temperature = _checks.positive_number("temperature", temperature)
+        self.temperature = _checks.divisor("temperature", temperature)
         self.renormalize = _scoring.checked_renormalize(renormalize, self.top_k)
 
     def call(

@@ -67,8 +67,10 @@ class DBMTL(Layer):
         super().__init__(**kwargs)
         self.parents = _checked(parents)
         self.units = _checks.unit_sizes("units", units)
-        self.activation = keras.activations.get(activation)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.activation = _checks.activation("activation", activation)
+        self.kernel_initializer = _checks.initializer(
+            "kernel_initializer", kernel_initializer
+        )
         self.mlps = {
             task: [
                 keras.layers.Dense(

@@ -69,7 +69,7 @@ class DWA(LossWeighting):
     def __init__(self, steps: int, temperature: float = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.steps = _checks.positive_int("steps", steps)
-        self.temperature = _checks.positive_number("temperature", temperature)
+        self.temperature = _checks.divisor("temperature", temperature)
 
     def build(self, input_shape: tuple[int, ...]) -> None:
         shape = (input_shape[0],)
