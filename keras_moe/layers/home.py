@@ -122,7 +122,11 @@ class HoME(GatedMixture):
         self.groups = _checked_groups(groups, self._tasks.keys)
         tasks = self._tasks.keys
         self.group_of_task = [
-            next(i for i, group in enumerate(self.groups or [tasks]) if task in group)
+            next(
+                i
+                for i, group in enumerate(self.groups or [list(tasks)])
+                if task in group
+            )
             for task in tasks
         ]
         self.num_groups = max(self.group_of_task) + 1

@@ -57,13 +57,9 @@ class BySegment(keras.metrics.Metric):
         name: str = "by_segment",
     ) -> None:
         super().__init__(name=_checks.text("name", name), dtype="float32")
-        if not isinstance(metric, keras.metrics.Metric):
-            raise ValueError(
-                f"`metric` must be a Keras metric. Received: metric={metric!r}"
-            )
         self.segments = _checked_segments(segments)
         self.group = _checks.optional_text("group", group)
-        self.metric = metric
+        self.metric = _checks.metric("metric", metric)
         self._metrics_of_segments = [
             type(metric).from_config(
                 {**metric.get_config(), "name": f"{metric.name}_{segment}"}

@@ -114,6 +114,11 @@ class RoutingMetrics(keras.metrics.Metric):
         self.prefix = _checks.text("prefix", prefix)
         needed = {part for figure in self.show for part in _SUMS_OF[figure]}
         self._sum_names = sorted(needed)
+        if state_of is not None and not isinstance(state_of, Layer):
+            raise ValueError(
+                "`state_of` must be None or a layer of keras_moe. "
+                f"Received: state_of={state_of!r}"
+            )
         # False while a model is exported: `update_state` then does nothing.
         self.active = True
         sums = [self._add_sum(part, state_of) for part in self._sum_names]

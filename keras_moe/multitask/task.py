@@ -86,7 +86,7 @@ class Task:
         loss: Any = "head",
         metrics: Sequence[Any] = (),
     ) -> None:
-        self.name = Tasks([name]).keys[0]
+        self.name = Tasks([name], "name").keys[0]
         self.head = heads.get(head)
         self.label_keys = _keys(self.name if label is None else label)
         self.defined = _defined(defined, self.name)
@@ -267,13 +267,13 @@ def _loss(loss: Any, task: Task) -> Any:
         return task.head.loss()
     if loss is None or isinstance(loss, JointLoss):
         return loss
-    try:
-        found = keras.losses.get(loss)
-    except ValueError as error:
-        raise ValueError(
-            '`loss` must be "head", None, a loss of Keras or a JointLoss. '
-            f"Received: loss={loss!r} for the task {task.name!r}"
-        ) from error
+    rule = (
+        '"head", None, a loss of Keras, its name, a function of (y_true, y_pred) or a '
+        f"JointLoss for the task {task.name!r}"
+    )
+    found = _checks.keras_object(
+        "loss", loss, rule, keras.losses.get, keras.losses.Loss
+    )
     if isinstance(found, keras.losses.Loss):
         return found
     return FunctionLoss(found)

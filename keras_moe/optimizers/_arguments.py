@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import keras
+
 from keras_moe import _backend, _checks
 
 EMBEDDINGS = r"(^|/)embeddings$"
@@ -45,8 +47,11 @@ def checked(optimizer: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _learning_rate(name: str, value: Any) -> Any:
-    number = isinstance(value, numbers.Number)  # Others are a matter of Keras.
-    return _checks.non_negative_number(name, value) if number else value
+    if isinstance(value, numbers.Number):
+        return _checks.non_negative_number(name, value)
+    rule = "a number >= 0, a LearningRateSchedule or a function without arguments"
+    kind = keras.optimizers.schedules.LearningRateSchedule
+    return _checks.keras_object(name, value, rule, lambda given: given, kind)
 
 
 def _at_least_2(name: str, value: Any) -> int:
@@ -57,7 +62,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "learning_rate": _learning_rate,
     "beta_1": _checks.rate,
     "beta_2": _checks.rate,
-    "epsilon": _checks.divisor,
+    "epsilon": _checks.non_negative_number,
     "initial_accumulator_value": _checks.non_negative_number,
     "amsgrad": _checks.flag,
     "weight_decay": _checks.non_negative_number,

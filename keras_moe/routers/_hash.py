@@ -78,10 +78,8 @@ class HashRouter(Router):
         super().__init__(num_experts, top_k, **kwargs)
         if vocabulary_size is not None:
             vocabulary_size = _checks.positive_int("vocabulary_size", vocabulary_size)
-        if seed is None:
-            raise ValueError("`seed` must be an integer. Received: seed=None")
         self.vocabulary_size = vocabulary_size
-        self.seed = _checks.seed(seed)
+        self.seed: int = _checks.count("seed", seed)
         self.table = None
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:

@@ -145,7 +145,7 @@ def _checked(parents: Any) -> dict[str, list[str]]:
             f"`parents` must be a dict of lists by task. Received: {parents!r}"
         )
     checked: dict[str, list[str]] = {}
-    for task in Tasks(list(parents)).keys:
+    for task in Tasks(list(parents), "parents").keys:
         listed = isinstance(parents[task], list | tuple)
         if not listed or any(parent not in checked for parent in parents[task]):
             raise ValueError(

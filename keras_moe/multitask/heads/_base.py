@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import keras
 import numpy as np
 
+from keras_moe import _checks
+
 
 class Head:
     """The output form of a task, without weights.
@@ -66,7 +68,20 @@ class HeadLoss(keras.losses.Loss):
     """
 
     def __init__(self, name: str, reduction: str = MEAN, dtype: Any = None) -> None:
+        name = _checks.text("name", name)
+        if reduction is not None and not isinstance(reduction, str):
+            raise ValueError(
+                f"`reduction` must be a string or None. Received: {reduction!r}"
+            )
+        if dtype is not None:
+            _checks.float_dtype(dtype)
         super().__init__(name=name, reduction=reduction, dtype=dtype)
+        self._dtype_is_given = dtype is not None
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments; Keras leaves out the dtype."""
+        dtype = {"dtype": self.dtype} if self._dtype_is_given else {}
+        return {**super().get_config(), **dtype}
 
 
 def like(labels: Any, outputs: Any) -> Any:
