@@ -27,6 +27,7 @@ def independent(initializer: Any, *key: int) -> Callable[..., Any]:
     several kernels identical values. A copy of an unseeded initializer has a new random
     seed. An initializer without randomness is returned unchanged.
     """
+    words = [_checks.count("key", word) for word in key]
     if not isinstance(initializer, keras.initializers.Initializer):
         return initializer
     config = initializer.get_config()
@@ -35,7 +36,7 @@ def independent(initializer: Any, *key: int) -> Callable[..., Any]:
     if isinstance(config["seed"], int):
         # A SeedSequence distinguishes (seed 0, key 1) from (1, 0), but ignores trailing
         # zeros, hence the length of the key at the end.
-        words = [config["seed"] % 2**64, *key, len(key) + 1]
+        words = [config["seed"] % 2**64, *words, len(words) + 1]
         state = np.random.SeedSequence(words).generate_state(1)
         config["seed"] = int(state[0] >> 1)
     elif config["seed"] is not None:

@@ -2,6 +2,7 @@
 
 from keras_moe._checks._objects import (
     activation,
+    deserialized,
     float_dtype,
     initializer,
     keras_object,
@@ -14,6 +15,7 @@ from keras_moe._checks._shapes import (
     integers,
     last_dimension,
     scalar,
+    tensor,
 )
 from keras_moe._checks._values import (
     choices,
@@ -42,6 +44,7 @@ __all__ = [
     "axes",
     "choices",
     "count",
+    "deserialized",
     "divisor",
     "each",
     "finite_number",
@@ -65,6 +68,7 @@ __all__ = [
     "regularizer",
     "scalar",
     "seed",
+    "tensor",
     "text",
     "top_k",
     "unit_sizes",

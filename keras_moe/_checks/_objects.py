@@ -86,6 +86,17 @@ def metric(name: str, value: Any) -> Any:
     return value
 
 
+def deserialized(name: str, config: dict[str, Any]) -> Any:
+    """Return the object of a config, in Keras' safe mode, or raise ValueError."""
+    try:
+        return keras.saving.deserialize_keras_object(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"`{name}` must be a config of serialize_keras_object. {error} "
+            f"Received: {name}={config!r}"
+        ) from error
+
+
 def layer_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return arguments of `keras.layers.Layer` after checks that Keras leaves out."""
     optional_text("name", options.get("name"))

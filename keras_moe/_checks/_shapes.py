@@ -40,6 +40,20 @@ def scalar(name: str, value: Any, allow_zero: bool = False) -> Any:
     return value
 
 
+def tensor(name: str, value: Any) -> Any:
+    """Return `value` as a tensor or array of real numbers, or raise ValueError."""
+    rule = f"`{name}` must be a tensor or array of real numbers. Received: "
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        try:
+            value = ops.convert_to_tensor(value)
+        except Exception as error:  # Each backend has its own.
+            raise ValueError(f"{rule}{name}={value!r}") from error
+    dtype = str(getattr(value.dtype, "name", value.dtype))
+    if not any(kind in dtype for kind in ("int", "float", "bool")):
+        raise ValueError(f"{rule}{name} of dtype {dtype}")
+    return value
+
+
 def axes(**arguments: tuple[Any, str]) -> None:
     """Raise ValueError unless the shapes of the arguments are consistent.
 
@@ -76,8 +90,7 @@ def axes(**arguments: tuple[Any, str]) -> None:
 def integers(**arguments: Any) -> None:
     """Raise ValueError unless the tensors hold integers."""
     for name, value in arguments.items():
-        tensor = value if hasattr(value, "dtype") else ops.convert_to_tensor(value)
-        dtype = backend.standardize_dtype(tensor.dtype)
+        dtype = backend.standardize_dtype(tensor(name, value).dtype)
         if "int" not in dtype:
             raise ValueError(
                 f"`{name}` must hold integers. Received: {name} of dtype {dtype}"
@@ -86,7 +99,7 @@ def integers(**arguments: Any) -> None:
 
 def _sizes(name: str, value: Any, letters: str) -> dict[str, Any]:
     """Return the size of every axis, or an empty dict if the rank is unknown."""
-    shape = None if value is None else _static_shape(value)
+    shape = None if value is None else _static_shape(tensor(name, value))
     if value is not None and shape is None:
         return {}
     tail = letters.removeprefix("...")
@@ -102,9 +115,9 @@ def _sizes(name: str, value: Any, letters: str) -> dict[str, Any]:
 
 
 def _static_shape(value: Any) -> tuple[Any, ...] | None:
-    tensor = value if hasattr(value, "shape") else ops.convert_to_tensor(value)
+    value = value if hasattr(value, "shape") else ops.convert_to_tensor(value)
     # `len` fails for a TensorFlow shape of unknown rank.
-    return None if getattr(tensor.shape, "rank", 0) is None else tuple(tensor.shape)
+    return None if getattr(value.shape, "rank", 0) is None else tuple(value.shape)
 
 
 def _is_known(size: Any) -> bool:

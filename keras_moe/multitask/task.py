@@ -87,7 +87,7 @@ class Task:
         metrics: Sequence[Any] = (),
     ) -> None:
         self.name = Tasks([name], "name").keys[0]
-        self.head = heads.get(head)
+        self.head = heads.get(head, "head")
         self.label_keys = _keys(self.name if label is None else label)
         self.defined = _defined(defined, self.name)
         self.skip_missing = _checks.flag("skip_missing", skip_missing)

@@ -87,6 +87,11 @@ class Router(Layer):
         """The minimum rank of the tokens: ids have no feature axis."""
         return 1 if self.reads_ids else 2
 
+    @property
+    def feature_axes(self) -> int:  # type: ignore[override]
+        """The number of axes of the tokens that a mask lacks."""
+        return 0 if self.reads_ids else 1
+
     def _check_has_gradient(self, training: bool | None, rule: str) -> None:
         """Raise ValueError in training if the only weight is always 1 (no gradient)."""
         kernel = getattr(self, "kernel", None)

@@ -123,7 +123,7 @@ def moe_from_dense(
     Raises:
         ValueError: if an argument is invalid.
     """
-    layers = list(layers)
+    layers = list(_checks.items("layers", layers, "a sequence of Dense layers"))
     _check_layers(layers)
     if top_k is not None and _checks.positive_int("top_k", top_k) == 1:
         raise ValueError(

@@ -246,3 +246,65 @@ RIGHT: dict[str, list[str]] = {
     "weight_decay": ["None", "0.0", "0.01"],
     "weights": ["[1.0, 2.0]", "(1, 0)", "np.array([0.5, 1.0])"],
 }
+
+
+def floats(*shape: int) -> np.ndarray:
+    """Random numbers, always the same for a shape."""
+    seed = np.random.SeedSequence([len(shape), *shape])
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def probabilities(*shape: int) -> np.ndarray:
+    """Positive numbers whose sum over the last axis is 1."""
+    shares = np.exp(floats(*shape))
+    return shares / np.maximum(shares.sum(-1, keepdims=True), 1e-9)
+
+
+def integers(below: int, *shape: int) -> np.ndarray:
+    """Different along the last axis, as the choices of a token are."""
+    count = int(np.prod(shape))
+    return (np.arange(count).reshape(shape) % below).astype("int32")
+
+
+def bools(*shape: int) -> np.ndarray:
+    return np.arange(int(np.prod(shape))).reshape(shape) % 3 < 2
+
+
+def routing(n: int, e: int, k: int) -> Any:
+    """A record of tokens that choose experts."""
+    probs = probabilities(n, e)
+    indices = integers(e, n, k)
+    weights = np.take_along_axis(probs, indices, axis=-1)
+    return keras_moe.routing.Routing(indices, weights, np.log(probs), probs)
+
+
+def built(layer: Any, width: int = 6) -> Any:
+    """A layer that has been called."""
+    layer(np.zeros((2, width), "float32"))
+    return layer
+
+
+NAMES |= {
+    "F": floats,
+    "P": probabilities,
+    "I": integers,
+    "B": bools,
+    "R": routing,
+    "built": built,
+}
+# Tensors of any rank, type and size.
+TENSORS = [
+    *("F(3, 4)", "F(3, 5)", "F(2, 4)", "F(3)", "F(2, 3, 4)", "F(0, 4)", "F(1, 4)"),
+    *("F(3, 4).astype('float64')", "F(3, 4).astype('float16')", "F(3, 4).tolist()"),
+    *("F(3, 4) > 0", "I(4, 3, 4)", "I(4, 3, 4).astype('uint8')", "F(3, 0)", "F(0)"),
+    *(
+        "ops.convert_to_tensor(F(3, 4))",
+        "keras.Variable(F(3, 4))",
+        "F(3, 1)",
+        "F(3, 6)",
+    ),
+    *("np.full((3, 4), 'a')", "np.full((3, 4), None)", "F(3, 4) * 1j", "B(3)", "B(2)"),
+    *("B(3).astype('int32')", "B(3).tolist()", "np.zeros(3, bool)", "I(2, 3)", "F(4)"),
+    *("{'a': F(3, 4)}", "[F(3, 4), F(3, 4)]", "(F(3, 4),)", "B(3, 1)", "I(2, 3, 1)"),
+    *("F(0, 6)", "F(1, 6)", "F(2, 3, 6)", "F(3, 6).astype('float64')", "I(4, 3, 6)"),
+]

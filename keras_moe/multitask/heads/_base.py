@@ -78,6 +78,14 @@ class HeadLoss(keras.losses.Loss):
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self._dtype_is_given = dtype is not None
 
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Return the loss; raise ValueError for what is no tensor."""
+        given = {"y_true": y_true, "y_pred": y_pred, "sample_weight": sample_weight}
+        for name, value in given.items():
+            if value is not None or name != "sample_weight":
+                given[name] = _checks.tensor(name, value)
+        return super().__call__(**given)
+
     def get_config(self) -> dict[str, Any]:
         """Return the arguments; Keras leaves out the dtype."""
         dtype = {"dtype": self.dtype} if self._dtype_is_given else {}
