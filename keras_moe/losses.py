@@ -253,7 +253,7 @@ def entropy(probs: Any) -> Any:
     True
     """
     _checks.axes(probs=(probs, "...e"))
-    probs = ops.convert_to_tensor(probs)
+    probs = _as_float(probs)
     # About the smallest normal float32. At p = 0 the entropy is exact, and its
     # gradient, infinite in theory, is large and finite.
     return -ops.sum(probs * ops.log(ops.maximum(probs, 1e-37)), axis=-1)

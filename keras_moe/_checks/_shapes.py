@@ -34,9 +34,10 @@ def scalar(name: str, value: Any, allow_zero: bool = False) -> Any:
     """Return `value` if it is an int >= 1 (or >= 0), or a scalar integer tensor."""
     if value is None or isinstance(value, numbers.Real):
         return count(name, value) if allow_zero else positive_int(name, value)
-    if hasattr(value, "shape"):
-        axes(**{name: (value, "")})
-        integers(**{name: value})
+    if not hasattr(value, "shape"):  # Compilers use symbolic integers.
+        return value if hasattr(value, "__index__") else count(name, value)
+    axes(**{name: (value, "")})
+    integers(**{name: value})
     return value
 
 

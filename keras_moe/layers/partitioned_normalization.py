@@ -88,7 +88,7 @@ class PartitionedNormalization(Layer):
         self.supports_masking = True
         self.num_scenarios = _checks.positive_int("num_scenarios", num_scenarios)
         self.momentum = _checks.rate("momentum", momentum)
-        self.epsilon = _checks.positive_number("epsilon", epsilon)
+        self.epsilon = _checks.divisor("epsilon", epsilon)
 
     def build(
         self,

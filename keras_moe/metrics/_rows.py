@@ -63,7 +63,7 @@ def flat_groups(groups: Any, y_pred: Any) -> Any:
     # With several replicas Keras first traces with float64 in place of every input.
     if _backend.num_replicas() == 1:
         _checks.integers(groups=groups)
-    predictions = ops.convert_to_tensor(y_pred)
+    predictions = ops.convert_to_tensor(_checks.tensor("y_pred", y_pred))
     groups = _same_rank("groups", groups, predictions)
     return ops.reshape(ops.broadcast_to(groups, ops.shape(predictions)), (-1,))
 

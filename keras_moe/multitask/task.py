@@ -283,6 +283,8 @@ def _loss(loss: Any, task: Task) -> Any:
 class FunctionLoss(HeadLoss):
     """The mean of a function over the sum of the sample weights."""
 
+    labels_per_output = True
+
     def __init__(
         self, function: Any, reduction: str = MEAN, name: Any = None, dtype: Any = None
     ) -> None:

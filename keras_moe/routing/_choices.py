@@ -186,6 +186,12 @@ def expert_counts(
     _checks.positive_int("num_experts", num_experts)
     _checks.axes(indices=(indices, "nk"), counted=(counted, "n?"))
     _checks.integers(indices=indices)
+    try:
+        dtype = keras.backend.standardize_dtype(dtype)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`dtype` must be a dtype. Received: dtype={dtype!r}"
+        ) from error
     indices = ops.convert_to_tensor(indices)
     counts = ops.ones_like(indices, dtype=dtype)
     if counted is not None:

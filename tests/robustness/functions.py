@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -23,14 +23,13 @@ class Subject:
         call: the function; it gets the arguments by name.
         right: by argument, right values.
         oracle: a second implementation on NumPy arrays; None if there is none.
-        free: arguments of any type, such as objects that a user defines.
+        may_be_nan: whether NaN is a documented result, such as that of no rows.
     """
 
     call: Callable[..., Any]
     right: dict[str, list[str]]
     oracle: Callable[..., Any] | None = None
-    free: tuple[str, ...] = ()
-    optional: tuple[str, ...] = field(default=())
+    may_be_nan: bool = False
 
 
 _MASK = ["None", "B(3)", "np.ones(3, bool)", "B(3).tolist()"]
@@ -247,12 +246,10 @@ FUNCTIONS: dict[str, Subject] = {
             keras_moe.initializers.independent(initializer, key) is None
         ],
         {"initializer": ["keras.initializers.HeNormal(3)", "'zeros'"], "key": ["1"]},
-        free=("initializer",),
     ),
     "initializers.is_seeded": Subject(
         lambda initializer: [keras_moe.initializers.is_seeded(initializer)],
         {"initializer": ["keras.initializers.HeNormal(3)", "'zeros'"]},
-        free=("initializer",),
     ),
     "distribution.plan": Subject(
         lambda **given: [float(len(keras_moe.distribution.plan(**given)))],
@@ -294,8 +291,10 @@ def _record() -> list[Any]:
 
 def _outputs(inputs: Any, names: Any) -> Any:
     """Outputs by name; what is not a list of names stays as it is."""
-    if not isinstance(names, list) or not isinstance(inputs, keras.KerasTensor):
+    if not isinstance(names, list):
         return names
+    if not isinstance(inputs, keras.KerasTensor):
+        inputs = keras.Input((6,))
     return {name: keras.layers.Dense(1, "sigmoid")(inputs) for name in names}
 
 
@@ -318,18 +317,24 @@ _GROUPS = {**_ROWS, "groups": ["I(2, 3)", "I(3, 3)", "[0, 0, 1]"]}
 METHODS: dict[str, Subject] = {
     **{
         f"metrics.{name}.update_state": Subject(
-            _metric(getattr(metrics, name), "y_true", "y_pred", "sample_weight"), _ROWS
+            _metric(getattr(metrics, name), "y_true", "y_pred", "sample_weight"),
+            _ROWS,
+            may_be_nan=True,
         )
         for name in ("PCOC", "RankAUC", "NormalizedEntropy", "ExpectedCalibrationError")
     },
     "metrics.XAUC.update_state": Subject(
-        _metric(lambda: metrics.XAUC(16), "y_true", "y_pred", "sample_weight"), _ROWS
+        _metric(lambda: metrics.XAUC(16), "y_true", "y_pred", "sample_weight"),
+        _ROWS,
+        may_be_nan=True,
     ),
     "metrics.GAUC.update_state": Subject(
-        _metric(lambda: metrics.GAUC(max_rows=16), *_GROUPS), _GROUPS
+        _metric(lambda: metrics.GAUC(max_rows=16), *_GROUPS), _GROUPS, may_be_nan=True
     ),
     "metrics.BySegment.update_state": Subject(
-        _metric(lambda: metrics.BySegment(keras.metrics.AUC(), 2), *_GROUPS), _GROUPS
+        _metric(lambda: metrics.BySegment(keras.metrics.AUC(), 2), *_GROUPS),
+        _GROUPS,
+        may_be_nan=True,
     ),
     "metrics.GatePolarization.update_state": Subject(
         _metric(metrics.GatePolarization, "gate_weights", "mask"),

@@ -185,4 +185,6 @@ def numbers(made: Any) -> list[np.ndarray]:
 
 def may_be_nan(made: Any) -> bool:
     """Whether the documented result of the use is NaN."""
+    if isinstance(made, weighting.FAMO):  # A loss below its minimum.
+        return bool(np.max(made.min_losses) >= 0.5)
     return isinstance(made, BufferedMetric) and made.max_rows < len(LABELS)
