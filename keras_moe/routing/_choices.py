@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from keras import ops
+from keras import backend, ops
 
 from keras_moe import _backend, _checks, _mesh
 from keras_moe.routing._records import (
@@ -187,7 +187,7 @@ def expert_counts(
     _checks.axes(indices=(indices, "nk"), counted=(counted, "n?"))
     _checks.integers(indices=indices)
     try:
-        dtype = keras.backend.standardize_dtype(dtype)
+        dtype = backend.standardize_dtype(dtype)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"`dtype` must be a dtype. Received: dtype={dtype!r}"
