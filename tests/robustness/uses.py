@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+import keras_moe
 from keras_moe import layers, metrics, multitask, routers, routing
 from keras_moe.experts import StackedKernels
 from keras_moe.metrics._buffer import BufferedMetric
@@ -158,6 +159,8 @@ def use_head(head: Any) -> Any:
 
 
 def use_callback(callback: Any) -> Any:
+    if not isinstance(callback, keras_moe.callbacks.CombinedMonitor):
+        return []  # Used in `fit` alone.
     logs = {name: 0.5 for name in callback.weights}
     callback.on_train_begin()
     callback.on_epoch_end(0, logs)

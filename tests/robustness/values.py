@@ -103,6 +103,7 @@ _TEXT = ["'a'", "'name of mine'", "'größe'"]
 # By the name of the argument; a constructor may have its own in its subject. The first
 # of a required argument is the one in the cases that do not change it.
 RIGHT: dict[str, list[str]] = {
+    "action": ["'stop'", "'skip'"],
     "activation": _ACTIVATION,
     "activity_regularizer": _REGULARIZER,
     "alpha": ["1.5", "0", "0.5"],
@@ -176,6 +177,7 @@ RIGHT: dict[str, list[str]] = {
     "load_loss_weight": ["None", "0.0", "0.1"],
     "loss": ["'head'", "None", "'mse'", "keras.losses.MeanSquaredError()"],
     "loss_scale_factor": ["None", "2.0", "128"],
+    "max_in_a_row": _INT,
     "max_rows": ["16", "5", "np.int64(8)"],
     "method": ["'ipw'", "'dr'"],
     "metric": ["keras.metrics.AUC()", "keras.metrics.BinaryAccuracy()"],
