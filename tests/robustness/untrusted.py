@@ -293,7 +293,7 @@ def _is_import() -> bool:
     return False
 
 
-def attempt(case: Case, watch: Watch) -> tuple[str, str | None]:
+def attempt(case: Case, watch: Watch, safe_mode: bool = True) -> tuple[str, str | None]:
     """Load one crafted file; return "refused" or "loaded", and what is wrong."""
     _name, write = case
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -309,7 +309,7 @@ def attempt(case: Case, watch: Watch) -> tuple[str, str | None]:
         outcome, model = "loaded", None
         with watch.watching() as events:
             try:
-                model = keras.saving.load_model(file)
+                model = keras.saving.load_model(file, safe_mode=safe_mode)
             except Exception:
                 outcome = "refused"
         wrong = None
