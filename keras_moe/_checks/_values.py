@@ -159,7 +159,8 @@ def seed(value: Any) -> int | None:
     # Seeds of random generators are uint32 on JAX.
     if not integral or not 0 <= int(value) < 2**32:
         raise ValueError(
-            f"`seed` must be an integer in [0, 2**32) or None. Received: seed={value!r}"
+            "`seed` must be an integer or None, at least 0 and below 2**32. "
+            f"Received: seed={value!r}"
         )
     return int(value)
 
@@ -179,6 +180,19 @@ def text(name: str, value: Any, rule: str = "a string of printable characters") 
 def optional_text(name: str, value: Any) -> str | None:
     """Return `value` if it is None or as `text` wants it."""
     return None if value is None else text(name, value)
+
+
+def names_from(name: str, value: Any, known: Iterable[str]) -> tuple[str, ...]:
+    """Return the elements of a sequence if all are in `known`, or raise ValueError."""
+    listed = ", ".join(repr(one) for one in known)
+    names = items(name, value, f"a sequence of names from {listed}")
+    for one in names:
+        if not isinstance(one, str) or one not in known:
+            raise ValueError(
+                f"`{name}` must hold names from {listed}. "
+                f"Received: {one!r} in {name}={value!r}"
+            )
+    return names
 
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> str:

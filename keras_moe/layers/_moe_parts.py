@@ -170,9 +170,7 @@ def make_metrics(
 ) -> RoutingMetrics | None:
     """Return a metric of the given figures for `layer`, or None if there are none."""
     known = sorted(RoutingMetrics.KNOWN)
-    names = _checks.items("routing_metrics", names, f"a sequence of names from {known}")
-    for i, name in enumerate(names):
-        _checks.one_of(f"routing_metrics[{i}]", name, known)
+    names = _checks.names_from("routing_metrics", names, known)
     if not names:
         return None
     needs_probs = sorted(RoutingMetrics.NEEDS_PROBS.intersection(names))

@@ -351,19 +351,16 @@ def _checked_groups(groups: Any, tasks: Sequence[Any]) -> list[list[Any]] | None
     rule = "a sequence of sequences with every task exactly once"
     found = [
         # A string group would be split into characters.
-        list(_checks.items(f"groups[{i}]", group, "a sequence of tasks"))
-        for i, group in enumerate(_checks.items("groups", groups, rule))
+        list(_checks.items("groups", group, rule))
+        for group in _checks.items("groups", groups, rule)
     ]
     listed = [task for group in found for task in group]
     # `True` and 1.0 are equal to the task 1.
     known = all(type(task) is type(tasks[0]) and task in tasks for task in listed)
-    if not known or len({*listed}) < len(listed) or len(listed) < len(tasks):
+    once = known and len({*listed}) == len(listed) == len(tasks)
+    if not once or not all(found):
         raise ValueError(
             f"`groups` must be {rule}. "
             f"Received: groups={groups!r} for the tasks {list(tasks)}"
-        )
-    if not all(found):
-        raise ValueError(
-            f"`groups` must not hold an empty group. Received: groups={groups!r}"
         )
     return found

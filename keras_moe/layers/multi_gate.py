@@ -72,8 +72,9 @@ class MMoE(HasDispatch, GatedMixture):
             and compiler support. The result is the same.
         gate_units: sequence of ints, hidden layers of the gates. By default a gate
             is linear, as in the paper.
-        gate_temperature: float > 0, divisor of the gate logits: below 1 makes the
-            gates sharper, above 1 smoother.
+        gate_temperature: float >= 1.1e-19 (1.5e-154 for a float64 layer), which keeps
+            quotients finite; divisor of the gate logits: below 1 makes the gates
+            sharper, above 1 smoother.
         gate_dropout: float in [0, 1), the probability of dropping an expert from a
             gate in training. The remaining weights are renormalized; if all would be
             dropped, none is. It reduces the polarization of gates on few experts

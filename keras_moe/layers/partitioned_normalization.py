@@ -36,7 +36,7 @@ class PartitionedNormalization(Layer):
     Args:
         num_scenarios: int, number of scenarios p.
         momentum: float in [0, 1), momentum of the moving averages.
-        epsilon: float > 0, added to the variance.
+        epsilon: float >= 1.1e-19, added to the variance.
 
     Call arguments:
         inputs: tensor of shape `(..., d)`.

@@ -110,7 +110,7 @@ class RoutingMetrics(keras.metrics.Metric):
     ) -> None:
         super().__init__(name=_checks.text("name", name), dtype="float32")
         self.num_experts = _checks.positive_int("num_experts", num_experts)
-        self.show = _checked_show(show)
+        self.show = _checks.names_from("show", show, self.KNOWN)
         self.prefix = _checks.text("prefix", prefix)
         needed = {part for figure in self.show for part in _SUMS_OF[figure]}
         self._sum_names = sorted(needed)
@@ -197,14 +197,6 @@ def _value(total: Any) -> Any:
         # In a training step on JAX, variables are stateless, and Keras provides only
         # metric variables to `result`.
         return ops.zeros(total.shape, dtype="float32")
-
-
-def _checked_show(show: Any) -> tuple[str, ...]:
-    known = ", ".join(repr(name) for name in RoutingMetrics.KNOWN)
-    names = _checks.items("show", show, f"a sequence of names from {known}")
-    for i, name in enumerate(names):
-        _checks.one_of(f"show[{i}]", name, RoutingMetrics.KNOWN)
-    return names
 
 
 def _check_kept(routing: Any, kept: Any) -> None:

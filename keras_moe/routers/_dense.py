@@ -22,8 +22,9 @@ class DenseRouter(LinearRouter):
 
     Args:
         num_experts: int, number of experts e.
-        temperature: float > 0, divisor of the logits. Values below 1 sharpen the gates,
-            values above 1 flatten them.
+        temperature: float >= 1.1e-19 (which keeps quotients finite in float32),
+            divisor of the logits. Values below 1 sharpen the gates, values above 1
+            flatten them.
         **kwargs: `use_bias`, `kernel_initializer`, `kernel_regularizer` and
             `bias_initializer` as in `TopKRouter`, and those of `keras.layers.Layer`.
 

@@ -32,7 +32,7 @@ class DWA(LossWeighting):
     Args:
         steps: int, number of training steps of a window, such as those of an epoch. A
             step with a loss that is not finite does not count.
-        temperature: float > 0, T. Larger values make the weights more equal.
+        temperature: float >= 1.1e-19, T. Larger values make the weights more equal.
         **kwargs: passed on to `keras.layers.Layer`.
 
     Call arguments:
