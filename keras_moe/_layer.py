@@ -153,9 +153,9 @@ class Layer(keras.layers.Layer):
             known = isinstance(before[-1], int) and isinstance(shape[-1], int)
             if known and before[-1] != shape[-1]:
                 raise ValueError(
-                    f"{type(self).__name__} expects `{name}` of the width that it was "
-                    f"built for: expected axis -1 to have the size {before[-1]}. "
-                    f"Received: {name} of shape {tuple(shape)}"
+                    f"`{name}` of the layer {self.name!r} is incompatible with the "
+                    "inputs that it was built for: expected axis -1 to have the size "
+                    f"{before[-1]}. Received: {name} of shape {tuple(shape)}"
                 )
 
     def _check_mask(self, mask: Any, first: str, value: Any) -> None:

@@ -36,7 +36,7 @@ def activation(name: str, value: Any, allow_layer: bool = False) -> Any:
 
     A layer is an activation only where no other layer would share its weights.
     """
-    rule = "None, the name of an activation or a function"
+    rule = "the name of an activation, a function or None"
     if not allow_layer:
         rule += ", not a layer"
     layer = keras.layers.Layer if allow_layer else None

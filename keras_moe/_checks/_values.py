@@ -42,7 +42,7 @@ def top_k(top_k: Any, num_experts: int) -> int:
 def unit_sizes(name: str, value: Any, allow_empty: bool = False) -> tuple[int, ...]:
     """Return the layer widths in `value` (an int or a sequence) as a tuple."""
     if isinstance(value, numbers.Integral):
-        return (positive_int(name, value),)
+        return (positive_int(f"{name}[0]", value),)
     sizes = items(name, value, "an integer or a sequence of integers >= 1")
     if not sizes and not allow_empty:
         raise ValueError(f"`{name}` must name at least one layer. Received: {value!r}")
