@@ -346,18 +346,23 @@ def cases(count: int | None = None) -> list[Case]:
         step = max(1, len(found) // max(1, count - len(archives) // 3))
         while np.gcd(step, len(PAYLOADS) + len(CHANGES)) != 1:
             step += 1
-        found, archives = found[::step], archives[: len(archives) // 3]
+        found, archives = found[::step], archives[: min(count, len(archives)) // 3]
     return [*found, *archives]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--cases", type=int, metavar="N", help="about N; default: all")
     parser.add_argument("--only", metavar="TEXT", help="cases whose names hold it")
     arguments = parser.parse_args()
     console = Console(stderr=True, soft_wrap=True)
     watch = Watch()
-    chosen = [c for c in cases() if not arguments.only or arguments.only in c[0]]
+    chosen = [
+        c
+        for c in cases(arguments.cases)
+        if not arguments.only or arguments.only in c[0]
+    ]
     refused, wrongs = 0, []
     for case in track(chosen, "files", console=console):
         outcome, wrong = attempt(case, watch)
@@ -374,6 +379,7 @@ def main() -> int:
     console.print(f"{line.survived} of {line.cases}. {note}")
     if arguments.json:
         command = "python -m tests.robustness.untrusted"
+        command += f" --cases {arguments.cases}" if arguments.cases else ""
         results.write(arguments.json, "untrusted", command, [line])
     return int(bool(wrongs))
 
