@@ -13,10 +13,12 @@ from typing import Any, ClassVar
 
 import keras
 
-from keras_moe import _backend, _replicas
+from keras_moe import _backend, _checks, _replicas
 
 # Arguments of `call` that are not inputs.
-_NON_INPUTS = ("self", "mask", "training")
+_NON_INPUTS = ("mask", "training")
+# Arguments of `call` that are tensors; a subclass may have others.
+_TENSORS = ("scenario", "task_losses")
 
 
 class Untracked:
@@ -32,12 +34,18 @@ class Layer(keras.layers.Layer):
     Class attributes:
         least_rank: the minimum rank of the first input.
         rank_reason: why, for the message of a wrong rank.
+        feature_axes: the number of axes of the first input that a mask lacks; None if a
+            mask is of something else than the rows of the first input.
         takes_dict: whether the input is a dict of tensors, which the layer checks.
     """
 
     least_rank: ClassVar[int] = 2
     rank_reason: ClassVar[str] = ""
     takes_dict: ClassVar[bool] = False
+    feature_axes: ClassVar[int | None] = 1
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**_checks.layer_options(kwargs))
 
     def add_state(
         self,
@@ -105,11 +113,15 @@ class Layer(keras.layers.Layer):
         places = _inputs_of(type(self))  # type: ignore[arg-type]
         given = {name: args[i] for name, i in places.items() if i < len(args)}
         given |= {name: kwargs[name] for name in places if name in kwargs}
-        for name, value in given.items():
-            _check_input(type(self).__name__, name, value)
+        inputs = {n: v for n, v in given.items() if n not in _NON_INPUTS}
         first = next(iter(places))
-        if first in given:
-            self._check_first(first, given[first])
+        for name, value in inputs.items():
+            _check_input(type(self).__name__, name, value, name == first)
+        if first in inputs:
+            self._check_first(first, inputs[first])
+            self._check_widths(inputs)
+            self._check_mask(given.get("mask"), first, inputs[first])
+        _check_training(given.get("training"))
         return super().__call__(*args, **kwargs)
 
     def _check_first(self, name: str, value: Any) -> None:
@@ -128,6 +140,44 @@ class Layer(keras.layers.Layer):
                 f"Received: {name} of shape {tuple(shape)}"
             )
 
+    def _check_widths(self, inputs: dict[str, Any]) -> None:
+        """Raise ValueError if an input has another width than at the first call."""
+        built = getattr(self, "_build_shapes_dict", None) or {}
+        for name, value in inputs.items():
+            before = built.get(f"{name}_shape")
+            if before is None and len(built) == 1 and name == next(iter(inputs)):
+                before = next(iter(built.values()))
+            shape = _static_shape(value)
+            if before is None or shape is None or min(len(before), len(shape)) < 2:
+                continue
+            known = isinstance(before[-1], int) and isinstance(shape[-1], int)
+            if known and before[-1] != shape[-1]:
+                raise ValueError(
+                    f"`{name}` of the layer {self.name!r} is incompatible with the "
+                    "inputs that it was built for: expected axis -1 to have the size "
+                    f"{before[-1]}. Received: {name} of shape {tuple(shape)}"
+                )
+
+    def _check_mask(self, mask: Any, first: str, value: Any) -> None:
+        """Raise ValueError unless a mask has the leading axes of the first input."""
+        if mask is None or self.feature_axes is None:
+            return
+        mask = _checks.tensor("mask", mask)
+        found, shape = _static_shape(mask), _static_shape(value)
+        if found is None or shape is None:
+            return
+        leading = tuple(shape[: len(shape) - self.feature_axes])
+        agree = len(found) == len(leading) and all(
+            # Compilers use symbolic sizes, which must not be compared.
+            not (isinstance(a, int) and isinstance(b, int)) or a == b
+            for a, b in zip(found, leading, strict=True)
+        )
+        if not agree:
+            raise ValueError(
+                f"`mask` must have the leading axes of `{first}`, {leading}. "
+                f"Received: {first} of shape {tuple(shape)}, mask of shape {found}"
+            )
+
 
 def given_or_attached(mask: Any, inputs: Any) -> Any:
     """Return `mask`, or the mask that Keras has attached to `inputs`, or None.
@@ -143,12 +193,24 @@ def _axes(rank: int) -> str:
 
 @cache
 def _inputs_of(layer: type) -> dict[str, int]:
-    """Return the inputs of `layer.call` and their positions, not counting `self`."""
+    """Return the arguments of `layer.call` and their positions, not counting `self`."""
     names = inspect.signature(layer.call).parameters  # type: ignore[attr-defined]
-    return {name: i - 1 for i, name in enumerate(names) if name not in _NON_INPUTS}
+    return {name: i - 1 for i, name in enumerate(names) if name != "self"}
 
 
-def _check_input(layer: str, name: str, value: Any) -> None:
+def _static_shape(value: Any) -> tuple[Any, ...] | None:
+    shape = getattr(value, "shape", None)
+    return None if shape is None or getattr(shape, "rank", 0) is None else tuple(shape)
+
+
+def _check_training(training: Any) -> None:
+    if training is not None and (_static_shape(training) or isinstance(training, str)):
+        raise ValueError(
+            f"`training` must be True, False or None. Received: training={training!r}"
+        )
+
+
+def _check_input(layer: str, name: str, value: Any, is_first: bool) -> None:
     """Raise ValueError for inputs that would fail later, in an inner operation."""
     if isinstance(value, dict | list | tuple):
         kind = type(value).__name__
@@ -166,12 +228,22 @@ def _check_input(layer: str, name: str, value: Any) -> None:
             f"{name} is a RaggedTensor of shape {tuple(value.shape)}"
         )
     dtype = getattr(value, "dtype", None)
+    is_tensor = is_first or name.endswith("inputs") or name in _TENSORS
+    if value is not None and (dtype is None or not hasattr(value, "shape")):
+        if is_tensor:
+            raise ValueError(
+                f"{layer} expects one tensor or array as `{name}`. "
+                f"Received: {name}={value!r}"
+            )
+        return
     if dtype is not None and _is_text(dtype):
         raise ValueError(
             f"{layer} expects numbers as `{name}`: convert strings to ids with "
             "keras.layers.StringLookup, and ids to features with "
             f"keras.layers.Embedding. Received: {name} of dtype {_dtype_name(dtype)}"
         )
+    if value is not None and is_tensor:
+        _checks.tensor(name, value)
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -9,12 +9,15 @@ field, which makes the initial weights too small by a factor of sqrt(e).
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
+
+from keras_moe import _checks
 
 
 def independent(initializer: Any, *key: int) -> Callable[..., Any]:
@@ -24,6 +27,7 @@ def independent(initializer: Any, *key: int) -> Callable[..., Any]:
     several kernels identical values. A copy of an unseeded initializer has a new random
     seed. An initializer without randomness is returned unchanged.
     """
+    words = [_checks.count("key", word) for word in key]
     if not isinstance(initializer, keras.initializers.Initializer):
         return initializer
     config = initializer.get_config()
@@ -32,7 +36,7 @@ def independent(initializer: Any, *key: int) -> Callable[..., Any]:
     if isinstance(config["seed"], int):
         # A SeedSequence distinguishes (seed 0, key 1) from (1, 0), but ignores trailing
         # zeros, hence the length of the key at the end.
-        words = [config["seed"], *key, len(key) + 1]
+        words = [config["seed"] % 2**64, *words, len(words) + 1]
         state = np.random.SeedSequence(words).generate_state(1)
         config["seed"] = int(state[0] >> 1)
     elif config["seed"] is not None:
@@ -69,10 +73,19 @@ class PerExpert(keras.initializers.Initializer):
     """
 
     def __init__(self, initializer: Any, stream: int | Sequence[int] = 0) -> None:
-        self.initializer = keras.initializers.get(initializer)
-        if self.initializer is None:
+        if initializer is None:
             raise ValueError("`initializer` must not be None.")
-        self.stream = stream if isinstance(stream, int) else list(stream)
+        self.initializer = _checks.initializer("initializer", initializer)
+        self.stream: int | list[int] = (
+            _checks.count("stream", stream)
+            if isinstance(stream, numbers.Integral)
+            else [
+                _checks.count(f"stream[{i}]", key)
+                for i, key in enumerate(
+                    _checks.items("stream", stream, "an integer or a sequence of them")
+                )
+            ]
+        )
 
     def __call__(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
         """Return a tensor of `shape`, whose first axis is the experts."""

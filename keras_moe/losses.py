@@ -16,7 +16,7 @@ from typing import Any
 from keras import backend, ops
 
 from keras_moe import _checks
-from keras_moe.routing import expert_counts, gates
+from keras_moe.routing import Record, expert_counts, gates
 
 
 def load_balancing_loss(
@@ -253,7 +253,7 @@ def entropy(probs: Any) -> Any:
     True
     """
     _checks.axes(probs=(probs, "...e"))
-    probs = ops.convert_to_tensor(probs)
+    probs = _as_float(probs)
     # About the smallest normal float32. At p = 0 the entropy is exact, and its
     # gradient, infinite in theory, is large and finite.
     return -ops.sum(probs * ops.log(ops.maximum(probs, 1e-37)), axis=-1)
@@ -285,8 +285,17 @@ def auxiliary_losses(routing: Any, weights: Mapping[str, float]) -> dict[str, An
     >>> {name: float(loss) for name, loss in weighted.items()}
     {'load_balancing': 0.5}
     """
+    if not isinstance(routing, Record):
+        raise ValueError(
+            "`routing` must be a record of keras_moe.routing. "
+            f"Received: routing of type {type(routing).__name__}"
+        )
+    if not isinstance(weights, Mapping):
+        raise ValueError(
+            f"`weights` must be a dict by loss. Received: weights={weights!r}"
+        )
     return {
-        name: weight
+        name: _checks.finite_number(f"weights[{name!r}]", weight)
         * _RECORD_LOSSES[_checks.one_of("weights", name, _RECORD_LOSSES)](routing)
         for name, weight in weights.items()
     }
@@ -338,7 +347,7 @@ def cv_squared(values: Any) -> Any:
 
 
 def _as_float(values: Any) -> Any:
-    values = ops.convert_to_tensor(values)
+    values = _checks.tensor("values", values)
     wide = backend.standardize_dtype(values.dtype) == "float64"
     return ops.cast(values, "float64" if wide else "float32")
 

@@ -152,10 +152,18 @@ class StackedDense(StackedKernels):
         self.activation = activation_function("activation", activation)
         self.use_bias = _checks.flag("use_bias", use_bias)
         self.dropout = _checks.rate("dropout", dropout)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.kernel_initializer = _checks.initializer(
+            "kernel_initializer", kernel_initializer
+        )
+        self.bias_initializer = _checks.initializer(
+            "bias_initializer", bias_initializer
+        )
+        self.kernel_regularizer = _checks.regularizer(
+            "kernel_regularizer", kernel_regularizer
+        )
+        self.bias_regularizer = _checks.regularizer(
+            "bias_regularizer", bias_regularizer
+        )
         self.seed = _checks.seed(seed)
         if self.dropout > 0.0:
             self.seed_generator = keras.random.SeedGenerator(self.seed)
@@ -212,9 +220,4 @@ def beside(outputs: Sequence[Any], leading: Sequence[Any]) -> Any:
 
 def activation_function(argument: str, activation: Any) -> Callable[..., Any]:
     """Return an activation function; layers are invalid (experts would share one)."""
-    if isinstance(activation, keras.layers.Layer):
-        raise ValueError(
-            f"`{argument}` must be the name of an activation or a function, not a "
-            f"layer. Received: {argument}={activation!r}"
-        )
-    return keras.activations.get(activation)
+    return _checks.activation(argument, activation)

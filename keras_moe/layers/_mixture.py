@@ -68,7 +68,7 @@ class Mixture(TaskLayer):
             name=_name_of_level("experts", level),
             kernel_initializer=_initializer_of_level(self.kernel_initializer, level),
             # seed + 1 is the seed of the gates' dropout.
-            seed=None if self.seed is None else self.seed + level + (level > 0),
+            seed=_checks.next_seed(self.seed, level + (level > 0)),
         )
 
     def check_levels(self, num_levels: int) -> None:
@@ -141,16 +141,18 @@ class GatedMixture(Mixture):
     ) -> None:
         super().__init__(expert_units, tasks, **kwargs)
         self.gate_units = _checks.unit_sizes("gate_units", gate_units, allow_empty=True)
-        self.gate_temperature = _checks.positive_number(
-            "gate_temperature", gate_temperature
+        self.gate_temperature = _checks.divisor(
+            "gate_temperature", gate_temperature, self.precise_dtype
         )
         self.gate_dropout = _checks.rate("gate_dropout", gate_dropout)
         self.gate_use_bias = _checks.flag("gate_use_bias", gate_use_bias)
-        self.gate_kernel_initializer = keras.initializers.get(gate_kernel_initializer)
+        self.gate_kernel_initializer = _checks.initializer(
+            "gate_kernel_initializer", gate_kernel_initializer
+        )
         if self.gate_dropout > 0.0:
             # Different from the seed of the experts' dropout.
             self.seed_generator = keras.random.SeedGenerator(
-                None if self.seed is None else self.seed + 1
+                _checks.next_seed(self.seed, 1)
             )
 
     def make_gates(

@@ -43,8 +43,12 @@ class MLPLayer(Layer):
         self.activation = activation_function("activation", activation)
         self.use_bias = _checks.flag("use_bias", use_bias)
         self.dropout = _checks.rate("dropout", dropout)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.kernel_initializer = _checks.initializer(
+            "kernel_initializer", kernel_initializer
+        )
+        self.kernel_regularizer = _checks.regularizer(
+            "kernel_regularizer", kernel_regularizer
+        )
         self.seed = _checks.seed(seed)
 
     def make_mlps(

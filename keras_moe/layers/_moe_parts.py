@@ -169,21 +169,10 @@ def make_metrics(
     names: Iterable[str], router: Any, layer: Layer
 ) -> RoutingMetrics | None:
     """Return a metric of the given figures for `layer`, or None if there are none."""
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise ValueError(
-            "`routing_metrics` must be a sequence of names from "
-            f"{sorted(RoutingMetrics.KNOWN)}. Received: routing_metrics={names!r}"
-        )
-    names = tuple(names)
+    known = sorted(RoutingMetrics.KNOWN)
+    names = _checks.names_from("routing_metrics", names, known)
     if not names:
         return None
-    unknown = [name for name in names if name not in RoutingMetrics.KNOWN]
-    if unknown:
-        raise ValueError(
-            "`routing_metrics` must hold names from "
-            f"{sorted(RoutingMetrics.KNOWN)}. Received: {unknown[0]!r} in "
-            f"routing_metrics={names!r}"
-        )
     needs_probs = sorted(RoutingMetrics.NEEDS_PROBS.intersection(names))
     # Custom routers may lack this attribute.
     if needs_probs and not getattr(router, "has_probs", True):

@@ -11,10 +11,12 @@ from keras_moe import _backend, _checks
 from keras_moe._layer import Layer
 
 
-def default_name(name: str) -> str:
-    """Return "moe", "moe_1", ...; Keras would turn the class name into "mo_e"."""
-    count = keras.backend.get_uid(name)
-    return name if count == 1 else f"{name}_{count - 1}"
+def layer_name(given: str | None, default: str) -> str:
+    """Return `given`, or "moe", "moe_1", ...; Keras would make "mo_e" of the class."""
+    if given is not None:
+        return given
+    count = keras.backend.get_uid(default)
+    return default if count == 1 else f"{default}_{count - 1}"
 
 
 class HasDispatch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from keras_moe import _checks
@@ -20,12 +20,14 @@ class Tasks:
     count: int
     names: tuple[str, ...] | None
 
-    def __init__(self, tasks: int | Sequence[str] | None) -> None:
+    def __init__(
+        self, tasks: int | Sequence[str] | None, argument: str = "tasks"
+    ) -> None:
         if isinstance(tasks, numbers.Integral):
-            self.count = _checks.positive_int("tasks", tasks)
+            self.count = _checks.positive_int(argument, tasks)
             self.names = None
         else:
-            self.names = _checked_names(tasks)
+            self.names = _checked_names(tasks, argument)
             self.count = len(self.names)
 
     def pack(self, outputs: Sequence[Any]) -> dict[str, Any] | list[Any]:
@@ -49,27 +51,25 @@ class Tasks:
         return self.count if self.names is None else list(self.names)
 
 
-def _checked_names(tasks: Any) -> tuple[str, ...]:
-    if isinstance(tasks, str | set | frozenset | Mapping) or not isinstance(
-        tasks, Iterable
-    ):
-        raise ValueError(
-            "`tasks` must be a number of tasks or a sequence of task names, in order. "
-            f"Received: tasks={tasks!r}"
-        )
-    names = tuple(tasks)
+def _checked_names(tasks: Any, argument: str) -> tuple[str, ...]:
+    rule = "a number of tasks or a sequence of task names, in order"
+    names = _checks.items(argument, tasks, rule)
     if not names:
-        raise ValueError(f"`tasks` must name at least one task. Received: {tasks!r}")
+        raise ValueError(
+            f"`{argument}` must name at least one task. Received: {tasks!r}"
+        )
     for name in names:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(
-                "every name in `tasks` must start with a letter, followed by letters, "
-                f"digits, '_', '.' and '-'. Received: {name!r} in tasks={tasks!r}"
+                f"every name in `{argument}` must start with a letter, followed by "
+                "letters, digits, '_', '.' and '-'. "
+                f"Received: {name!r} in {argument}={tasks!r}"
             )
+    names = tuple(map(str, names))  # Without NumPy's strings.
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(
-            f"the names in `tasks` must be unique. Received {repeated[0]!r} "
-            f"more than once in tasks={tasks!r}"
+            f"the names in `{argument}` must be unique. Received {repeated[0]!r} "
+            f"more than once in {argument}={tasks!r}"
         )
     return names

@@ -22,7 +22,7 @@ from keras import ops
 from keras_moe import _checks
 from keras_moe.initializers import independent
 from keras_moe.layers._mixture import GatedMixture, on_streams
-from keras_moe.layers._parts import default_name
+from keras_moe.layers._parts import layer_name
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -90,9 +90,7 @@ class AdaTT(GatedMixture):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            expert_units, tasks, name=name or default_name("adatt"), **kwargs
-        )
+        super().__init__(expert_units, tasks, name=layer_name(name, "adatt"), **kwargs)
         self.num_levels = _checks.positive_int("num_levels", num_levels)
         self.num_task_experts = _checks.positive_int(
             "num_task_experts", num_task_experts

@@ -29,8 +29,8 @@ from keras_moe.layers._mixture import Mixture
 from keras_moe.layers._parts import (
     check_expert_outputs,
     checked_rows,
-    default_name,
     expert_count,
+    layer_name,
 )
 
 
@@ -122,7 +122,7 @@ class DSelectK(Mixture):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        name = name or default_name("dselect_k")
+        name = layer_name(name, "dselect_k")
         # Its old name, also in the configs of old files.
         if "entropy_weight" in kwargs:
             if entropy_loss_weight != 0.0:

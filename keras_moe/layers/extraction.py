@@ -20,7 +20,7 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe.layers._mixture import GatedMixture, on_streams, spread
-from keras_moe.layers._parts import default_name
+from keras_moe.layers._parts import layer_name
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -88,7 +88,7 @@ class PLE(GatedMixture):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        name = name or default_name("ple")
+        name = layer_name(name, "ple")
         super().__init__(expert_units, tasks, name=name, **kwargs)
         self.num_levels = _checks.positive_int("num_levels", num_levels)
         self.num_shared_experts = _checks.count(
@@ -243,7 +243,7 @@ class CGC(PLE):
             num_task_experts,
             expert_units,
             tasks,
-            name=name or default_name("cgc"),
+            name=layer_name(name, "cgc"),
             **kwargs,
         )
 

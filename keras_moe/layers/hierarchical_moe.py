@@ -12,7 +12,7 @@ from typing import Any
 import keras
 
 from keras_moe import routers
-from keras_moe.layers._parts import default_name
+from keras_moe.layers._parts import layer_name
 from keras_moe.layers.moe import MoE
 
 
@@ -75,21 +75,26 @@ class HierarchicalMoE(MoE):
                     "another router use MoE(router=HierarchicalRouter(...)). "
                     f"Received: {argument}={kwargs[argument]!r}"
                 )
-        self._levels = {
-            "num_groups": num_groups,
-            "experts_per_group": experts_per_group,
-            "top_k_groups": top_k_groups,
-            "top_k_experts": top_k_experts,
-        }
         router = routers.HierarchicalRouter(
-            **self._levels, dtype=kwargs.get("dtype"), name="router"
+            num_groups,
+            experts_per_group,
+            top_k_groups,
+            top_k_experts,
+            dtype=kwargs.get("dtype"),
+            name="router",
         )
+        self._levels = {
+            "num_groups": router.num_groups,
+            "experts_per_group": router.experts_per_group,
+            "top_k_groups": router.top_k_groups,
+            "top_k_experts": router.top_k_experts,
+        }
         super().__init__(
             router.num_experts,
             expert_units,
             router.top_k,
             router=router,
-            name=name or default_name("hierarchical_moe"),
+            name=layer_name(name, "hierarchical_moe"),
             **kwargs,
         )
 

@@ -34,7 +34,7 @@ from keras_moe.layers._mixture import (
     spread,
     to_slots,
 )
-from keras_moe.layers._parts import default_name
+from keras_moe.layers._parts import layer_name
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -112,17 +112,23 @@ class HoME(GatedMixture):
             )
         if expert_units is None:
             raise ValueError("`expert_units` must be given. Received: None")
-        super().__init__(
-            expert_units, tasks, name=name or default_name("home"), **kwargs
-        )
+        super().__init__(expert_units, tasks, name=layer_name(name, "home"), **kwargs)
         self.num_shared_experts = _checks.positive_int(
             "num_shared_experts", num_shared_experts
         )
         self.num_task_experts = _checks.positive_int(
             "num_task_experts", num_task_experts
         )
-        self.group_of_task = _checked_groups(groups, self._tasks.config)
-        self.groups = None if groups is None else [list(group) for group in groups]
+        self.groups = _checked_groups(groups, self._tasks.keys)
+        tasks = self._tasks.keys
+        self.group_of_task = [
+            next(
+                i
+                for i, group in enumerate(self.groups or [list(tasks)])
+                if task in group
+            )
+            for task in tasks
+        ]
         self.num_groups = max(self.group_of_task) + 1
         self.expert_normalization = _checks.flag(
             "expert_normalization", expert_normalization
@@ -338,24 +344,23 @@ def _self_gates(logits: Any) -> Any:
     return ops.softmax(logits, axis=-1)
 
 
-def _checked_groups(groups: Any, tasks: int | list[str]) -> list[int]:
-    """Return the group of every task."""
-    known = list(range(tasks)) if isinstance(tasks, int) else tasks
+def _checked_groups(groups: Any, tasks: Sequence[Any]) -> list[list[Any]] | None:
+    """Return the groups as lists, or None if all tasks are one group."""
     if groups is None:
-        return [0] * len(known)
-    try:
+        return None
+    rule = "a sequence of sequences with every task exactly once"
+    found = [
         # A string group would be split into characters.
-        listed = [
-            task for group in groups for task in group if not isinstance(group, str)
-        ]
-    except TypeError:
-        listed = []
-    complete = len(listed) == len(known) and all(task in listed for task in known)
-    if not complete or not all(len(group) for group in groups):
-        raise ValueError(
-            "`groups` must be a sequence of sequences with every task exactly once. "
-            f"Received: groups={groups!r} for the tasks {known}"
-        )
-    return [
-        next(i for i, group in enumerate(groups) if task in group) for task in known
+        list(_checks.items("groups", group, rule))
+        for group in _checks.items("groups", groups, rule)
     ]
+    listed = [task for group in found for task in group]
+    # `True` and 1.0 are equal to the task 1.
+    known = all(type(task) is type(tasks[0]) and task in tasks for task in listed)
+    once = known and len({*listed}) == len(listed) == len(tasks)
+    if not once or not all(found):
+        raise ValueError(
+            f"`groups` must be {rule}. "
+            f"Received: groups={groups!r} for the tasks {list(tasks)}"
+        )
+    return found

@@ -24,7 +24,7 @@ from keras import ops
 
 from keras_moe import _backend, _checks
 from keras_moe.layers._mixture import GatedMixture
-from keras_moe.layers._parts import default_name
+from keras_moe.layers._parts import layer_name
 from keras_moe.layers._scenarios import (
     check_scenario_shape,
     checked_scenario,
@@ -113,9 +113,7 @@ class M3oE(GatedMixture):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            expert_units, tasks, name=name or default_name("m3oe"), **kwargs
-        )
+        super().__init__(expert_units, tasks, name=layer_name(name, "m3oe"), **kwargs)
         self.num_shared_experts = _checks.positive_int(
             "num_shared_experts", num_shared_experts
         )

@@ -25,9 +25,9 @@ from keras_moe.layers._parts import (
     HasDispatch,
     check_experts,
     checked_expert_units,
-    default_name,
     deserialized,
     expert_count,
+    layer_name,
     serialized,
 )
 
@@ -160,7 +160,7 @@ class MoE(HasDispatch, MLPLayer):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(name=name or default_name("moe"), **kwargs)
+        super().__init__(name=layer_name(name, "moe"), **kwargs)
         self.num_experts = expert_count(num_experts, experts, router)
         self.expert_units = checked_expert_units(expert_units)
         self.priority = _checks.one_of(

@@ -30,8 +30,8 @@ from keras_moe.layers._parts import (
     check_expert_outputs,
     check_leading_axes,
     checked_rows,
-    default_name,
     expert_count,
+    layer_name,
 )
 
 # Keeps the old import path.
@@ -72,8 +72,9 @@ class MMoE(HasDispatch, GatedMixture):
             and compiler support. The result is the same.
         gate_units: sequence of ints, hidden layers of the gates. By default a gate
             is linear, as in the paper.
-        gate_temperature: float > 0, divisor of the gate logits: below 1 makes the
-            gates sharper, above 1 smoother.
+        gate_temperature: float >= 1.1e-19 (1.5e-154 for a float64 layer), which keeps
+            quotients finite; divisor of the gate logits: below 1 makes the gates
+            sharper, above 1 smoother.
         gate_dropout: float in [0, 1), the probability of dropping an expert from a
             gate in training. The remaining weights are renormalized; if all would be
             dropped, none is. It reduces the polarization of gates on few experts
@@ -145,9 +146,7 @@ class MMoE(HasDispatch, GatedMixture):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            expert_units, tasks, name=name or default_name("mmoe"), **kwargs
-        )
+        super().__init__(expert_units, tasks, name=layer_name(name, "mmoe"), **kwargs)
         self.num_experts = expert_count(num_experts, self._experts_given)
         self.top_k, self.shared_top_k = _checked_choices(
             top_k, shared_top_k, self.num_experts
@@ -357,7 +356,7 @@ class OMoE(MMoE):
             num_experts,
             expert_units,
             tasks,
-            name=name or default_name("omoe"),
+            name=layer_name(name, "omoe"),
             **kwargs,
         )
 

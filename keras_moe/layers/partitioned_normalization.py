@@ -17,7 +17,7 @@ from keras import ops
 
 from keras_moe import _backend, _checks
 from keras_moe._layer import Layer, given_or_attached
-from keras_moe.layers._parts import default_name
+from keras_moe.layers._parts import layer_name
 from keras_moe.layers._scenarios import (
     check_scenario_shape,
     checked_scenario,
@@ -36,7 +36,7 @@ class PartitionedNormalization(Layer):
     Args:
         num_scenarios: int, number of scenarios p.
         momentum: float in [0, 1), momentum of the moving averages.
-        epsilon: float > 0, added to the variance.
+        epsilon: float >= 1.1e-19, added to the variance.
 
     Call arguments:
         inputs: tensor of shape `(..., d)`.
@@ -83,12 +83,12 @@ class PartitionedNormalization(Layer):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        name = name or default_name("partitioned_normalization")
+        name = layer_name(name, "partitioned_normalization")
         super().__init__(name=name, **kwargs)
         self.supports_masking = True
         self.num_scenarios = _checks.positive_int("num_scenarios", num_scenarios)
         self.momentum = _checks.rate("momentum", momentum)
-        self.epsilon = _checks.positive_number("epsilon", epsilon)
+        self.epsilon = _checks.divisor("epsilon", epsilon)
 
     def build(
         self,

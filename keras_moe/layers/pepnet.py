@@ -28,7 +28,7 @@ from keras_moe.layers._parts import (
     Adaptable,
     check_leading_axes,
     checked_rows,
-    default_name,
+    layer_name,
 )
 from keras_moe.layers._towers import run_towers
 
@@ -83,7 +83,9 @@ class GateNU(Adaptable):
         self.units = _checks.positive_int("units", units)
         self.hidden_units = _checked_width("hidden_units", hidden_units)
         self.scale = _checks.positive_number("scale", scale)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.kernel_initializer = _checks.initializer(
+            "kernel_initializer", kernel_initializer
+        )
         self.hidden = self._dense("hidden", self.hidden_units or self.units, "relu")
         self.gates = self._dense("gates", self.units, "sigmoid")
 
@@ -168,11 +170,13 @@ class EPNet(Adaptable):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(name=name or default_name("epnet"), **kwargs)
+        super().__init__(name=layer_name(name, "epnet"), **kwargs)
         self.supports_masking = True
         self.gate_units = _checked_width("gate_units", gate_units)
         self.gate_scale = _checks.positive_number("gate_scale", gate_scale)
-        self.gate_kernel_initializer = keras.initializers.get(gate_kernel_initializer)
+        self.gate_kernel_initializer = _checks.initializer(
+            "gate_kernel_initializer", gate_kernel_initializer
+        )
 
     def build(
         self,
@@ -287,11 +291,13 @@ class PPNet(TaskLayer, Adaptable):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(tasks, name=name or default_name("ppnet"), **kwargs)
+        super().__init__(tasks, name=layer_name(name, "ppnet"), **kwargs)
         self.units = _checks.unit_sizes("units", units)
         self.gate_units = _checked_width("gate_units", gate_units)
         self.gate_scale = _checks.positive_number("gate_scale", gate_scale)
-        self.gate_kernel_initializer = keras.initializers.get(gate_kernel_initializer)
+        self.gate_kernel_initializer = _checks.initializer(
+            "gate_kernel_initializer", gate_kernel_initializer
+        )
         self.towers = self.make_mlps(self._tasks.count, self.units, name="towers")
         self.gates = [
             GateNU(
@@ -422,7 +428,7 @@ class PEPNet(Adaptable):
         **kwargs: Any,
     ) -> None:
         towers = {key: kwargs.pop(key) for key in MLP_ARGUMENTS if key in kwargs}
-        super().__init__(name=name or default_name("pepnet"), **kwargs)
+        super().__init__(name=layer_name(name, "pepnet"), **kwargs)
         self.supports_masking = True
         self.ppnet = PPNet(
             units,

@@ -23,9 +23,9 @@ from keras_moe.layers._mlp_layer import MLPLayer
 from keras_moe.layers._parts import (
     check_experts,
     checked_expert_units,
-    default_name,
     deserialized,
     expert_count,
+    layer_name,
     serialized,
 )
 
@@ -112,14 +112,14 @@ class SoftMoE(MLPLayer):
         **kwargs: Any,
     ) -> None:
         kwargs = {"activation": "gelu", **kwargs}
-        super().__init__(name=name or default_name("soft_moe"), **kwargs)
+        super().__init__(name=layer_name(name, "soft_moe"), **kwargs)
         self.num_experts = expert_count(num_experts, experts)
         self.expert_units = checked_expert_units(expert_units)
         self.slots_per_expert = _checks.positive_int(
             "slots_per_expert", slots_per_expert
         )
-        self.normalize = normalize
-        self.phi_initializer = keras.initializers.get(phi_initializer)
+        self.normalize = _checks.flag("normalize", normalize)
+        self.phi_initializer = _checks.initializer("phi_initializer", phi_initializer)
         self._experts_given = experts is not None
         check_experts(experts, self.num_experts, expert_units)
         if experts is None:

@@ -23,7 +23,7 @@ from keras_moe._layer import given_or_attached
 from keras_moe.experts._stacked import activation_function
 from keras_moe.initializers import independent
 from keras_moe.layers._mlp_layer import MLPLayer
-from keras_moe.layers._parts import default_name
+from keras_moe.layers._parts import layer_name
 from keras_moe.layers._scenarios import (
     check_scenario_shape,
     checked_scenario,
@@ -108,7 +108,7 @@ class STAR(MLPLayer):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(name=name or default_name("star"), **kwargs)
+        super().__init__(name=layer_name(name, "star"), **kwargs)
         self.units = _checks.unit_sizes("units", units)
         self.num_scenarios = _checks.positive_int("num_scenarios", num_scenarios)
         self.final_activation = activation_function(
@@ -130,7 +130,7 @@ class STAR(MLPLayer):
                 (*self.auxiliary_units, self.units[-1]),
                 name="auxiliary",
                 kernel_initializer=independent(self.kernel_initializer, *b"auxiliary"),
-                seed=None if self.seed is None else self.seed + 1,
+                seed=_checks.next_seed(self.seed, 1),
             )
         if self.dropout > 0.0:
             self.seed_generator = keras.random.SeedGenerator(self.seed)

@@ -22,7 +22,7 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe.layers._mixture import GatedMixture, on_streams
-from keras_moe.layers._parts import checked_batch, default_name
+from keras_moe.layers._parts import checked_batch, layer_name
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -92,9 +92,7 @@ class STEM(GatedMixture):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            expert_units, tasks, name=name or default_name("stem"), **kwargs
-        )
+        super().__init__(expert_units, tasks, name=layer_name(name, "stem"), **kwargs)
         self.num_shared_experts = _checks.positive_int(
             "num_shared_experts", num_shared_experts
         )

@@ -64,7 +64,7 @@ class Tower(Adaptable):
         super().__init__(**kwargs)
         self.supports_masking = True
         self.units = _checks.unit_sizes("units", units, allow_empty=True)
-        self.activation = keras.activations.get(activation)
+        self.activation = _checks.activation("activation", activation, allow_layer=True)
         self.output_units = _checks.positive_int("output_units", output_units)
         is_layer = isinstance(hidden_activation, keras.layers.Layer)
         if is_layer and len(self.units) > 1:
@@ -73,11 +73,19 @@ class Tower(Adaptable):
                 "hidden layers, which would share the weights of a layer. Received: "
                 f"hidden_activation={hidden_activation!r}, units={self.units}"
             )
-        self.hidden_activation = keras.activations.get(hidden_activation)
+        self.hidden_activation = _checks.activation(
+            "hidden_activation", hidden_activation, allow_layer=True
+        )
         self.dropout = _checks.rate("dropout", dropout)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.kernel_initializer = _checks.initializer(
+            "kernel_initializer", kernel_initializer
+        )
+        self.bias_initializer = _checks.initializer(
+            "bias_initializer", bias_initializer
+        )
+        self.kernel_regularizer = _checks.regularizer(
+            "kernel_regularizer", kernel_regularizer
+        )
         self.seed = seed = _checks.seed(seed)
         self.hidden = [
             self._dense(
@@ -92,7 +100,7 @@ class Tower(Adaptable):
         self.dropouts = [
             keras.layers.Dropout(
                 self.dropout,
-                seed=None if seed is None else seed + i,
+                seed=_checks.next_seed(seed, i),
                 dtype=self.dtype_policy,
                 name=f"dropout_{i}",
             )

@@ -33,9 +33,9 @@ class BufferedMetric(keras.metrics.Metric):
     """
 
     def __init__(self, max_rows: int, group: str | None, name: str) -> None:
-        super().__init__(name=name, dtype="float32")
+        super().__init__(name=_checks.text("name", name), dtype="float32")
         self.max_rows = _checks.positive_int("max_rows", max_rows)
-        self.group = group
+        self.group = _checks.optional_text("group", group)
         # One more row takes all that does not fit.
         size = self.max_rows + 1
         kinds = {

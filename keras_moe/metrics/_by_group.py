@@ -196,11 +196,8 @@ class ByGroup(BufferedMetric):
         max_rows: int = 2**18,
         name: str | None = None,
     ) -> None:
-        if not isinstance(metric, keras.metrics.Metric):
-            raise ValueError(
-                f"`metric` must be a Keras metric. Received: metric={metric!r}"
-            )
-        super().__init__(max_rows, group, name or metric.name)
+        metric = _checks.metric("metric", metric)
+        super().__init__(max_rows, group, metric.name if name is None else name)
         # In a config, not as an attribute: Keras would make it part of this state.
         self._config = keras.saving.serialize_keras_object(metric)
 

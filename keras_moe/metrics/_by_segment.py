@@ -5,6 +5,7 @@ Axis letters: n rows, s segments.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,22 +56,10 @@ class BySegment(keras.metrics.Metric):
         group: str | None = None,
         name: str = "by_segment",
     ) -> None:
-        super().__init__(name=name, dtype="float32")
-        if not isinstance(metric, keras.metrics.Metric):
-            raise ValueError(
-                f"`metric` must be a Keras metric. Received: metric={metric!r}"
-            )
-        if isinstance(segments, int):
-            count = _checks.positive_int("segments", segments)
-            segments = [str(k) for k in range(count)]
-        self.segments = [str(segment) for segment in segments]
-        if not self.segments or len({*self.segments}) < len(self.segments):
-            raise ValueError(
-                "`segments` must be a number or a sequence of different names. "
-                f"Received: segments={segments!r}"
-            )
-        self.group = group
-        self.metric = metric
+        super().__init__(name=_checks.text("name", name), dtype="float32")
+        self.segments = _checked_segments(segments)
+        self.group = _checks.optional_text("group", group)
+        self.metric = _checks.metric("metric", metric)
         self._metrics_of_segments = [
             type(metric).from_config(
                 {**metric.get_config(), "name": f"{metric.name}_{segment}"}
@@ -113,3 +102,14 @@ class BySegment(keras.metrics.Metric):
         if isinstance(metric, dict):
             metric = keras.saving.deserialize_keras_object(metric)
         return cls(**{**config, "metric": metric})
+
+
+def _checked_segments(segments: Any) -> list[str]:
+    if isinstance(segments, numbers.Integral):
+        return [str(k) for k in range(_checks.positive_int("segments", segments))]
+    rule = "a number or a sequence of different names"
+    names = [str(name) for name in _checks.items("segments", segments, rule)]
+    names = [_checks.text("segments", name) for name in names]
+    if not names or len({*names}) < len(names):
+        raise ValueError(f"`segments` must be {rule}. Received: segments={segments!r}")
+    return names

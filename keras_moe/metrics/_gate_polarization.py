@@ -57,7 +57,7 @@ class GatePolarization(keras.metrics.Metric):
     """
 
     def __init__(self, threshold: float = 0.9, name: str = "gate_polarization") -> None:
-        super().__init__(name=name, dtype="float32")
+        super().__init__(name=_checks.text("name", name), dtype="float32")
         self.threshold = _checks.rate("threshold", threshold)
         self._sums = {
             part: self.add_variable(shape=(), initializer="zeros", name=part)

@@ -108,12 +108,17 @@ class RoutingMetrics(keras.metrics.Metric):
         *,
         state_of: Layer | None = None,
     ) -> None:
-        super().__init__(name=name, dtype="float32")
+        super().__init__(name=_checks.text("name", name), dtype="float32")
         self.num_experts = _checks.positive_int("num_experts", num_experts)
-        self.show = _checked_show(show)
-        self.prefix = prefix
+        self.show = _checks.names_from("show", show, self.KNOWN)
+        self.prefix = _checks.text("prefix", prefix)
         needed = {part for figure in self.show for part in _SUMS_OF[figure]}
         self._sum_names = sorted(needed)
+        if state_of is not None and not isinstance(state_of, Layer):
+            raise ValueError(
+                "`state_of` must be None or a layer of keras_moe. "
+                f"Received: state_of={state_of!r}"
+            )
         # False while a model is exported: `update_state` then does nothing.
         self.active = True
         sums = [self._add_sum(part, state_of) for part in self._sum_names]
@@ -192,21 +197,6 @@ def _value(total: Any) -> Any:
         # In a training step on JAX, variables are stateless, and Keras provides only
         # metric variables to `result`.
         return ops.zeros(total.shape, dtype="float32")
-
-
-def _checked_show(show: Any) -> tuple[str, ...]:
-    known = ", ".join(repr(name) for name in RoutingMetrics.KNOWN)
-    if isinstance(show, str) or not isinstance(show, Sequence):
-        raise ValueError(
-            f"`show` must be a sequence of names from {known}. Received: show={show!r}"
-        )
-    for name in show:
-        if name not in RoutingMetrics.KNOWN:
-            raise ValueError(
-                f"`show` must hold names from {known}. Received: {name!r} in "
-                f"show={show!r}"
-            )
-    return tuple(show)
 
 
 def _check_kept(routing: Any, kept: Any) -> None:

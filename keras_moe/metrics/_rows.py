@@ -32,14 +32,14 @@ def rows(y_true: Any, y_pred: Any, sample_weight: Any = None) -> Rows:
     weights of padding to 0.
     """
     mask = _backend.keras_mask(y_pred)
-    predictions = ops.cast(ops.convert_to_tensor(y_pred), "float32")
+    predictions = ops.cast(_checks.tensor("y_pred", y_pred), "float32")
     shape = ops.shape(predictions)
-    labels = ops.cast(ops.convert_to_tensor(y_true), "float32")
+    labels = ops.cast(_checks.tensor("y_true", y_true), "float32")
     labels = ops.reshape(_same_rank("y_true", labels, predictions), (-1,))
     weights = ops.ones_like(predictions)
     for name, given in (("sample_weight", sample_weight), ("mask", mask)):
         if given is not None:
-            given = ops.cast(ops.convert_to_tensor(given), "float32")
+            given = ops.cast(_checks.tensor(name, given), "float32")
             given = _same_rank(name, given, predictions)
             weights = weights * ops.broadcast_to(given, shape)
     weights = ops.reshape(weights, (-1,))
@@ -59,11 +59,11 @@ def flat_groups(groups: Any, y_pred: Any) -> Any:
             "`groups` must be given: one integer id per row. In a MultiTaskModel name "
             "the feature in `x` that holds it: metric(..., group='user_id')."
         )
-    groups = ops.convert_to_tensor(groups)
+    groups = ops.convert_to_tensor(_checks.tensor("groups", groups))
     # With several replicas Keras first traces with float64 in place of every input.
     if _backend.num_replicas() == 1:
         _checks.integers(groups=groups)
-    predictions = ops.convert_to_tensor(y_pred)
+    predictions = ops.convert_to_tensor(_checks.tensor("y_pred", y_pred))
     groups = _same_rank("groups", groups, predictions)
     return ops.reshape(ops.broadcast_to(groups, ops.shape(predictions)), (-1,))
 
@@ -127,7 +127,7 @@ class SumMetric(keras.metrics.Metric):
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], name: str) -> None:
-        super().__init__(name=name, dtype="float32")
+        super().__init__(name=_checks.text("name", name), dtype="float32")
         self._sums = {
             part: self.add_variable(shape=shape, initializer="zeros", name=part)
             for part, shape in shapes.items()

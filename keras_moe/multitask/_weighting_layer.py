@@ -9,9 +9,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import keras
 from keras import ops
 
+from keras_moe import _checks
 from keras_moe._layer import Layer
 
 
@@ -20,6 +20,8 @@ class WeightingLayer(Layer):
 
     The state is saved with the weights, so that training resumes where it stopped.
     """
+
+    feature_axes = None  # A mask is of the tasks.
 
     def __init__(self, **kwargs: Any) -> None:
         # Autocast would round the losses to half precision under a mixed policy.
@@ -81,7 +83,7 @@ def find(
         return None
     found = identifier
     if isinstance(identifier, dict):
-        found = keras.saving.deserialize_keras_object(identifier)
+        found = _checks.deserialized(argument, identifier)
     elif isinstance(identifier, str):
         found = known.get(identifier)
     if inspect.isclass(found) and isinstance(identifier, str):

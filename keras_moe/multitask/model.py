@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _backend, _replicas
+from keras_moe import _backend, _checks, _replicas
 from keras_moe.layers._tasks import Tasks
 from keras_moe.multitask import _by_task, gradients, weighting
 from keras_moe.multitask._compiled import CompiledTasks
@@ -363,7 +363,9 @@ def _shared_layers(names: Any, model: keras.Model) -> list[str] | None:
     if names is None:
         return None
     known = [layer.name for layer in model.layers]
-    if isinstance(names, str) or not all(name in known for name in names):
+    rule = "a sequence of names of layers"
+    names = _checks.items("shared_layers", names, rule)
+    if not all(isinstance(name, str) and name in known for name in names):
         raise ValueError(
             f"`shared_layers` must be names of layers of the model, {known}. "
             f"Received: shared_layers={names!r}"

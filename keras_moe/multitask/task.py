@@ -86,8 +86,8 @@ class Task:
         loss: Any = "head",
         metrics: Sequence[Any] = (),
     ) -> None:
-        self.name = Tasks([name]).keys[0]
-        self.head = heads.get(head)
+        self.name = Tasks([name], "name").keys[0]
+        self.head = heads.get(head, "head")
         self.label_keys = _keys(self.name if label is None else label)
         self.defined = _defined(defined, self.name)
         self.skip_missing = _checks.flag("skip_missing", skip_missing)
@@ -267,13 +267,13 @@ def _loss(loss: Any, task: Task) -> Any:
         return task.head.loss()
     if loss is None or isinstance(loss, JointLoss):
         return loss
-    try:
-        found = keras.losses.get(loss)
-    except ValueError as error:
-        raise ValueError(
-            '`loss` must be "head", None, a loss of Keras or a JointLoss. '
-            f"Received: loss={loss!r} for the task {task.name!r}"
-        ) from error
+    rule = (
+        '"head", None, a loss of Keras, its name, a function of (y_true, y_pred) or a '
+        f"JointLoss for the task {task.name!r}"
+    )
+    found = _checks.keras_object(
+        "loss", loss, rule, keras.losses.get, keras.losses.Loss
+    )
     if isinstance(found, keras.losses.Loss):
         return found
     return FunctionLoss(found)
@@ -282,6 +282,8 @@ def _loss(loss: Any, task: Task) -> Any:
 @keras.saving.register_keras_serializable("keras_moe")
 class FunctionLoss(HeadLoss):
     """The mean of a function over the sum of the sample weights."""
+
+    labels_per_output = True
 
     def __init__(
         self, function: Any, reduction: str = MEAN, name: Any = None, dtype: Any = None

@@ -55,6 +55,21 @@ class FusedAdagrad(SparseGradients, keras.optimizers.Adagrad):
           (Duchi et al., 2011)
     """
 
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        initial_accumulator_value: float = 0.1,
+        epsilon: float = 1e-7,
+        **kwargs: Any,
+    ) -> None:
+        given = {
+            "learning_rate": learning_rate,
+            "initial_accumulator_value": initial_accumulator_value,
+            "epsilon": epsilon,
+            **kwargs,
+        }
+        super().__init__(**_arguments.checked(type(self).__name__, given))
+
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
         if self.gradient_accumulation_steps:
             grads = [_tensorflow.expand(g) for g in grads]

@@ -63,6 +63,25 @@ class FusedAdam(keras.optimizers.Adam):
           (Loshchilov & Hutter, 2019)
     """
 
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-7,
+        amsgrad: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        given = {
+            "learning_rate": learning_rate,
+            "beta_1": beta_1,
+            "beta_2": beta_2,
+            "epsilon": epsilon,
+            "amsgrad": amsgrad,
+            **kwargs,
+        }
+        super().__init__(**_arguments.checked(type(self).__name__, given))
+
     def build(self, variables: Any) -> None:
         _arguments.refuse_under_replicas(self)
         super().build(variables)

@@ -19,6 +19,7 @@ from typing import Any
 
 import keras
 
+from keras_moe import _checks
 from keras_moe.routers._base import Router
 from keras_moe.routers._bias_balanced import BiasBalancedRouter
 from keras_moe.routers._dense import DenseRouter
@@ -84,7 +85,7 @@ def get(identifier: Any, **defaults: Any) -> Any:
     1
     """
     if isinstance(identifier, dict):
-        found = keras.saving.deserialize_keras_object(identifier)
+        found = _checks.deserialized("identifier", identifier)
     elif isinstance(identifier, str):
         found = KNOWN.get(identifier)
     else:

@@ -87,6 +87,11 @@ class Router(Layer):
         """The minimum rank of the tokens: ids have no feature axis."""
         return 1 if self.reads_ids else 2
 
+    @property
+    def feature_axes(self) -> int:  # type: ignore[override]
+        """The number of axes of the tokens that a mask lacks."""
+        return 0 if self.reads_ids else 1
+
     def _check_has_gradient(self, training: bool | None, rule: str) -> None:
         """Raise ValueError in training if the only weight is always 1 (no gradient)."""
         kernel = getattr(self, "kernel", None)
@@ -126,10 +131,16 @@ class LinearRouter(Router):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_experts, top_k, **kwargs)
-        self.use_bias = use_bias
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.use_bias = _checks.flag("use_bias", use_bias)
+        self.kernel_initializer = _checks.initializer(
+            "kernel_initializer", kernel_initializer
+        )
+        self.kernel_regularizer = _checks.regularizer(
+            "kernel_regularizer", kernel_regularizer
+        )
+        self.bias_initializer = _checks.initializer(
+            "bias_initializer", bias_initializer
+        )
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         features = _checks.last_dimension(type(self).__name__, input_shape)

@@ -114,7 +114,9 @@ class BiasBalancedRouter(LinearRouter):
         self.score_function = _scoring.checked_score_function(score_function)
         self.renormalize = _scoring.checked_renormalize(renormalize, self.top_k)
         self.num_groups = _checks.positive_int("num_groups", num_groups)
-        self.top_k_groups = num_groups if top_k_groups is None else top_k_groups
+        self.top_k_groups = self.num_groups
+        if top_k_groups is not None:
+            self.top_k_groups = _checks.positive_int("top_k_groups", top_k_groups)
         _check_groups(self.num_experts, self.top_k, self.num_groups, self.top_k_groups)
         self.routed_scaling_factor = _checks.positive_number(
             "routed_scaling_factor", routed_scaling_factor
@@ -253,7 +255,7 @@ def _check_groups(
             "`num_groups` must divide `num_experts`. "
             f"Received: num_groups={num_groups}, num_experts={num_experts}"
         )
-    if _checks.positive_int("top_k_groups", top_k_groups) > num_groups:
+    if top_k_groups > num_groups:
         raise ValueError(
             "`top_k_groups` must not exceed `num_groups`. "
             f"Received: top_k_groups={top_k_groups}, num_groups={num_groups}"

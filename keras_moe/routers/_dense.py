@@ -22,8 +22,9 @@ class DenseRouter(LinearRouter):
 
     Args:
         num_experts: int, number of experts e.
-        temperature: float > 0, divisor of the logits. Values below 1 sharpen the gates,
-            values above 1 flatten them.
+        temperature: float >= 1.1e-19 (which keeps quotients finite in float32),
+            divisor of the logits. Values below 1 sharpen the gates, values above 1
+            flatten them.
         **kwargs: `use_bias`, `kernel_initializer`, `kernel_regularizer` and
             `bias_initializer` as in `TopKRouter`, and those of `keras.layers.Layer`.
 
@@ -61,7 +62,7 @@ class DenseRouter(LinearRouter):
         self, num_experts: int, *, temperature: float = 1.0, **kwargs: Any
     ) -> None:
         super().__init__(num_experts, num_experts, **kwargs)
-        self.temperature = _checks.positive_number("temperature", temperature)
+        self.temperature = _checks.divisor("temperature", temperature)
 
     def call(
         self, tokens: Any, mask: Any = None, training: bool | None = None

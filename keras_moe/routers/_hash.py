@@ -77,11 +77,9 @@ class HashRouter(Router):
     ) -> None:
         super().__init__(num_experts, top_k, **kwargs)
         if vocabulary_size is not None:
-            _checks.positive_int("vocabulary_size", vocabulary_size)
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"`seed` must be an integer >= 0. Received: seed={seed!r}")
+            vocabulary_size = _checks.positive_int("vocabulary_size", vocabulary_size)
         self.vocabulary_size = vocabulary_size
-        self.seed = seed
+        self.seed: int = _checks.count("seed", seed)
         self.table = None
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:

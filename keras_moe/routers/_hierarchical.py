@@ -96,9 +96,11 @@ class HierarchicalRouter(LinearRouter):
         top_k_experts: int = 2,
         **kwargs: Any,
     ) -> None:
-        _check_level("top_k_groups", top_k_groups, "num_groups", num_groups)
-        _check_level(
-            "top_k_experts", top_k_experts, "experts_per_group", experts_per_group
+        num_groups, top_k_groups = _checked_level(
+            "num_groups", num_groups, "top_k_groups", top_k_groups
+        )
+        experts_per_group, top_k_experts = _checked_level(
+            "experts_per_group", experts_per_group, "top_k_experts", top_k_experts
         )
         super().__init__(
             num_groups * experts_per_group, top_k_groups * top_k_experts, **kwargs
@@ -190,13 +192,17 @@ class HierarchicalRouter(LinearRouter):
         }
 
 
-def _check_level(top_k_name: str, top_k: Any, count_name: str, count: Any) -> None:
-    _checks.positive_int(count_name, count)
-    if _checks.positive_int(top_k_name, top_k) > count:
+def _checked_level(
+    count_name: str, count: Any, top_k_name: str, top_k: Any
+) -> tuple[int, int]:
+    count = _checks.positive_int(count_name, count)
+    top_k = _checks.positive_int(top_k_name, top_k)
+    if top_k > count:
         raise ValueError(
             f"`{top_k_name}` must not exceed `{count_name}`. "
             f"Received: {top_k_name}={top_k}, {count_name}={count}"
         )
+    return count, top_k
 
 
 def _top_k_gates(logits: Any, k: int) -> tuple[Any, Any]:

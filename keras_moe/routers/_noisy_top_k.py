@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import keras
 from keras import ops
 
-from keras_moe import routing
+from keras_moe import _checks, routing
 from keras_moe.initializers import independent
 from keras_moe.routers import _scoring
 from keras_moe.routers._base import STREAM, LinearRouter
@@ -89,9 +89,11 @@ class NoisyTopKRouter(LinearRouter):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_experts, top_k, **kwargs)
-        self.noise_kernel_initializer = keras.initializers.get(noise_kernel_initializer)
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.noise_kernel_initializer = _checks.initializer(
+            "noise_kernel_initializer", noise_kernel_initializer
+        )
+        self.seed = _checks.seed(seed)
+        self.seed_generator = keras.random.SeedGenerator(self.seed)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         super().build(input_shape)

@@ -14,12 +14,7 @@ from keras_moe import _checks, routing
 
 def checked_score_function(score_function: str) -> str:
     """Return `score_function` if it is supported, else raise ValueError."""
-    if score_function not in ("softmax", "sigmoid"):
-        raise ValueError(
-            "`score_function` must be 'softmax' or 'sigmoid'. "
-            f"Received: score_function={score_function!r}"
-        )
-    return score_function
+    return _checks.one_of("score_function", score_function, ("softmax", "sigmoid"))
 
 
 def checked_renormalize(renormalize: bool | None, top_k: int) -> bool:

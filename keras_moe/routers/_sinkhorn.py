@@ -34,9 +34,9 @@ class SinkhornRouter(LinearRouter):
         num_experts: int, number of experts e.
         top_k: int, number of experts per token, k.
         iterations: int, number of Sinkhorn iterations.
-        temperature: float > 0, applies only to the balanced matrix. Lower values are
-            closer to the balanced assignment with the highest sum of logits, and need
-            more iterations.
+        temperature: float >= 1.1e-19, applies only to the balanced matrix. Lower
+            values are closer to the balanced assignment with the highest sum of logits,
+            and need more iterations.
         renormalize: bool, whether the weights of the k chosen experts are divided by
             their sum. Defaults to `top_k > 1`. True with `top_k=1` supports only
             inference, as in `TopKRouter`.
@@ -87,7 +87,7 @@ class SinkhornRouter(LinearRouter):
     ) -> None:
         super().__init__(num_experts, top_k, **kwargs)
         self.iterations = _checks.positive_int("iterations", iterations)
-        self.temperature = _checks.positive_number("temperature", temperature)
+        self.temperature = _checks.divisor("temperature", temperature)
         self.renormalize = _scoring.checked_renormalize(renormalize, self.top_k)
 
     def call(

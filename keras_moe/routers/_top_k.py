@@ -90,9 +90,9 @@ class TopKRouter(LinearRouter):
         self.score_function = _scoring.checked_score_function(score_function)
         self.renormalize = _scoring.checked_renormalize(renormalize, self.top_k)
         self.jitter = _checks.rate("jitter", jitter)
-        self.seed = seed
+        self.seed = _checks.seed(seed)
         if self.jitter > 0.0:
-            self.seed_generator = keras.random.SeedGenerator(seed)
+            self.seed_generator = keras.random.SeedGenerator(self.seed)
 
     def call(
         self, tokens: Any, mask: Any = None, training: bool | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from keras import ops
+from keras import backend, ops
 
 from keras_moe import _backend, _checks, _mesh
 from keras_moe.routing._records import (
@@ -186,6 +186,12 @@ def expert_counts(
     _checks.positive_int("num_experts", num_experts)
     _checks.axes(indices=(indices, "nk"), counted=(counted, "n?"))
     _checks.integers(indices=indices)
+    try:
+        dtype = backend.standardize_dtype(dtype)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`dtype` must be a dtype. Received: dtype={dtype!r}"
+        ) from error
     indices = ops.convert_to_tensor(indices)
     counts = ops.ones_like(indices, dtype=dtype)
     if counted is not None:

@@ -71,14 +71,15 @@ def upcycle(
             "`model` must be a built functional or Sequential model. "
             f"Received: model={model!r}"
         )
-    if isinstance(layers, str):
-        raise ValueError(
-            f"`layers` must be a sequence of layers or names. Received: {layers!r}"
-        )
+    layers = _checks.items("layers", layers, "a sequence of layers or names")
     if "name" in kwargs:
         raise ValueError(
             "`name` must not be given: it is the name of the first of `layers`. "
             f"Received: name={kwargs['name']!r}"
+        )
+    if not all(isinstance(layer, str | keras.layers.Layer) for layer in layers):
+        raise ValueError(
+            f"`layers` must be layers or their names. Received: layers={layers!r}"
         )
     chain = [_layer_of(model, layer) for layer in layers]
     _check_layers(chain)
@@ -123,7 +124,7 @@ def moe_from_dense(
     Raises:
         ValueError: if an argument is invalid.
     """
-    layers = list(layers)
+    layers = list(_checks.items("layers", layers, "a sequence of Dense layers"))
     _check_layers(layers)
     if top_k is not None and _checks.positive_int("top_k", top_k) == 1:
         raise ValueError(

@@ -90,8 +90,7 @@ def grow(
             f"`num_experts` must be at least `layer.{name}`, which must not be 0. "
             f"Received: num_experts={num_experts}, layer.{name}={old}"
         )
-    if noise != 0.0:
-        _checks.positive_number("noise", noise)
+    noise = _checks.non_negative_number("noise", noise)
     rng = np.random.default_rng(_checks.seed(seed))
     new, source = _GROWN[type(layer)](layer, np.arange(num_experts) % old)
     levels = layer.experts if shared else [layer.experts]

@@ -246,7 +246,7 @@ def test_a_wrong_width_is_that_of_the_layer_itself(layer):
     options = {} if layer is MoE else {"tasks": TASKS}
     made = layer(num_experts=4, expert_units=3, name="mine", **options)
     made(X)
-    with pytest.raises(ValueError, match=r"layer .mine. is incompatible"):
+    with pytest.raises(ValueError, match=r"`inputs` of the layer .mine. is incomp"):
         made(X[:, :4])
 
 

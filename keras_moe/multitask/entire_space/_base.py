@@ -34,7 +34,7 @@ class EntireSpace(Layer):
     ) -> None:
         # Probabilities are multiplied in float32 under any dtype policy.
         super().__init__(autocast=False, **kwargs)
-        self.stages = Tasks(stages).keys
+        self.stages = Tasks(stages, "stages").keys
         if len(self.stages) < 2:
             raise ValueError(
                 "`stages` must name at least two events. "

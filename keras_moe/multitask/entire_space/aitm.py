@@ -88,14 +88,16 @@ class AITM(EntireSpace):
             "calibrator_weight", calibrator_weight
         )
         self.dropout = _checks.rate("dropout", dropout)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.kernel_initializer = _checks.initializer(
+            "kernel_initializer", kernel_initializer
+        )
         self.seed = _checks.seed(seed)
         self.towers = [
             Tower(
                 self.tower_units,
                 dropout=self.dropout,
                 kernel_initializer=independent(self.kernel_initializer, 100 + i),
-                seed=None if self.seed is None else self.seed + i,
+                seed=_checks.next_seed(self.seed, i),
                 dtype=self.dtype_policy,
                 name=f"{stage}_tower",
             )

@@ -67,8 +67,10 @@ class DBMTL(Layer):
         super().__init__(**kwargs)
         self.parents = _checked(parents)
         self.units = _checks.unit_sizes("units", units)
-        self.activation = keras.activations.get(activation)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.activation = _checks.activation("activation", activation)
+        self.kernel_initializer = _checks.initializer(
+            "kernel_initializer", kernel_initializer
+        )
         self.mlps = {
             task: [
                 keras.layers.Dense(
@@ -143,7 +145,7 @@ def _checked(parents: Any) -> dict[str, list[str]]:
             f"`parents` must be a dict of lists by task. Received: {parents!r}"
         )
     checked: dict[str, list[str]] = {}
-    for task in Tasks(list(parents)).keys:
+    for task in Tasks(list(parents), "parents").keys:
         listed = isinstance(parents[task], list | tuple)
         if not listed or any(parent not in checked for parent in parents[task]):
             raise ValueError(

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
-
+from keras_moe import _checks
 from keras_moe.multitask.heads._base import Head
 from keras_moe.multitask.heads.binary import Binary, LogLoss
 from keras_moe.multitask.heads.multi_class import ClassLoss, MultiClass
@@ -42,7 +41,7 @@ _NAMES = {
 }
 
 
-def get(identifier: Any) -> Head:
+def get(identifier: Any, argument: str = "identifier") -> Head:
     """Return a head: "binary", "regression", "ziln", "ranking", a config, or itself.
 
     Raises:
@@ -58,11 +57,11 @@ def get(identifier: Any) -> Head:
     if isinstance(identifier, str) and identifier in _NAMES:
         return _NAMES[identifier]()
     if isinstance(identifier, dict):
-        head = keras.saving.deserialize_keras_object(identifier)
+        head = _checks.deserialized(argument, identifier)
         if isinstance(head, Head):
             return head
     raise ValueError(
-        f"`head` must be one of {sorted(_NAMES)}, or a head with its size, such as "
-        "keras_moe.multitask.heads.Ordinal(5) or MultiClass(3). "
-        f"Received: head={identifier!r}"
+        f"`{argument}` must be one of {sorted(_NAMES)}, or a head with its size, such "
+        "as keras_moe.multitask.heads.Ordinal(5) or MultiClass(3). "
+        f"Received: {argument}={identifier!r}"
     )

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import keras
 import numpy as np
 
+from keras_moe import _checks
+
 
 class Head:
     """The output form of a task, without weights.
@@ -63,10 +65,75 @@ class HeadLoss(keras.losses.Loss):
     """A loss per row whose mean is over the sum of the sample weights.
 
     It is NaN for a label that is not valid, as labels of a dataset are not checked.
+
+    Class attributes:
+        labels_per_output: whether a row may have one label for each of its outputs.
     """
 
+    labels_per_output: ClassVar[bool] = False
+
     def __init__(self, name: str, reduction: str = MEAN, dtype: Any = None) -> None:
+        name = _checks.text("name", name)
+        if reduction is not None and not isinstance(reduction, str):
+            raise ValueError(
+                f"`reduction` must be a string or None. Received: {reduction!r}"
+            )
+        if dtype is not None:
+            _checks.float_dtype(dtype)
         super().__init__(name=name, reduction=reduction, dtype=dtype)
+        self._dtype_is_given = dtype is not None
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Return the loss; raise ValueError for what is no tensor."""
+        given = {"y_true": y_true, "y_pred": y_pred, "sample_weight": sample_weight}
+        for name, value in given.items():
+            if value is not None or name != "sample_weight":
+                given[name] = _checks.tensor(name, value)
+        self._check_shapes(**{name: _shape(value) for name, value in given.items()})
+        return super().__call__(**given)
+
+    def _check_shapes(self, y_true: Any, y_pred: Any, sample_weight: Any) -> None:
+        """Raise ValueError for shapes that would be broadcast against each other."""
+        if y_pred is None:
+            return
+        allowed = [y_pred[:-1], (*y_pred[:-1], 1)]
+        if self.labels_per_output:
+            allowed.append(y_pred)
+        if not y_pred or (y_true is not None and not _is_one_of(y_true, allowed)):
+            raise ValueError(
+                f"`y_true` must have one of the shapes {allowed}. "
+                f"Received: y_true of shape {y_true}, y_pred of shape {y_pred}"
+            )
+        shapes = [y_pred[:i] for i in range(len(y_pred) + 1)]
+        shapes += [(*shape, 1) for shape in shapes[:-1]]
+        if sample_weight is not None and not _is_one_of(sample_weight, shapes):
+            raise ValueError(
+                f"`sample_weight` must have one of the shapes {shapes}. "
+                f"Received: sample_weight of shape {sample_weight}"
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments; Keras leaves out the dtype."""
+        dtype = {"dtype": self.dtype} if self._dtype_is_given else {}
+        return {**super().get_config(), **dtype}
+
+
+def _shape(value: Any) -> tuple[Any, ...] | None:
+    """Return the static shape, or None if there is none."""
+    shape = getattr(value, "shape", None)
+    return None if shape is None or getattr(shape, "rank", 0) is None else tuple(shape)
+
+
+def _is_one_of(shape: tuple[Any, ...], allowed: list[tuple[Any, ...]]) -> bool:
+    """Whether a shape agrees with one of others; only integers are compared."""
+    return any(
+        len(shape) == len(other)
+        and all(
+            a == b or not (isinstance(a, int) and isinstance(b, int))
+            for a, b in zip(shape, other, strict=True)
+        )
+        for other in allowed
+    )
 
 
 def like(labels: Any, outputs: Any) -> Any:

@@ -42,6 +42,8 @@ class LogLoss(HeadLoss):
     18.421
     """
 
+    labels_per_output = True
+
     def __init__(
         self, reduction: str = MEAN, name: str = "log_loss", dtype: Any = None
     ) -> None:

@@ -41,6 +41,8 @@ class RankingLoss(HeadLoss):
         y_pred: scores, `(n, c)` or `(n, c, 1)`.
     """
 
+    labels_per_output = True
+
     def __init__(
         self,
         loss: str = "pairwise_logistic",

@@ -18,6 +18,8 @@ from keras_moe.multitask.heads._base import MEAN, Head, HeadLoss, like
 class SquaredError(HeadLoss):
     """Mean squared error over the sum of the sample weights."""
 
+    labels_per_output = True
+
     def __init__(
         self, reduction: str = MEAN, name: str = "squared_error", dtype: Any = None
     ) -> None:

@@ -32,7 +32,7 @@ class DWA(LossWeighting):
     Args:
         steps: int, number of training steps of a window, such as those of an epoch. A
             step with a loss that is not finite does not count.
-        temperature: float > 0, T. Larger values make the weights more equal.
+        temperature: float >= 1.1e-19, T. Larger values make the weights more equal.
         **kwargs: passed on to `keras.layers.Layer`.
 
     Call arguments:
@@ -69,7 +69,7 @@ class DWA(LossWeighting):
     def __init__(self, steps: int, temperature: float = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.steps = _checks.positive_int("steps", steps)
-        self.temperature = _checks.positive_number("temperature", temperature)
+        self.temperature = _checks.divisor("temperature", temperature)
 
     def build(self, input_shape: tuple[int, ...]) -> None:
         shape = (input_shape[0],)

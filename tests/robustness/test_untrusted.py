@@ -1,0 +1,73 @@
+"""Crafted files run no code: a part of `python -m tests.robustness.untrusted`."""
+
+import ast
+from pathlib import Path
+
+import keras
+import pytest
+
+import keras_moe
+from tests.robustness import payloads, untrusted
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="files are read by Keras alone"
+)
+
+
+@pytest.fixture(scope="module")
+def watch():
+    return untrusted.Watch()
+
+
+def test_crafted_files_run_no_code(watch):
+    chosen = untrusted.cases(40)
+    assert len(chosen) >= 40
+    outcomes = [untrusted.attempt(case, watch) for case in chosen]
+    wrong = [
+        f"{case[0]}: {found}"
+        for case, (_, found) in zip(chosen, outcomes, strict=True)
+        if found
+    ]
+    assert not wrong, wrong
+
+
+def test_files_that_nobody_changed_load(watch):
+    for kind, model in untrusted.models().items():
+        archive = untrusted.Archive(model)
+
+        def write(file, target, archive=archive):
+            archive.write(file)
+
+        assert untrusted.attempt((kind, write), watch) == ("loaded", None)
+
+
+def test_code_is_seen_where_safe_mode_is_off(watch):
+    """The payloads would run, and the watch would see them."""
+    model = keras.Sequential([keras.Input((6,)), keras_moe.layers.MoE(2, 3)])
+    archive = untrusted.Archive(model)
+    path = next(p for p in untrusted.slots(archive.config) if p[-1] == "activation")
+
+    def write(file, target):
+        code = payloads.PAYLOADS["marshalled lambda"](target)
+        archive.write(file, untrusted._with(archive.config, path, code))
+
+    assert untrusted.attempt(("activation", write), watch) == ("refused", None)
+    _, wrong = untrusted.attempt(("activation", write), watch, safe_mode=False)
+    assert "marshal.loads" in wrong
+
+
+FORBIDDEN = {"eval", "exec", "compile", "__import__", "enable_unsafe_deserialization"}
+
+
+def test_the_library_makes_no_object_of_text():
+    """Objects of configs come from Keras, in the mode that the caller chose."""
+    for path in Path(keras_moe.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names}
+                assert not names & {"pickle", "marshal", "dill", "shelve"}, path
+            if isinstance(node, ast.Call):
+                assert getattr(node.func, "id", "") not in FORBIDDEN, path
+                assert all(word.arg != "safe_mode" for word in node.keywords), path
+                if getattr(node.func, "attr", "") == "import_module":
+                    assert path.name == "_tpu.py", path  # Of two names that it holds.
