@@ -9,6 +9,7 @@ such as a reshape, a slice or a lookup.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ def looked_up(inputs: Mapping[str, Any], model: keras.Model) -> dict[Source, int
         model: a functional model.
     """
     sources = {
-        id(tensor): Source((name,), lambda features, name=name: features[name])
+        id(tensor): Source((name,), operator.itemgetter(name))
         for name, tensor in inputs.items()
     }
     found: dict[Source, int] = {}

@@ -1,13 +1,15 @@
 """The core of the suite with the oldest and the newest Keras and TensorFlow.
 
     python -m tests.robustness.versions --json versions.json
+    python -m tests.robustness.versions --quick --python 3.12 --json versions.json
     python -m tests.robustness.versions page versions.json
 
 For each Python that is found, two environments are made: the oldest releases that
 pyproject.toml allows and the interpreter has wheels of, and the newest. The core is
 what runs on TensorFlow alone: layers, routers, dispatches, experts, losses, metrics,
-optimizers, several tasks, files and SavedModels. `page` writes the table of the JSON
-file into docs/project.md. It takes about half an hour an environment on one core.
+optimizers, several tasks, files and SavedModels; with `--quick` a quarter of it. `page`
+writes the table of the JSON file into docs/project.md. What runs again replaces its
+line of the JSON file.
 """
 
 from __future__ import annotations
@@ -31,15 +33,28 @@ PAGE = ROOT / "docs" / "project.md"
 BEGIN, END = "<!-- versions: written by a command -->", "<!-- versions: end -->"
 MINORS = ("3.11", "3.12", "3.13", "3.14")
 PINNED = ("keras", "tensorflow", "numpy")
-TOOLS = ("pytest", "pytest-xdist", "hypothesis", "tensorflow-serving-api")
+TOOLS = (
+    *("pytest", "pytest-xdist", "hypothesis", "tensorflow-serving-api"),
+    *("scikit-learn", "scipy"),  # oracles
+)
 FOLDERS = ("layers", "routers", "metrics", "multitask", "optimizers")
 FILES = (
-    *("dispatch", "experts", "export", "export_serving", "grow", "initializers"),
-    *("keras_habits", "losses", "old_files", "remat", "routing", "serving"),
-    "upcycling",
+    *("dispatch", "experts", "export", "export_ids", "export_serving", "grow"),
+    *("initializers", "keras_habits", "losses", "old_files", "remat", "routing"),
+    *("serving", "upcycling"),
 )
 CORE = (
     *(f"tests/{folder}" for folder in FOLDERS),
+    *(f"tests/test_{name}.py" for name in FILES),
+)
+QUICK = (
+    *(f"tests/layers/test_{name}.py" for name in ("multi_gate", "saved_model", "home")),
+    *(f"tests/layers/test_moe_{name}.py" for name in ("compiled", "dispatch")),
+    *(f"tests/layers/test_moe_{name}.py" for name in ("experts", "half_precision")),
+    *(f"tests/routers/test_{name}.py" for name in ("every_router", "oracle")),
+    *(f"tests/multitask/test_{name}.py" for name in ("model", "declared_model")),
+    "tests/metrics/test_metrics_in_models.py",
+    "tests/optimizers/test_optimizers_in_models.py",
     *(f"tests/test_{name}.py" for name in FILES),
 )
 # Formats with runtimes of their own, which have other lower bounds.
@@ -94,8 +109,10 @@ def oldest(python: str) -> list[str]:
     return wanted
 
 
-def try_environment(python: str, requirements: Sequence[str], jobs: int) -> Tried:
-    """Make an environment, run the core of the suite in it, and remove it."""
+def try_environment(
+    python: str, requirements: Sequence[str], tests: Sequence[str], jobs: int
+) -> Tried:
+    """Make an environment, run tests in it, and remove it."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([python, "-m", "venv", folder], check=True)
         own, report = str(Path(folder, "bin", "python")), Path(folder, "report.xml")
@@ -105,12 +122,15 @@ def try_environment(python: str, requirements: Sequence[str], jobs: int) -> Trie
             reason = done.stderr.strip().splitlines()[-1]
             what = f"Python {_python_version(own)}, {', '.join(requirements)}"
             return Tried(what, 1, 0, "they install", reason)
+        # Tests that start a process without this folder import the packages too.
+        (packages,) = Path(folder).glob("lib/python*/site-packages")
+        (packages / "tree.pth").write_text(f"{ROOT}\n")
         versions = {name: _version(own, name) for name in PINNED}
         what = WHAT.format(python=_python_version(own), **versions)
         print(what, flush=True)
         done = _run(
             *(own, "-m", "pytest", "-q", "-n", str(jobs), "-p", "no:cacheprovider"),
-            *("-k", FORMATS, f"--junitxml={report}", *CORE),
+            *("-k", FORMATS, f"--junitxml={report}", *tests),
         )
         print(done.stdout[-6000:], flush=True)
         return summary(what, report)
@@ -192,6 +212,7 @@ def main() -> None:
     parser.add_argument("command", nargs="*", help="`page FILE`: write the table")
     parser.add_argument("--python", nargs="+", default=None, help="such as 3.12")
     parser.add_argument("--ends", nargs="+", default=["oldest", "newest"])
+    parser.add_argument("--quick", action="store_true", help="a quarter of the core")
     parser.add_argument("--jobs", type=int, default=1, help="processes of pytest")
     parser.add_argument("--json", type=Path, default=Path("versions.json"))
     options = parser.parse_args()
@@ -209,7 +230,9 @@ def main() -> None:
             parser.error(f"Python {minor} is not found; found: {', '.join(found)}")
         for end in options.ends:
             wanted = list(PINNED) if end == "newest" else oldest(found[minor])
-            line = try_environment(found[minor], wanted, options.jobs)
+            line = try_environment(
+                *(found[minor], wanted, QUICK if options.quick else CORE, options.jobs)
+            )
             print(line, flush=True)
             tried = [each for each in tried if each.what != line.what] + [line]
             tried.sort(key=lambda each: each.what)

@@ -69,21 +69,24 @@ class DBMTL(Layer):
         self.units = _checks.unit_sizes("units", units)
         self.activation = keras.activations.get(activation)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.mlps = {
-            task: [
-                keras.layers.Dense(
-                    size,
-                    self.activation,
-                    kernel_initializer=independent(
-                        self.kernel_initializer, i * len(self.units) + j
-                    ),
-                    dtype=self.dtype_policy,
-                    name=f"{task}_{j}",
-                )
-                for j, size in enumerate(self.units)
-            ]
+        # In one list: Keras 3.12 saves no layers of a list in a dict.
+        self.mlp_layers = [
+            keras.layers.Dense(
+                size,
+                self.activation,
+                kernel_initializer=independent(
+                    self.kernel_initializer, i * len(self.units) + j
+                ),
+                dtype=self.dtype_policy,
+                name=f"{task}_{j}",
+            )
             for i, task in enumerate(self.parents)
-        }
+            for j, size in enumerate(self.units)
+        ]
+
+    def _mlp(self, task: str) -> list[keras.layers.Layer]:
+        first = list(self.parents).index(task) * len(self.units)
+        return self.mlp_layers[first : first + len(self.units)]
 
     def _check_keys(self, inputs: Any) -> None:
         given = list(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
@@ -98,7 +101,7 @@ class DBMTL(Layer):
         for task, parents in self.parents.items():
             shape = tuple(input_shape[task])
             width = shape[-1] + self.units[-1] * len(parents)
-            for layer, size in zip(self.mlps[task], self.units, strict=True):
+            for layer, size in zip(self._mlp(task), self.units, strict=True):
                 layer.build((*shape[:-1], width))
                 width = size
 
@@ -108,7 +111,7 @@ class DBMTL(Layer):
         for task, parents in self.parents.items():
             features = [inputs[task], *(hidden[parent] for parent in parents)]
             outputs = ops.concatenate(features, axis=-1) if parents else features[0]
-            for layer in self.mlps[task]:
+            for layer in self._mlp(task):
                 outputs = layer(outputs)
             hidden[task] = outputs
         return hidden
