@@ -21,7 +21,7 @@ def test_the_table_is_replaced_between_the_markers(tmp_path):
     assert text.endswith(f"{ROW}\n{versions.END}\n\nafter\n")
     assert "old" not in text
     page.write_text("no markers")
-    with pytest.raises(ValueError, match="page.md must have the lines"):
+    with pytest.raises(ValueError, match=r"page\.md must have the lines"):
         versions.write_table(page, [LINE])
 
 

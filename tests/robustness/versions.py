@@ -120,7 +120,9 @@ def try_environment(
         done = _run(*install, *requirements, *TOOLS)
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1]
-            what = f"Python {_python_version(own)}, {', '.join(requirements)}"
+            given = dict(text.split("==") for text in requirements if "==" in text)
+            versions = {name: given.get(name, "newest") for name in PINNED}
+            what = WHAT.format(python=_python_version(own), **versions)
             return Tried(what, 1, 0, "they install", reason)
         # Tests that start a process without this folder import the packages too.
         (packages,) = Path(folder).glob("lib/python*/site-packages")
