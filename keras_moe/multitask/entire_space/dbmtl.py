@@ -84,9 +84,11 @@ class DBMTL(Layer):
             for j, size in enumerate(self.units)
         ]
 
-    def _mlp(self, task: str) -> list[keras.layers.Layer]:
-        first = list(self.parents).index(task) * len(self.units)
-        return self.mlp_layers[first : first + len(self.units)]
+    @property
+    def mlps(self) -> dict[str, list[keras.layers.Layer]]:
+        """The layers of the MLP of each task."""
+        layers = iter(self.mlp_layers)
+        return {task: [next(layers) for _ in self.units] for task in self.parents}
 
     def _check_keys(self, inputs: Any) -> None:
         given = list(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
@@ -101,7 +103,7 @@ class DBMTL(Layer):
         for task, parents in self.parents.items():
             shape = tuple(input_shape[task])
             width = shape[-1] + self.units[-1] * len(parents)
-            for layer, size in zip(self._mlp(task), self.units, strict=True):
+            for layer, size in zip(self.mlps[task], self.units, strict=True):
                 layer.build((*shape[:-1], width))
                 width = size
 
@@ -111,7 +113,7 @@ class DBMTL(Layer):
         for task, parents in self.parents.items():
             features = [inputs[task], *(hidden[parent] for parent in parents)]
             outputs = ops.concatenate(features, axis=-1) if parents else features[0]
-            for layer in self._mlp(task):
+            for layer in self.mlps[task]:
                 outputs = layer(outputs)
             hidden[task] = outputs
         return hidden
