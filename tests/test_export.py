@@ -166,7 +166,7 @@ def test_one_name_for_an_input_and_an_output_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dispatch_is_changed_for_the_file_alone(tmp_path):
+def test_a_dispatch_is_changed_for_the_file_alone_as_onnx(tmp_path):
     model = _model("MoE, blocked")
     export.export_model(model, tmp_path / "file.onnx", "onnx")
     assert model.get_layer("mixture").dispatch == "blocked"

@@ -3,6 +3,8 @@
 `tests/fixtures/make_old_models.py` made them.
 """
 
+import json
+import zipfile
 from pathlib import Path
 
 import keras
@@ -14,8 +16,16 @@ import keras_moe  # noqa: F401 (registers the layers)
 FOLDER = Path(__file__).parent / "fixtures"
 
 
+def _release(version):
+    return tuple(map(int, version.split(".")[:2]))
+
+
 @pytest.mark.parametrize("name", ["tasks", "sparse"])
 def test_an_old_model_gives_what_it_gave(name):
+    with zipfile.ZipFile(FOLDER / f"{name}.keras") as file:
+        saved_by = json.loads(file.read("metadata.json"))["keras_version"]
+    if _release(keras.version()) < _release(saved_by):
+        pytest.skip(f"saved by Keras {saved_by}, whose configs have new arguments")
     with np.load(FOLDER / f"{name}.npz") as arrays:
         known = {key: arrays[key] for key in arrays.files}
     inputs = {key[3:]: known[key] for key in known if key.startswith("in_")}

@@ -45,7 +45,7 @@ class Served:
 
     Raises:
         ValueError: if a feature is missing, unknown, of the wrong dtype or shape, or
-            fails the model's check for NaN and infinity.
+            fails the model's checks: NaN, infinity, ids outside of an embedding.
     """
 
     def __init__(self, loaded: Any, signature: str) -> None:

@@ -30,15 +30,18 @@ def check_finite(features: dict[str, Any]) -> dict[str, Any]:
 
 
 def feature_message(error: Exception) -> str | None:
-    """Return the message of `check_finite` in an error of the graph, or None."""
-    found = re.search(r"feature `\w+` must [^\[\]]*", str(error))
-    return found and found.group().strip()
+    """Return the message of a check of features in an error of the graph, or None."""
+    # The value that a message ends with is apart: "[... Received:] [12]".
+    value = r"(?:(?<=Received:)\] \[([^\]]*)\])?"
+    text = r"(features? `\w+`[^\[\]'\n]* must [^\[\]'\n]*)" + value
+    found = re.search(text, str(error))
+    return found and " ".join(filter(None, found.groups())).strip()
 
 
 def call(
     function: Callable[[dict[str, Any]], dict[str, Any]], request: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Call `function`; raise ValueError that names a feature with NaN or infinity."""
+    """Call `function`; raise ValueError that names a feature that the graph refuses."""
     import tensorflow as tf
 
     try:
@@ -68,7 +71,7 @@ def checked(specs: Mapping[str, Any], request: Any) -> dict[str, np.ndarray]:
                 f"feature `{name}` is unknown. The features are {sorted(specs)}"
             )
     arrays = {name: _as_array(name, specs[name], request[name]) for name in specs}
-    sizes = {name: len(arrays[name]) for name in sorted(arrays)}
+    sizes = {name: len(arrays[name]) for name in sorted(arrays) if arrays[name].ndim}
     if len(set(sizes.values())) > 1:
         raise ValueError(
             f"all features must have the same batch size. Received: {sizes}"

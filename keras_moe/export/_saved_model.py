@@ -10,7 +10,7 @@ import keras
 
 from keras_moe import _checks
 from keras_moe._files import atomic_write, check_free
-from keras_moe.export import _requests
+from keras_moe.export import _ids, _requests
 from keras_moe.export._inference import without_metrics
 from keras_moe.export._loading import write_checksums
 from keras_moe.export._ports import (
@@ -29,6 +29,7 @@ def export_saved_model(
     preprocessing: Any = None,
     warmup: Sequence[Mapping[str, Any]] = (),
     refuse_nan: bool = True,
+    check_ids: bool = True,
 ) -> None:
     """Write a SavedModel for TensorFlow Serving or TensorFlow.
 
@@ -46,6 +47,11 @@ def export_saved_model(
             at startup (`assets.extra/tf_serving_warmup_requests`).
         refuse_nan: bool, whether the graph raises an error with the feature's name for
             NaN and infinity. XLA removes these checks.
+        check_ids: bool, whether the graph raises an error with the feature's name for
+            an id that is not a row of its `keras.layers.Embedding`, for all embeddings
+            of the functional graph whose ids come from inputs by operations without
+            weights. Negative ids, which Keras counts from the end, are refused too. XLA
+            removes these checks.
 
     Raises:
         ValueError: as in `export_model`, or if a warm-up request is invalid.
@@ -71,15 +77,19 @@ def export_saved_model(
     """
     check_backend()
     _checks.flag("refuse_nan", refuse_nan)
+    _checks.flag("check_ids", check_ids)
     model = _with_preprocessing(preprocessing, model)
     features, tasks = checked_ports(model)
     check_free(Path(path))
     specs = tensor_specs(features)
     requests = [_requests.checked(specs, request) for request in warmup]
+    ids = _ids.looked_up(features, model) if check_ids else {}
 
     def serve(features: dict[str, Any]) -> dict[str, Any]:
         if refuse_nan:
             features = _requests.check_finite(features)
+        if ids:
+            features = _ids.check_ids(features, ids)
         with without_metrics(model):
             return model(as_inputs(model, features), training=False)
 

@@ -223,9 +223,9 @@ def recommend(options: argparse.Namespace) -> None:
             user_id=tf.constant([options.user], tf.int64), k=tf.constant(options.k)
         )
     except tf.errors.InvalidArgumentError as error:
-        reason = re.search(r"k must [^.:\]]*", error.message)
+        reason = re.search(r"\bk`? (must [^.:\]]*)", error.message)
         raise InputError(
-            f"--k {options.k}: {reason.group() if reason else error.message}"
+            f"--k {options.k}: {f'k {reason[1]}' if reason else error.message}"
         ) from error
     print_list(options.user, answer, options.k)
 

@@ -25,6 +25,8 @@ from recsys_examples.movielens.fusion import fuse
 from recsys_examples.movielens.model import Ranker, prediction
 from recsys_examples.runs import find_saved_model
 
+HIGHEST_RATING = 5.0
+
 
 class KnownUsers(keras.layers.Layer):
     """Features of the users known at export.
@@ -92,9 +94,10 @@ class Recommender(keras.layers.Layer):
     def call(self, user_id: Any, k: Any) -> dict[str, Any]:
         num_movies = len(self._movie_ids)
         checks = [
-            tf.debugging.assert_greater_equal(k, 1, "k must be at least 1"),
+            tf.debugging.assert_greater_equal(k, 1, "feature `k` must be at least 1"),
             tf.debugging.assert_less_equal(
-                k, num_movies, f"k must not exceed the catalogue of {num_movies} movies"
+                *(k, num_movies),
+                f"feature `k` must not exceed the catalogue of {num_movies} movies",
             ),
         ]
         with tf.control_dependencies(checks):
@@ -124,6 +127,17 @@ class Recommender(keras.layers.Layer):
         }
 
 
+def check_stars(features: dict[str, Any]) -> dict[str, Any]:
+    """Return `features`, with an assertion that all ratings are from 0 to 5 stars."""
+    stars = features["history_ratings"]
+    check = tf.debugging.Assert(
+        tf.reduce_all((stars >= 0) & (stars <= HIGHEST_RATING)),
+        [f"feature `history_ratings` must be stars from 0 to {HIGHEST_RATING:g}"],
+    )
+    with tf.control_dependencies([check]):
+        return {name: tf.identity(value) for name, value in features.items()}
+
+
 def export_saved_model(
     ranker: Ranker, sequences: Sequences, catalogue: Catalogue, folder: Path
 ) -> None:
@@ -146,7 +160,7 @@ def export_saved_model(
     }
     archive.add_endpoint(
         "serving_default",
-        lambda features: ranker.pairs(features, training=False),
+        lambda features: ranker.pairs(check_stars(features), training=False),
         [features],
     )
     archive.add_endpoint(

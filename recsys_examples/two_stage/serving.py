@@ -22,13 +22,11 @@ import tensorflow as tf
 
 import keras_moe
 from recsys_examples.movielens.features import HISTORY_LENGTH, NO_MOVIE
-from recsys_examples.movielens.serving import KnownUsers
+from recsys_examples.movielens.serving import HIGHEST_RATING, KnownUsers, check_stars
 from recsys_examples.two_stage.fusion import Fusion, diverse_top, fuse
 from recsys_examples.two_stage.pipeline import FirstStage
 from recsys_examples.two_stage.settings import LIST_LENGTH, TASKS
 from recsys_examples.two_stage.towers import MASKED_SCORE
-
-_HIGHEST_RATING = 5.0
 
 
 class Recommender(keras.layers.Layer):
@@ -55,8 +53,7 @@ class Recommender(keras.layers.Layer):
 
     def recommend_for(self, features: dict[str, Any]) -> dict[str, Any]:
         """Return the lists for raw features. Movies of the history are excluded."""
-        with tf.control_dependencies([_check(features["history_ratings"])]):
-            features = {name: tf.identity(v) for name, v in features.items()}
+        features = check_stars(features)
         # Unknown movies count as padding in both stages.
         known = self._pairs.is_known(features["history"])
         features["history"] = tf.where(
@@ -123,15 +120,7 @@ class Recommender(keras.layers.Layer):
 
 
 def _stars(ratings: Any) -> Any:
-    return tf.clip_by_value(ratings, 0.5, _HIGHEST_RATING)
-
-
-def _check(stars: Any) -> Any:
-    """Return an assertion that fails if stars are NaN or not from 0 to 5."""
-    return tf.debugging.Assert(
-        tf.reduce_all((stars >= 0) & (stars <= _HIGHEST_RATING)),
-        [f"feature `history_ratings` must be stars from 0 to {_HIGHEST_RATING:g}"],
-    )
+    return tf.clip_by_value(ratings, 0.5, HIGHEST_RATING)
 
 
 def export_saved_model(

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_moe import export
 from recsys_examples.errors import InputError
 from recsys_examples.movielens.evaluation import predict_pairs, raw_pairs
 from recsys_examples.movielens.fusion import fuse
@@ -260,13 +261,36 @@ class TestRecommend:
     @pytest.mark.parametrize(
         ("name", "rule"),
         [
-            ("none", "k must be at least 1"),
-            ("minus", "k must be at least 1"),
-            ("more", "k must not exceed the catalogue of 60 movies"),
+            ("none", "feature `k` must be at least 1"),
+            ("minus", "feature `k` must be at least 1"),
+            ("more", "feature `k` must not exceed the catalogue of 60 movies"),
         ],
     )
     def test_k_out_of_range(self, served, name, rule):
         assert rule in str(served[f"{name} error"])
+
+
+class TestClient:
+    """`keras_moe.export.load`: errors that name the feature."""
+
+    @pytest.mark.parametrize(
+        ("k", "rule"),
+        [(0, "be at least 1"), (61, "not exceed the catalogue of 60 movies")],
+    )
+    def test_k(self, exported, queries, k, rule):
+        client = export.load(exported / "saved_model", "recommend")
+        users = queries["one"][0]
+        assert client({"user_id": users, "k": 2})["movie_id"].shape == (1, 2)
+        with pytest.raises(ValueError, match=f"feature `k` must {rule}"):
+            client({"user_id": users, "k": k})
+
+    @pytest.mark.parametrize("stars", [np.nan, np.inf, 5.5, -1.0])
+    def test_stars(self, exported, features, stars):
+        client = export.load(exported / "saved_model")
+        ratings = features["history_ratings"].copy()
+        ratings[3, 0] = stars
+        with pytest.raises(ValueError, match="feature `history_ratings` must be stars"):
+            client({**features, "history_ratings": ratings})
 
 
 INPUTS = ("user_id", "k")

@@ -4,13 +4,16 @@ A process that runs this file loads the shared libraries of the tensorflow wheel
 ctypes, as a server written in C or Go would:
 
     python c_api_server.py LIBRARIES MODEL INPUT WIDTH OUTPUT[,OUTPUT...] ROWS FOUND
+        [CALLERS [SECONDS]]
 
 ROWS is a raw file of float32; FOUND gets the outputs, one after another. The same rows
-are then asked for by 64 callers at the same time, each of whom must get the same.
+are then asked for by 64 callers at the same time, each of whom must get the same: five
+times, or for some seconds, in which memory must not grow by more than 5%.
 """
 
 import ctypes
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +37,7 @@ def declare(folder):
     ports, pointers = ctypes.POINTER(Port), ctypes.POINTER(pointer)
     for name, result, *arguments in (
         ("TF_NewStatus", pointer),
+        ("TF_DeleteStatus", None, pointer),
         ("TF_GetCode", number, pointer),
         ("TF_Message", text, pointer),
         ("TF_NewGraph", pointer),
@@ -76,8 +80,11 @@ class Server:
         self.outputs = (Port * len(outputs))(*map(self._port, outputs))
 
     def _check(self, status):
-        if self.c.TF_GetCode(status):
-            raise RuntimeError(self.c.TF_Message(status).decode())
+        failed = self.c.TF_GetCode(status)
+        message = self.c.TF_Message(status).decode()
+        self.c.TF_DeleteStatus(status)
+        if failed:
+            raise RuntimeError(message)
 
     def _port(self, name):
         operation, index = name.split(":")
@@ -109,23 +116,39 @@ class Server:
         return taken
 
 
-def main(libraries, model, inputs, width, outputs, rows, found):
+def resident():
+    """Return the memory of this process, in pages."""
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+
+def main(
+    libraries, model, inputs, width, outputs, rows, found, callers=CALLERS, seconds=0
+):
     """Answer once alone, then all callers; see the top of the file."""
     server = Server(declare(libraries), model, inputs, outputs.split(","))
-    width, rows = int(width), Path(rows).read_bytes()
+    width, callers, rows = int(width), int(callers), Path(rows).read_bytes()
     alone = server.run(rows, width)
     Path(found).write_bytes(alone)
     # Each caller asks for other rows: 1 to 64 from another place on.
     step = 4 * width
-    asked = [rows[i * step : (2 * i + 1) * step] for i in range(CALLERS)]
+    asked = [rows[i * step : (2 * i + 1) * step] for i in range(callers)]
     expected = [server.run(part, width) for part in asked]
-    with ThreadPoolExecutor(CALLERS) as callers:
-        for _ in range(5):
-            answers = list(callers.map(lambda part: server.run(part, width), asked))
+    begun, rounds, memory = time.monotonic(), 0, []
+    with ThreadPoolExecutor(callers) as pool:
+        while rounds < 5 or time.monotonic() - begun < float(seconds):
+            answers = list(pool.map(lambda part: server.run(part, width), asked))
             assert answers == expected  # to the last bit
+            rounds += 1
+            if time.monotonic() - begun > 0.3 * float(seconds):  # after a warm-up
+                memory.append(resident())
     imported = {"tensorflow", "keras", "keras_moe", "numpy"} & sys.modules.keys()
     assert not imported, imported
-    print(f"{CALLERS} callers")
+    growth = memory[-1] / memory[0] - 1
+    if float(seconds):
+        assert growth <= 0.05, f"memory grew by {growth:.1%}"
+        print(f"{callers} callers, {rounds * callers} requests, memory {growth:+.1%}")
+    else:
+        print(f"{callers} callers")
 
 
 if __name__ == "__main__":

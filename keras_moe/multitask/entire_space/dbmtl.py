@@ -71,21 +71,26 @@ class DBMTL(Layer):
         self.kernel_initializer = _checks.initializer(
             "kernel_initializer", kernel_initializer
         )
-        self.mlps = {
-            task: [
-                keras.layers.Dense(
-                    size,
-                    self.activation,
-                    kernel_initializer=independent(
-                        self.kernel_initializer, i * len(self.units) + j
-                    ),
-                    dtype=self.dtype_policy,
-                    name=f"{task}_{j}",
-                )
-                for j, size in enumerate(self.units)
-            ]
+        # In one list: Keras 3.12 saves no layers of a list in a dict.
+        self.mlp_layers = [
+            keras.layers.Dense(
+                size,
+                self.activation,
+                kernel_initializer=independent(
+                    self.kernel_initializer, i * len(self.units) + j
+                ),
+                dtype=self.dtype_policy,
+                name=f"{task}_{j}",
+            )
             for i, task in enumerate(self.parents)
-        }
+            for j, size in enumerate(self.units)
+        ]
+
+    @property
+    def mlps(self) -> dict[str, list[keras.layers.Layer]]:
+        """The layers of the MLP of each task."""
+        layers = iter(self.mlp_layers)
+        return {task: [next(layers) for _ in self.units] for task in self.parents}
 
     def _check_keys(self, inputs: Any) -> None:
         given = list(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
