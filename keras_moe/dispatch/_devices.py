@@ -22,6 +22,7 @@ n / p. Expert choice competes over the whole batch, and gathers the tokens for i
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -116,8 +117,13 @@ def on_devices(
     n = tokens.shape[0]
     # XLA splits the matmuls of the dense dispatch without help.
     place = None if compute is dense or not isinstance(n, int) else placement(experts)
-    # XLA's partitioner ends the process for some uneven divisions of the rows.
-    if place is None or n == 0 or n % place.size(place.batch):
+    if place is None or n == 0:
+        return compute(tokens, routing, experts, training, **options)
+    parts = place.size(place.batch)
+    if n % parts:
+        # XLA's partitioner ends the process for some uneven divisions of the rows.
+        if n > parts:
+            warnings.warn(_UNEVEN.format(n, parts, place.batch), stacklevel=2)
         return compute(tokens, routing, experts, training, **options)
     part = _Part(compute, place, experts, training, options)
     if isinstance(routing, ExpertChoiceRouting):
@@ -125,6 +131,12 @@ def on_devices(
         return nan_where(routing.invalid, outputs)
     by_token = part.with_capacity if compute is within_capacity else part.of_choices
     return part.run(by_token, tokens, *_choices(routing, place))
+
+
+_UNEVEN = (
+    "Every device computes all of {} rows, since they are not a multiple of the {} "
+    "devices of the axis {!r}: pad the batch with rows of sample weight 0."
+)
 
 
 class _Part:
