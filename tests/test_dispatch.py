@@ -359,7 +359,7 @@ def test_evenly_as_it_is_shipped(kind):
     for a, b in zip(*found, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
     runs = routing_lib.sort_choices(Routing(indices, None), e)
-    b = _even.rows_per_turn(n, k, e)
+    b = _even.rows_per_turn(n * k, e)
     c = _even.slots_per_expert(n * k, e, b)
     turns = jax.jit(lambda runs: _even.even_slots(runs, c, b, n, k)[1].turns)(runs)[-1]
     # All on one: c = 9 * 6000 / 48 + 256 / 6 = 1168, so experts 0 and 1 have 1832

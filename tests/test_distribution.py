@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_moe.distribution import expert_parallel
+from keras_moe.distribution import expert_parallel, save
 from tests.support import processes
 
 ROOT = Path(__file__).parent.parent
@@ -51,13 +51,49 @@ def _assert_equal(found, expected, tolerance):
         ("all, 48 rows", "2 x 4"),
         ("few, 48 rows", "data"),
         ("few, 48 rows", "shared"),
-        ("few, 45 rows", "1 x 8"),
+        ("few, 45 rows", "2 x 4"),
     ],
 )
 def test_losses_outputs_gradients_and_state_are_those_of_one_device(found, case, mesh):
     expected = found[f"{case}, None"]
     assert len(expected) > 10
     _assert_equal(found[f"{case}, {mesh}"], expected, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "shared, blocked_evenly, glu, True",
+        "2 x 4, ragged, mlp, False",
+        "data, ragged, mlp, True",
+    ],
+)
+def test_no_choice_is_dropped_where_experts_are_split(found, case):
+    """Also if all rows go to a device, whose room is a little above its share.
+
+    Outputs, and gradients by weights, tokens and gates, in float64.
+    """
+    for routing, difference in found["split"][case].items():
+        assert difference < 1e-10, routing
+    assert min(found["split"]["beyond"]) > 0
+
+
+def test_the_gradient_of_rows_beyond_the_room_drops_what_their_outputs_dropped(found):
+    loss, product = found["split"]["dropout"]
+    assert loss != 0
+    np.testing.assert_allclose(product, loss, rtol=1e-10)
+
+
+@pytest.mark.parametrize("mesh", ["data", "shared", "2 x 4"])
+def test_a_device_multiplies_its_share_alone(found, mesh):
+    """Experts are replicated, on the axis of the batch, or on their own axis."""
+    assert 0.9 <= found["planned"]["share"][mesh] <= 1.2
+
+
+def test_rows_that_the_devices_do_not_divide_are_warned_of(found):
+    (message,) = {x for x in found["warned"] if "multiple" in x}
+    assert "all of 45 rows" in message
+    assert "the 2 devices of the axis 'batch'" in message
 
 
 @pytest.mark.parametrize("mesh", ["shared", "2 x 4"])
@@ -104,10 +140,21 @@ def test_dropout_differs_between_devices_and_its_state_advances_once(found):
     assert found["dropout"]["state"] == found["dropout"]["state of one device"]
 
 
-@pytest.mark.parametrize("mesh", ["data", "shared", "2 x 4", "table"])
-def test_a_plan_has_the_figures_of_the_compiled_step(found, mesh):
+@pytest.mark.parametrize(
+    "case",
+    [
+        "evenly, data",
+        "evenly, shared",
+        "evenly, 2 x 4",
+        "expert_choice, 2 x 4",
+        "mmoe, shared",
+        "mmoe, 2 x 4",
+        "table",
+    ],
+)
+def test_a_plan_has_the_figures_of_the_compiled_step(found, case):
     """Losses and counts of experts, which a plan leaves out, are small."""
-    for name, (compiled, planned) in found["planned"][mesh].items():
+    for name, (compiled, planned) in found["planned"][case].items():
         np.testing.assert_allclose(planned, compiled, rtol=0.1, err_msg=name)
 
 
@@ -138,3 +185,32 @@ def test_invalid_arguments(found, case):
 def test_other_backends_are_refused():
     with pytest.raises(ValueError, match=r"needs the JAX backend.*MirroredStrategy"):
         expert_parallel(keras.layers.Dense(1), {"batch": 1})
+
+
+def _saveable():
+    return keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+
+
+def test_save_replaces_a_file_by_a_complete_one(tmp_path, monkeypatch):
+    model, path = _saveable(), tmp_path / "made" / "model.keras"
+    save(model, path)
+    before = path.read_bytes()
+
+    def fails(path):
+        Path(path).write_bytes(b"half")
+        raise OSError("full")
+
+    monkeypatch.setattr(model, "save", fails)
+    with pytest.raises(OSError, match="full"):
+        save(model, path)
+    assert path.read_bytes() == before
+    assert [found.name for found in path.parent.iterdir()] == ["model.keras"]
+    save(model, tmp_path / "model.weights.h5")
+    _saveable().load_weights(tmp_path / "model.weights.h5")
+
+
+def test_save_names_what_it_cannot_save(tmp_path):
+    with pytest.raises(ValueError, match=r"`path` must end with.*model\.h5"):
+        save(_saveable(), tmp_path / "model.h5")
+    with pytest.raises(ValueError, match="`model` must be built"):
+        save(keras.Sequential([keras.layers.Dense(1)]), tmp_path / "model.keras")

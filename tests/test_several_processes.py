@@ -1,4 +1,4 @@
-"""Two JAX processes train as one does; the file that one of them saved is loaded."""
+"""Two JAX processes train as one does, and one loads what they saved."""
 
 import json
 from pathlib import Path
@@ -53,3 +53,21 @@ def test_what_each_process_saved_is_loaded_by_one(found):
     own, loaded = one["continued"]
     for name, values in own.items():
         np.testing.assert_allclose(loaded[name], values, rtol=1e-4, err_msg=name)
+
+
+def test_experts_split_over_processes_are_saved_in_one_file(found):
+    """Keras' own `save` needs all of a variable in each process."""
+    *several, one = (process["split"] for process in found)
+    for process in several:
+        # Each process has two of four experts, before and after loading.
+        assert process["split"] == process["loaded"] == [False, [2, 12, 8]]
+        assert process["file"] == [True, []]  # And nothing unfinished.
+        assert process["refused"]  # By both, if the first cannot write.
+        np.testing.assert_allclose(
+            process["predictions"], one["predictions"], rtol=1e-5, atol=1e-6
+        )
+        # Slots of the optimizer are in the file too.
+        for history in process["continued"]:
+            np.testing.assert_allclose(
+                history["loss"], one["continued"]["loss"], rtol=1e-4
+            )

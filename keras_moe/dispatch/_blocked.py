@@ -12,20 +12,25 @@ from keras_moe import _backend
 from keras_moe.dispatch import _tpu
 from keras_moe.dispatch._even import blocked_evenly
 from keras_moe.dispatch._grouped_matmul import grouped_dense
+from keras_moe.dispatch._share import Share
 from keras_moe.dispatch._sorted import in_sorted_rows
 from keras_moe.experts._protocol import GroupedExperts, Prologue
 from keras_moe.routing import Routing, SortedChoices
 
 
 def blocked(
-    tokens: Any, routing: Routing, experts: GroupedExperts, training: bool | None = None
+    tokens: Any,
+    routing: Routing,
+    experts: GroupedExperts,
+    training: bool | None = None,
+    share: Share | None = None,
 ) -> Any:
     """Multiply the sorted rows in blocks of static size."""
     # TensorFlow 2.21 aborts where XLA compiles it for a sparse MMoE and any batch size.
     is_safe = isinstance(tokens.shape[0], int) or routing.combine_weights is not None
     if _backend.on_accelerator() and is_safe:
-        return blocked_evenly(tokens, routing, experts, training)
-    return blocked_in_turn(tokens, routing, experts, training)
+        return blocked_evenly(tokens, routing, experts, training, share)
+    return blocked_in_turn(tokens, routing, experts, training, share)
 
 
 def blocked_in_turn(
@@ -33,6 +38,8 @@ def blocked_in_turn(
     routing: Routing,
     experts: GroupedExperts,
     training: bool | None = None,
+    share: Share | None = None,
+    *,
     tpu_kernels: bool = False,
 ) -> Any:
     """Blocks in a loop with a data-dependent trip count (CPU).
@@ -44,6 +51,8 @@ def blocked_in_turn(
     """
     n, k = tokens.shape[0], routing.expert_indices.shape[1]
     num_rows = n * k if isinstance(n, int) else None
+    if share is not None:
+        num_rows = share.rows
     sizes = block_sizes(num_rows, experts.num_experts)
     padding = sizes[-1]
     if tpu_kernels and num_rows:
@@ -58,7 +67,7 @@ def blocked_in_turn(
 
         return experts.on_rows(rows, matmul, training=training)
 
-    return in_sorted_rows(compute, tokens, routing, experts.num_experts, padding)
+    return in_sorted_rows(compute, tokens, routing, experts.num_experts, padding, share)
 
 
 def block_sizes(num_rows: int | None, num_experts: int) -> tuple[int, ...]:
@@ -79,16 +88,18 @@ def block_sizes(num_rows: int | None, num_experts: int) -> tuple[int, ...]:
     return tuple(range(whole // 8, whole + 1, whole // 8))
 
 
-def rows_multiplied(counts: Any) -> int:
+def rows_multiplied(counts: Any, num_rows: int | None = None) -> int:
     """Return the number of rows that `blocked_in_turn` computes for `counts`.
 
     Args:
         counts: `(e,)` ints, the rows of each expert.
+        num_rows: int, the rows that there is room for. Default: the sum of `counts`.
 
     >>> from keras_moe.dispatch import rows_multiplied
     >>> rows_multiplied([300, 0, 33])  # 128 + 128 + 48, nothing, and 48
     352
     """
     counts = [int(count) for count in counts]
-    step, *_, whole = block_sizes(sum(counts), len(counts))
+    num_rows = sum(counts) if num_rows is None else num_rows
+    step, *_, whole = block_sizes(num_rows, len(counts))
     return sum(count + -(count % whole) % step for count in counts)

@@ -21,6 +21,8 @@ n / p. Expert choice competes over the whole batch, and gathers the tokens for i
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,7 +37,9 @@ from keras_moe.dispatch._capacity import (
     within_capacity,
 )
 from keras_moe.dispatch._dense import dense
+from keras_moe.dispatch._even import rows_per_turn, slots_per_expert
 from keras_moe.dispatch._rows import nan_where
+from keras_moe.dispatch._share import Share, add_beyond, one_expert
 from keras_moe.routing import ExpertChoiceRouting, Routing
 
 
@@ -113,8 +117,13 @@ def on_devices(
     n = tokens.shape[0]
     # XLA splits the matmuls of the dense dispatch without help.
     place = None if compute is dense or not isinstance(n, int) else placement(experts)
-    # XLA's partitioner ends the process for some uneven divisions of the rows.
-    if place is None or n == 0 or n % place.size(place.batch):
+    if place is None or n == 0:
+        return compute(tokens, routing, experts, training, **options)
+    parts = place.size(place.batch)
+    if n % parts:
+        # XLA's partitioner ends the process for some uneven divisions of the rows.
+        if n > parts:
+            warnings.warn(_UNEVEN.format(n, parts, place.batch), stacklevel=2)
         return compute(tokens, routing, experts, training, **options)
     part = _Part(compute, place, experts, training, options)
     if isinstance(routing, ExpertChoiceRouting):
@@ -122,6 +131,12 @@ def on_devices(
         return nan_where(routing.invalid, outputs)
     by_token = part.with_capacity if compute is within_capacity else part.of_choices
     return part.run(by_token, tokens, *_choices(routing, place))
+
+
+_UNEVEN = (
+    "Every device computes all of {} rows, since they are not a multiple of the {} "
+    "devices of the axis {!r}: pad the batch with rows of sample weight 0."
+)
 
 
 class _Part:
@@ -142,6 +157,8 @@ class _Part:
         self.options = options
         self.num_experts = experts.num_experts // place.size(place.experts)
         self.splits = place.experts is not None
+        self.seeds = [v for v in experts.variables if _is_seed(v)]
+        self.weights = [v for v in experts.variables if not _is_seed(v)]
 
     def run(
         self, function: Callable[..., Any], tokens: Any, fields: Any, specs: Any
@@ -154,9 +171,7 @@ class _Part:
         import jax
         from jax.sharding import PartitionSpec
 
-        place, variables = self.place, self.whole.variables
-        seeds = [v for v in variables if _is_seed(v)]
-        weights = [v for v in variables if not _is_seed(v)]
+        place = self.place
 
         def local(
             weights_here: Any, seeds_here: Any, tokens: Any, fields: Any
@@ -165,15 +180,9 @@ class _Part:
             axes = dict.fromkeys((place.batch, place.experts or place.batch))
             index = jax.lax.axis_index(tuple(axes))
             shift = ops.stack([ops.cast(index, "uint32"), ops.zeros((), "uint32")])
-            scope = keras.StatelessScope()
-            # Its constructor refuses values of another shape.
-            scope.state_mapping = {
-                **{id(v): x for v, x in zip(weights, weights_here, strict=True)},
-                **{id(v): x + shift for v, x in zip(seeds, seeds_here, strict=True)},
-            }
-            with scope:
-                outputs = function(tokens, fields, self._experts())
-            return outputs, [scope.get_current_value(v) - shift for v in seeds]
+            with self._scope(weights_here, [x + shift for x in seeds_here]) as scope:
+                outputs = function(tokens, fields, self._experts(self.num_experts))
+            return outputs, [scope.get_current_value(v) - shift for v in self.seeds]
 
         by_expert = PartitionSpec(place.experts)
         by_token = PartitionSpec(place.batch)
@@ -185,19 +194,31 @@ class _Part:
             out_specs=(by_token, everywhere),
             check_vma=False,  # The dispatches have custom gradients.
         )(
-            [ops.convert_to_tensor(v) for v in weights],
-            [ops.convert_to_tensor(v) for v in seeds],
+            [ops.convert_to_tensor(v) for v in self.weights],
+            [ops.convert_to_tensor(v) for v in self.seeds],
             tokens,
             fields,
         )
-        for variable, state in zip(seeds, states, strict=True):
+        for variable, state in zip(self.seeds, states, strict=True):
             variable.assign(state)
         return outputs
 
-    def _experts(self) -> Any:
-        """Return the experts of a device: the same layer with a smaller e."""
+    def _scope(self, weights: Any, seeds: Any) -> Any:
+        """Return a scope in which the variables have values of other shapes."""
+        scope = keras.StatelessScope()
+        # Its constructor refuses them.
+        scope.state_mapping = {
+            id(v): value
+            for v, value in zip(
+                [*self.weights, *self.seeds], [*weights, *seeds], strict=True
+            )
+        }
+        return scope
+
+    def _experts(self, num_experts: int) -> Any:
+        """Return the same layer of experts with a smaller e."""
         experts = object.__new__(type(self.whole))
-        vars(experts).update(vars(self.whole), num_experts=self.num_experts)
+        vars(experts).update(vars(self.whole), num_experts=num_experts)
         return experts
 
     def of_choices(self, tokens: Any, fields: Any, experts: Any) -> Any:
@@ -212,10 +233,36 @@ class _Part:
         if not self.splits:
             return self.compute(tokens, routing, experts, self.training)
         routing, own = self._own_choices(routing)
-        outputs = self.compute(tokens, routing, experts, self.training)
+        outputs = self._compute_share(tokens, routing, experts)
         if routing.combine_weights is None:
             outputs = routing_lib.rows_where(own, outputs)
         return self._sum(outputs)
+
+    def _compute_share(self, tokens: Any, routing: Routing, experts: Any) -> Any:
+        """Compute the choices of the device's experts, and no room for all others."""
+        m, e = math.prod(routing.expert_indices.shape), self.num_experts
+        expected = -(-m // self.place.size(self.place.experts))
+        rows = e * slots_per_expert(expected, e, rows_per_turn(expected, e))
+        if rows >= m:
+            return self.compute(tokens, routing, experts, self.training)
+        share = Share(routing_lib.sort_choices(routing, e), rows)
+        outputs = self.compute(tokens, routing, experts, self.training, share=share)
+        weights = routing.combine_weights
+        return add_beyond(
+            outputs,
+            tokens,
+            None if weights is None else ops.cast(weights, outputs.dtype),
+            [ops.convert_to_tensor(v) for v in self.weights],
+            share,
+            self._one_expert,
+            [ops.convert_to_tensor(v) for v in self.seeds],
+            rows_per_turn(rows, e),
+        )
+
+    def _one_expert(self, weights: Any, seeds: Any, rows: Any) -> Any:
+        """(b, d) -> (b, u), by the one expert that has these weights."""
+        with self._scope(weights, seeds):
+            return one_expert(rows, self._experts(1), self.training)
 
     def _own_choices(self, routing: Routing) -> tuple[Routing, Any]:
         """Return the choices of the device's experts, and bool (n, k): which they are.

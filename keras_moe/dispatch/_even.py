@@ -18,20 +18,29 @@ from keras import ops
 
 from keras_moe import routing as routing_lib
 from keras_moe.dispatch._even_matmul import Overflow, even_dense
+from keras_moe.dispatch._share import Share
 from keras_moe.dispatch._slots import in_slots
 from keras_moe.experts._protocol import GroupedExperts, Prologue
 from keras_moe.routing import Routing, Slots, SortedChoices
 
 
 def blocked_evenly(
-    tokens: Any, routing: Routing, experts: GroupedExperts, training: bool | None = None
+    tokens: Any,
+    routing: Routing,
+    experts: GroupedExperts,
+    training: bool | None = None,
+    share: Share | None = None,
 ) -> Any:
     """One batched matmul of all experts, and a loop that rarely turns (GPU)."""
     e, k = experts.num_experts, routing.expert_indices.shape[1]
     n = ops.shape(tokens)[0]
-    b = rows_per_turn(n, k, e)
-    runs = routing_lib.sort_choices(routing, e)
-    slots, overflow = even_slots(runs, slots_per_expert(n * k, e, b), b, n, k)
+    if share is None:
+        b = rows_per_turn(n * k, e)
+        runs, c = routing_lib.sort_choices(routing, e), slots_per_expert(n * k, e, b)
+    else:  # As many slots as rows.
+        b, c = rows_per_turn(share.rows, e), share.rows // e
+        runs = share.first_runs()
+    slots, overflow = even_slots(runs, c, b, n, k)
 
     def matmul(
         rows: Any, kernel: Any, bias: Any = None, prologue: Prologue | None = None
@@ -55,14 +64,16 @@ def slots_per_expert(m: Any, e: int, b: int) -> Any:
     return 9 * m // (8 * e) + max(8, -(-b // e))
 
 
-def rows_per_turn(n: Any, k: int, e: int) -> int:
-    """Return b: a fraction of the mean load, in [256, 1024].
+def rows_per_turn(m: Any, e: int) -> int:
+    """Return b: a fraction of the mean load in [256, 1024], and of m in [32, 256].
 
     The time of a turn hardly depends on b below 256 rows.
     """
     b = 256
-    while isinstance(n, int) and b < 1024 and 8 * b * e <= n * k:
+    while isinstance(m, int) and b < 1024 and 8 * b * e <= m:
         b *= 2
+    while isinstance(m, int) and b > 32 and 16 * b > m:
+        b //= 2
     return b
 
 

@@ -6,31 +6,19 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 from keras.src.utils.naming import to_snake_case  # Keras does not export it.
 
 from keras_moe import _backend, _checks
-from keras_moe.experts import MLPExperts, StackedKernels
-from keras_moe.experts._mlp import StackedMLP
-from keras_moe.layers._parts import HasDispatch
-
-
-class VariablePlacement(NamedTuple):
-    """Where a variable is.
-
-    Attributes:
-        path: the path of the variable.
-        shape: its shape.
-        axes: for each of its axes, the mesh axis over which it is split, or None.
-        reason: why it is split or replicated.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    reason: str
+from keras_moe.distribution._placements import (
+    Axis,
+    VariablePlacement,
+    layers_with_experts,
+    placements_of,
+)
+from keras_moe.experts import StackedKernels
 
 
 class ExpertParallel(keras.distribution.ModelParallel):
@@ -177,7 +165,10 @@ def expert_parallel(
                 f"Received: batch_size={batch_size}, mesh={sizes}"
             )
     table = (table_axis, sizes[table_axis]) if embeddings else None
-    placements = list(_placements(model, (expert_axis, sizes[expert_axis]), table))
+    axis = expert_axis, sizes[expert_axis]
+    for layer in layers_with_experts(model):
+        _check_experts(layer, axis)
+    placements = list(placements_of(model, axis, table))
     layout_map = keras.distribution.LayoutMap(mesh)
     for pattern, axes in _patterns(placements, model).items():
         layout_map[pattern] = axes
@@ -208,62 +199,6 @@ def _checked_mesh(mesh: Any) -> Any:
             f"Received: mesh={dict(mesh)}"
         )
     return keras.distribution.DeviceMesh(shape, list(mesh), devices[: math.prod(shape)])
-
-
-Axis = tuple[str, int]  # Its name and its size.
-
-
-def _placements(
-    model: Any, expert_axis: Axis, table_axis: Axis | None
-) -> Iterator[VariablePlacement]:
-    """Yield the placement of each variable of `model`."""
-    known: dict[int, tuple[str | None, str]] = {}
-    for layer in model._flatten_layers(include_self=True):
-        for part, axis, reason in _parts(layer, expert_axis, table_axis):
-            for variable in part.weights:
-                known.setdefault(id(variable), (axis, reason))
-    for variable in model.weights:
-        other = None, "neither an expert nor a table"
-        axis, reason = known.get(id(variable), other)
-        axes = (axis, *[None] * (len(variable.shape) - 1))[: len(variable.shape)]
-        yield VariablePlacement(variable.path, tuple(variable.shape), axes, reason)
-
-
-def _parts(
-    layer: Any, expert_axis: Axis, table_axis: Axis | None
-) -> Iterator[tuple[Any, str | None, str]]:
-    """Yield parts of `layer`, the axis over which they are split, and why."""
-    if isinstance(layer, HasDispatch) and hasattr(layer, "experts"):
-        _check_experts(layer, expert_axis)
-    shared = getattr(layer, "shared_experts", None)
-    if isinstance(shared, keras.layers.Layer):
-        yield shared, None, "every token goes to the shared experts"
-    for name in ("router", "gates"):
-        part = getattr(layer, name, None)
-        if isinstance(part, keras.layers.Layer):
-            yield part, None, "every token needs the scores of all experts"
-    if isinstance(layer, keras.layers.Embedding):
-        if table_axis is None:
-            yield layer, None, "embeddings=False"
-        else:
-            yield layer, *_division(layer.input_dim, "rows", table_axis)
-    if _has_experts(layer):
-        yield layer, *_division(layer.num_experts, "experts", expert_axis)
-
-
-def _division(count: int, unit: str, axis: Axis) -> tuple[str | None, str]:
-    """Return the axis that splits `count` units, if it can, and why."""
-    name, size = axis
-    if count % size:
-        return None, f"{count} {unit} are not a multiple of {size} devices"
-    return name, f"{count // size} of {count} {unit}"
-
-
-def _has_experts(layer: Any) -> bool:
-    """Whether a layer is stacked experts, not stacked gates or towers."""
-    return isinstance(layer, StackedKernels) and (
-        isinstance(layer, MLPExperts) or not isinstance(layer, StackedMLP)
-    )
 
 
 def _check_experts(layer: Any, axis: Axis) -> None:
@@ -322,10 +257,9 @@ def _without_numbers(path: str) -> str:
 
 def _notes(model: Any, axis: str, size: int) -> Iterator[str]:
     """Yield a line for each routed layer whose tokens compete."""
-    for layer in model._flatten_layers(include_self=True):
+    for layer in layers_with_experts(model):
         choice = getattr(getattr(layer, "router", None), "choice", None)
-        routed = isinstance(layer, HasDispatch)
-        if choice == "token" and routed and layer._has_capacity():
+        if choice == "token" and layer._has_capacity():
             yield (
                 f'{layer.path}: the tokens of "capacity" compete within one of the '
                 f"{size} parts of a batch (axis {axis!r})"

@@ -16,9 +16,15 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import keras
+from keras import tree
 
 from keras_moe import _checks
 from keras_moe.dispatch._capacity import DEFAULT_FACTOR
+from keras_moe.distribution._placements import (
+    has_experts,
+    layers_with_experts,
+    placements_of,
+)
 from keras_moe.experts import StackedKernels
 from keras_moe.layers._parts import HasDispatch
 
@@ -33,7 +39,8 @@ class Plan(NamedTuple):
         memory_bytes: int, weights, their gradients and the optimizer's slots, without
             activations.
         communication_bytes: dict, bytes that a device sends in a step, by what is sent:
-            "gradients", "tokens" (to experts and back), "rows" (of tables).
+            "gradients" (and kernels that are gathered), "tokens" (to experts and back),
+            "rows" (of tables).
         flops: float, operations of a device in matmuls.
         compute_seconds: float.
         communication_seconds: float.
@@ -75,10 +82,9 @@ def plan(
     small reductions of losses. On JAX the gradient of a table has the size of the
     table, which "data" sums over devices.
 
-    Differences from a program of `expert_parallel`: FLOPs are those of the chosen rows,
-    where "capacity" computes all slots, and dispatches of static shape compute more if
-    experts are split; mixtures that compute every expert count as replicated; and
-    tables are split over the longest axis (there, `table_axis`).
+    What is split, and what is not, is what `expert_parallel` says for that mesh, with
+    tables on the axis of the experts. FLOPs are those of all rows that a program has
+    room for: the slots of "capacity", or an eighth more rows than are chosen.
 
     Args:
         model: a built Keras model or layer.
@@ -130,32 +136,44 @@ def plan(
     tokens = rows * _checks.positive_int("tokens_per_row", tokens_per_row)
     ids = rows * _checks.positive_int("ids_per_row", ids_per_row)
     parts = _Parts(model, table_rows)
-    a = _checked_expert_devices(expert_devices, p, parts.routed)
+    a = _checked_expert_devices(expert_devices, p, list(layers_with_experts(model)))
     plans = []
     for strategy in ("data", "experts", "experts and rows"):
         over = 1 if strategy == "data" else a
         mesh = {"batch": p} if over in (1, p) else {"batch": p // a, "expert": a}
-        split = {} if over == 1 else dict.fromkeys(parts.experts, list(mesh)[-1])
-        if strategy == "experts and rows":
-            split |= dict.fromkeys(parts.in_tables, _table_axis(mesh))
+        axis = list(mesh)[-1]
+        places = placements_of(
+            model,
+            (axis, over) if over > 1 else None,
+            (axis, mesh[axis]) if strategy == "experts and rows" else None,
+            table_rows,
+        )
+        split = {
+            id(v): place.axes[0]
+            for v, place in zip(model.weights, places, strict=True)
+            if any(place.axes)
+        }
         sizes = {
             key: size / (mesh[split[key]] if key in split else 1)
             for key, size in parts.sizes.items()
         }
         sent = {
-            # Split over the batch's axis, a part has the gradient of all rows.
             "gradients": sum(
-                _all_reduce(sizes[id(v)], mesh["batch"])
+                _gradient_bytes(v, parts, sizes[id(v)], mesh, split.get(id(v)))
                 for v in model.trainable_variables
-                if split.get(id(v)) != "batch"
             ),
-            "tokens": sum(_token_bytes(x, tokens, mesh, over) for x in parts.routed),
-            "rows": 0.0,
+            "tokens": sum(
+                _token_bytes(*mixture, tokens, mesh, split)
+                for mixture in parts.mixtures
+            ),
+            "rows": sum(
+                _row_bytes(table, ids, mesh, axis)
+                for table in parts.tables
+                if id(table.embeddings) in split
+            ),
         }
-        if strategy == "experts and rows":
-            sent["rows"] = sum(_row_bytes(table, ids, mesh) for table in parts.tables)
         weights = sum(sizes.values())
-        work = _flops(parts, tokens, mesh)
+        work = _flops(parts, tokens, mesh, split)
         plans.append(
             Plan(
                 strategy,
@@ -172,32 +190,60 @@ def plan(
 
 
 class _Parts:
-    """Routed layers and tables of a model, and the bytes of its weights by id."""
+    """Mixtures and tables of a model, and the bytes of its weights by id."""
 
     def __init__(self, model: Any, table_rows: int | None) -> None:
         layers = model._flatten_layers(include_self=True)
-        self.routed = list(_routed(model))
+        self.mixtures = list(_mixtures(layers))
         self.tables = [x for x in layers if isinstance(x, keras.layers.Embedding)]
         self.weights = model.weights
-        self.experts = {id(v): x for x in self.routed for v in x.experts.weights}
-        self.in_tables = {id(v) for table in self.tables for v in table.weights}
+        self.mixture_of = {
+            id(v): layer for layer, experts in self.mixtures for v in experts.weights
+        }
+        self.matmuls = _matmuls(layers)
         self.sizes = {id(v): _bytes(v) for v in model.weights}
         for table in self.tables if table_rows is not None else ():
             self.sizes[id(table.embeddings)] *= table_rows / table.input_dim
 
 
-def _routed(model: Any) -> Iterator[Any]:
-    """Yield the layers that send tokens to stacked experts."""
-    for layer in model._flatten_layers(include_self=True):
-        experts = getattr(layer, "experts", None)
-        sparse = getattr(layer, "top_k", None) is not None
-        stacked = isinstance(experts, StackedKernels)
-        if sparse and stacked and isinstance(layer, HasDispatch):
-            yield layer
+def _mixtures(layers: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield the layers with stacked experts, and these (of each level)."""
+    for layer in layers:
+        for experts in tree.flatten(getattr(layer, "experts", None)):
+            if has_experts(experts):
+                yield layer, experts
+
+
+def _matmuls(layers: list[Any]) -> set[int]:
+    """Return the ids of the kernels by which all tokens, or those chosen, go."""
+    found = set()
+    for layer in layers:
+        axes = 3 if isinstance(layer, StackedKernels) else 2
+        if not isinstance(layer, keras.layers.Embedding):
+            own = [*layer._trainable_variables, *layer._non_trainable_variables]
+            found |= {id(v) for v in own if len(v.shape) >= axes}
+    return found
+
+
+def _rows_computed(layer: Any) -> float:
+    """Return the share of all (token, expert) pairs that a mixture computes."""
+    if not _is_sparse(layer):
+        return 1.0
+    if getattr(getattr(layer, "router", None), "choice", None) == "expert":
+        room = layer.router.capacity_factor
+    elif layer._has_capacity():
+        room = layer.capacity_factor or DEFAULT_FACTOR
+    else:
+        room = 9 / 8
+    return room * _choices(layer) / layer.num_experts
+
+
+def _is_sparse(layer: Any) -> bool:
+    return isinstance(layer, HasDispatch) and layer._resolve_dispatch() != "dense"
 
 
 def _choices(layer: Any) -> int:
-    """Return k, the experts that are computed for a token."""
+    """Return k, the experts that a token chooses, or that choose it on average."""
     chosen = getattr(layer, "_max_chosen", None)  # Of several gates together.
     return layer.top_k if chosen is None else chosen()
 
@@ -232,18 +278,46 @@ def _all_gather(size: float, devices: int) -> float:
     return size * (devices - 1) / devices
 
 
-def _token_bytes(layer: Any, tokens: int, mesh: dict[str, int], parts: int) -> float:
+def _gradient_bytes(
+    variable: Any, parts: _Parts, size: float, mesh: dict[str, int], axis: str | None
+) -> float:
+    """Bytes of the gradient of a variable, of `size` bytes on a device."""
+    if axis != "batch":
+        return _all_reduce(size, mesh["batch"])
+    layer = parts.mixture_of.get(id(variable))
+    if layer is None or _is_sparse(layer):
+        return 0.0  # A part has the gradient of all rows.
+    # XLA gathers the kernels of experts that compute all rows, and not the rows.
+    return _all_gather(size * mesh[axis], mesh[axis]) + _all_reduce(
+        size * mesh[axis], mesh[axis]
+    )
+
+
+def _token_bytes(
+    layer: Any, experts: Any, tokens: int, mesh: dict[str, int], split: dict[int, Any]
+) -> float:
     """Bytes of tokens to their experts and back, and of their gradients."""
+    kernel = experts.weights[0]
+    parts = mesh[split[id(kernel)]] if id(kernel) in split else 1
+    d = kernel.shape[1]
+    u = experts.compute_output_shape((None, d))[-1]
+    s = 2 if layer.compute_dtype.endswith("16") else 4
+    here = tokens / mesh["batch"]
+    sparse = _is_sparse(layer)
+    if sparse and getattr(getattr(layer, "router", None), "choice", None) == "expert":
+        # They choose among the tokens of the whole batch, which are gathered.
+        sent = 2 * _all_gather(tokens * s * (d + u), mesh["batch"])
+        own = parts if "expert" in mesh else 1
+        return sent + _all_reduce(here * s * (d + u), own)
     if parts == 1:
         return 0.0
-    d = layer.input_spec.axes[-1]
-    k, u = _choices(layer), layer.experts.compute_output_shape((None, d))[-1]
-    s = 2 if layer.compute_dtype.endswith("16") else 4
+    if not sparse:  # The mixtures of all gates, and the gradients of tokens.
+        return _all_reduce(here * s * (_gates(layer) * u + d), mesh.get("expert", 1))
+    k = _choices(layer)
     weights = 4 * k
     if not hasattr(layer, "router"):  # Outputs of all choices, weighted afterwards.
         weights, u = 0, k * u
     if "expert" in mesh:
-        here = tokens / mesh["batch"]
         # The outputs; then the gradients of tokens and weights.
         return _all_reduce(here * (s * (u + d) + weights), parts)
     if layer._has_capacity():
@@ -253,33 +327,35 @@ def _token_bytes(layer: Any, tokens: int, mesh: dict[str, int], parts: int) -> f
     return _all_gather(tokens * (2 * s * (d + u) + 2 * weights + 4 * k), parts)
 
 
-def _flops(parts: _Parts, tokens: int, mesh: dict[str, int]) -> float:
+def _gates(layer: Any) -> int:
+    """Return the number of mixtures of the experts, for each task one."""
+    tasks = getattr(layer, "_tasks", None)
+    return getattr(layer, "num_gates", 1 if tasks is None else tasks.count)
+
+
+def _flops(
+    parts: _Parts, tokens: int, mesh: dict[str, int], split: dict[int, Any]
+) -> float:
     """Operations of a device: the forward pass, and twice that in the backward pass."""
     total = 0.0
     for variable in parts.weights:
-        if id(variable) in parts.in_tables or len(variable.shape) < 2:
+        if id(variable) not in parts.matmuls:
             continue
         work = 2 * tokens * math.prod(variable.shape)
-        layer = parts.experts.get(id(variable))
-        if layer is None:
-            total += work / mesh["batch"]  # Repeated along the axis of the experts.
-        elif len(variable.shape) == 3:
-            share = _choices(layer) / layer.num_experts
-            total += work * share / math.prod(mesh.values())
+        layer = parts.mixture_of.get(id(variable))
+        if layer is not None:
+            work *= _rows_computed(layer)
+        # What is not split is repeated along the axis of the experts.
+        devices = mesh.values() if id(variable) in split else [mesh["batch"]]
+        total += work / math.prod(devices)
     return 3 * total
 
 
-def _row_bytes(table: Any, ids: int, mesh: dict[str, int]) -> float:
+def _row_bytes(table: Any, ids: int, mesh: dict[str, int], axis: str) -> float:
     """Bytes of the rows of a split table, and of their gradients."""
-    axis = _table_axis(mesh)
     width = 4 * table.output_dim
     if axis == "expert":
         return _all_reduce(ids / mesh["batch"] * width, mesh[axis])
     # Ids are gathered, rows summed over the parts, and their gradients gathered.
     gathered = _all_gather(ids * (4 + width), mesh[axis])
     return gathered + _all_reduce(ids * width, mesh[axis])
-
-
-def _table_axis(mesh: dict[str, int]) -> str:
-    """Return the largest axis, the last one of equal axes."""
-    return max(reversed(mesh), key=lambda axis: mesh[axis])

@@ -7,8 +7,9 @@
 The last one compiles for chips of a TPU and needs `libtpu`, no TPU. The step is a
 sparse mixture, its gradients by weights and by inputs; nothing is run.
 "XLA alone" is the same layer without `jax.shard_map`. FLOPs are those that the compiler
-counts for a device, against those of one device / 8; it counts the body of a loop once,
-so that there is no figure for `blocked_in_turn`. "sent" is by a device, in a
+counts for a device, against those of one device / 8. It counts the body of a loop once:
+for `blocked_in_turn` the table has the rows that the loop multiplies for a uniform
+routing, by the fullest device, against the choices / 8. "sent" is by a device, in a
 ring.
 """
 
@@ -225,7 +226,33 @@ def without_shard_map(step: Callable[[], Any]) -> Any:
         dispatch.on_devices = kept
 
 
-def row(name: str, dispatch: str, step: Step, one: Step, devices: int) -> str:
+def rows_in_turn(rows: int, mesh: Mesh, devices: int) -> float:
+    """Return the rows that the loops of the fullest device multiply, of its share.
+
+    Args:
+        rows: the rows of a batch, which choose 2 of 8 experts each, at random.
+        mesh: the sizes of the axes, and the axis of the experts.
+        devices: number of devices that share the choices.
+    """
+    import numpy as np
+
+    from keras_moe.dispatch import _even, rows_multiplied
+
+    sizes, axis = mesh
+    parts = 1 if axis is None else sizes[axis]
+    visible = rows if axis == "batch" else rows // sizes["batch"]
+    e, mean, room = 8 // parts, 2 * visible // parts, 2 * visible
+    if parts > 1:
+        room = e * _even.slots_per_expert(mean, e, _even.rows_per_turn(mean, e))
+    choices = np.random.default_rng(0).integers(0, 8, 2 * visible)
+    counts = np.bincount(choices, minlength=8).reshape(parts, e)
+    most = max(rows_multiplied(own, min(room, 2 * visible)) for own in counts)
+    return most / (2 * rows / devices)
+
+
+def row(
+    name: str, dispatch: str, step: Step, one: Step, devices: int, rows: int, mesh: Mesh
+) -> str:
     """Return a row of the table."""
     kinds = Counter(found.kind for found in step.collectives)
     shown = ", ".join(
@@ -233,8 +260,9 @@ def row(name: str, dispatch: str, step: Step, one: Step, devices: int) -> str:
         f"{sum(c.result for c in step.collectives if c.kind == kind) / 1e6:.2f}"
         for kind, count in sorted(kinds.items())
     )
-    loops = dispatch == "blocked_in_turn"
-    flops = "" if loops else f"{step.flops / (one.flops / devices):.2f}"
+    flops = f"{step.flops / (one.flops / devices):.2f}"
+    if dispatch == "blocked_in_turn":
+        flops = f"rows: {rows_in_turn(rows, mesh, devices):.2f}"
     return (
         f"| {name} | {dispatch} | {shown or 'none'} | {step.sent / 1e6:.2f} | {flops} "
         f"| {step.arguments / 1e6:.2f} | {step.temporary / 1e6:.2f} |"
@@ -252,16 +280,20 @@ def table(given: argparse.Namespace, devices: Sequence[Any] | None) -> Iterator[
     for dispatch in given.dispatch:
         layer = mixture(dispatch, given.features, given.hidden, given.dtype)
         shape = (given.rows, given.features)
-        alone = None if devices is None else devices[0]
-        one = summarized(compiled_step(layer, None, shape, alone))
-        yield row("one device", dispatch, one, one, count)
-        for name, (sizes, axis) in meshes(count).items():
+        first = None if devices is None else devices[0]
+        one = summarized(compiled_step(layer, None, shape, first))
+        undivided: Mesh = {"batch": 1}, None
+        yield row("one device", dispatch, one, one, count, given.rows, undivided)
+        for name, mesh in meshes(count).items():
+            sizes, axis = mesh
             active = distribution(layer, sizes, axis, devices)
             compile_ = partial(compiled_step, layer, active, shape)
             if axis is None:
                 plain = summarized(without_shard_map(compile_))
-                yield row(f"{name}, XLA alone", dispatch, plain, one, count)
-            yield row(name, dispatch, summarized(compile_()), one, count)
+                alone = f"{name}, XLA alone"
+                yield row(alone, dispatch, plain, one, count, given.rows, undivided)
+            step = summarized(compile_())
+            yield row(name, dispatch, step, one, count, given.rows, mesh)
 
 
 def tpu_devices(topology: str) -> list[Any]:

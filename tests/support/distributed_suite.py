@@ -1,12 +1,14 @@
 """Layers on eight devices of JAX, which `tests/test_distribution.py` runs in a process.
 
-The devices must be made before JAX starts. `gradients` has every dispatch, and layers
-of several tasks, in one model and in float64; `fitted` trains in float32.
+The devices must be made before JAX starts. `gradients` has routers, dispatches and
+layers of several tasks in one model and in float64, `split_dispatch` the dispatches
+without drops for routings of all kinds; `fitted` trains in float32.
 """
 
 import json
 import os
 import sys
+import warnings
 
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -19,8 +21,12 @@ from keras.distribution import DataParallel, DeviceMesh
 
 import keras_moe
 from keras_moe import layers
+from keras_moe.dispatch import _blocked
 from keras_moe.distribution import expert_parallel
-from tests.benchmarks import collectives
+from tests.support import planned_steps, split_dispatch
+
+# Eight sizes of blocks, which is the default, take four times as long to compile.
+_blocked.block_sizes = lambda *_: (8, 16)
 
 ROWS, FEATURES, UNITS, EXPERTS = 48, 6, 5, 8
 # By name: the mesh, and the axis of the experts.
@@ -31,7 +37,7 @@ MESHES = {
     "1 x 8": ({"batch": 1, "expert": 8}, "expert"),
 }
 # The parts that are compared on every mesh; `--all` compares all of them on all.
-FEW = ("blocked_evenly", "capacity", "bias_balanced", "sparse_mmoe", "ple")
+FEW = ("capacity", "expert_choice", "bias_balanced", "ple")
 TASKS = 2
 
 
@@ -54,25 +60,21 @@ class Sparse(layers.MMoE):
 
 
 def parts() -> dict:
-    """Return a layer for every dispatch, router and layer of several tasks.
+    """Return a layer for routers, dispatches and layers of several tasks.
 
-    The program of `blocked_in_turn` is long, that of "ragged" short.
+    Routers have the dispatch whose program is the shortest.
     """
-    glu = keras_moe.experts.GLUExperts(EXPERTS, 7, UNITS, name="experts")
     return {
-        "blocked_in_turn": Fixed("blocked_in_turn", UNITS),
-        "blocked_evenly": Fixed("blocked_evenly", num_shared_experts=1),
-        "ragged": Fixed("ragged"),
+        "ragged": Fixed("ragged", UNITS, num_shared_experts=1),
         "dense": Fixed("dense", router_z_loss_weight=0.1),
         # Without drops: tokens compete within their part of the batch.
         "capacity": Fixed("capacity", capacity_factor=EXPERTS / 2),
         "expert_choice": Fixed("capacity", router="expert_choice"),
-        "bias_balanced": Fixed("ragged", router="bias_balanced"),
-        "sinkhorn": Fixed("ragged", router="sinkhorn"),
-        "glu": layers.MoE(experts=glu, capacity_factor=EXPERTS / 2),
+        "bias_balanced": Fixed("dense", router="bias_balanced"),
+        "sinkhorn": Fixed("dense", UNITS, router="sinkhorn"),
         "mmoe": layers.MMoE(EXPERTS, (7, UNITS), TASKS),
         "sparse_mmoe": Sparse(
-            EXPERTS, (7, UNITS), TASKS, top_k=1, load_balancing_loss_weight=0.1
+            EXPERTS, UNITS, TASKS, top_k=1, load_balancing_loss_weight=0.1
         ),
         "ple": layers.PLE(1, 2, 3, (7, UNITS), TASKS),
     }
@@ -162,7 +164,7 @@ def gradients(mesh: str | None, rows: int = ROWS, names=None) -> dict:
 
 
 def ranker():
-    """A model of two tasks: a table, a mixture, a sparse MMoE and PLE."""
+    """A model of two tasks: a table, a mixture and PLE."""
     keras.utils.set_random_seed(0)
     ids, x = keras.Input((), dtype="int32"), keras.Input((FEATURES,))
     hidden = keras.layers.Concatenate()(
@@ -175,8 +177,6 @@ def ranker():
         routing_metrics=["load_cv", "router_entropy"],
         name="moe",
     )(hidden)
-    sparse = Sparse(EXPERTS, 8, ["all"], top_k=2, name="mmoe")
-    hidden = sparse(hidden)["all"]
     tasks = layers.PLE(1, 2, 3, 8, ["click", "stay"], name="ple")(hidden)
     outputs = {
         "click": layers.Tower((), "sigmoid", name="click")(tasks["click"]),
@@ -324,82 +324,56 @@ def errors() -> list[str]:
     return messages
 
 
-def planned() -> dict:
-    """Return compiled figures beside those of the plan, by mesh."""
-    rows, features = 1024, 128
-    model = collectives.mixture("blocked_in_turn", features, 256)
-    found = {}
-    for name, (strategy, devices) in {
-        "data": (0, 8),
-        "shared": (1, 8),
-        "2 x 4": (1, 4),
-    }.items():
-        sizes, axis = MESHES[name]
-        active = collectives.distribution(model, sizes, axis)
-        step = collectives.summarized(
-            collectives.compiled_step(model, active, (rows, features))
-        )
-        plan = keras_moe.distribution.plan(
-            model, 8, rows, bandwidth=1e9, flops=1e9, expert_devices=devices
-        )[strategy]
-        inputs = rows // sizes["batch"] * features * 4
-        found[name] = {
-            "weights": [step.arguments - inputs, plan.weight_bytes],
-            "sent": [step.sent, sum(plan.communication_bytes.values())],
-        }
-    slots = collectives.mixture("capacity", features, 256)
-    slots.layers[-1].capacity_factor = 1.0  # As many slots as choices.
-    step = collectives.summarized(
-        collectives.compiled_step(slots, active, (rows, features))
-    )
-    found["2 x 4"]["flops"] = [step.flops, plan.flops]
-    return found
+def split_dispatches(whole: bool) -> dict:
+    """Return the differences of `split_dispatch` by mesh, dispatch and form."""
 
+    def on(mesh):
+        return lambda experts: distribution(mesh, lambda: experts)
 
-def planned_table() -> list[float]:
-    """Return the bytes sent for a table whose rows are split, compiled and planned."""
-    ids = keras.Input((4,), dtype="int32")
-    hidden = keras.layers.Flatten()(keras.layers.Embedding(65536, 32)(ids))
-    model = keras.Model(ids, keras.layers.Dense(1)(hidden))
-    active = expert_parallel(model, {"batch": 8}, expert_axis="batch")
-    keras.distribution.set_distribution(active)
-
-    def placed(shape, dtype, layout):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.backend_layout)
-
-    weights = [
-        placed(v.shape, v.dtype, active.get_variable_layout(v)) for v in model.weights
+    cases = [
+        ("shared", "blocked_evenly", "glu", True),
+        ("2 x 4", "ragged", "mlp", False),
+        ("data", "ragged", "mlp", True),
     ]
-    x = placed((2048, 4), "int32", active.get_data_layout((2048, 4)))
-    gradient = jax.jit(
-        jax.grad(lambda w, x: (model.stateless_call(w, [], x)[0] ** 2).mean()),
-        out_shardings=[w.sharding for w in weights],
-    )
-    step = collectives.summarized(gradient.lower(weights, x).compile())
-    keras.distribution.set_distribution(None)
-    plan = keras_moe.distribution.plan(
-        model, 8, 2048, bandwidth=1e9, flops=1e9, ids_per_row=4
-    )[-1]
-    return [step.sent, sum(plan.communication_bytes.values())]
+    if whole:
+        cases = [
+            (mesh, name, kind, weighted)
+            for mesh in MESHES
+            for name in ("blocked_evenly", "ragged")
+            for kind in ("mlp", "glu")
+            for weighted in (True, False)
+        ]
+    found = {
+        ", ".join(map(str, case)): split_dispatch.differences(
+            case[1], on(case[0]), *case[2:]
+        )
+        for case in cases
+    }
+    found["beyond"] = [split_dispatch.rows_beyond(*sizes) for sizes in ((1, 8), (2, 4))]
+    found["dropout"] = split_dispatch.dropout(on("shared"))
+    return found
 
 
 def main() -> None:
     whole = "--all" in sys.argv
-    found = {}
     jax.config.update("jax_enable_x64", True)
+    found = {"split": split_dispatches(whole)}
     for mesh in (None, *(MESHES if whole else ("2 x 4",))):
         found[f"all, 48 rows, {mesh}"] = gradients(mesh)
     for mesh in (None, "data", "shared"):
         found[f"few, 48 rows, {mesh}"] = gradients(mesh, 48, FEW)
     # Eight devices do not divide 45 rows.
-    for mesh in (None, *(MESHES if whole else ("1 x 8",))):
-        found[f"few, 45 rows, {mesh}"] = gradients(mesh, 45, FEW[:2])
+    for mesh in (None, *(MESHES if whole else ("2 x 4",))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found[f"few, 45 rows, {mesh}"] = gradients(mesh, 45, ("ragged",))
+        found["warned"] = [str(w.message) for w in caught]
     jax.config.update("jax_enable_x64", False)
     for mesh in (None, *(MESHES if whole else ("shared", "2 x 4"))):
         found[f"fit, {mesh}"] = fitted(mesh)
     found |= {"capacity": capacity(), "dropout": dropout(), "errors": errors()}
     found["third axis"] = third_axis()
-    found["planned"] = {**planned(), "table": {"sent": planned_table()}}
+    found["planned"] = planned_steps.planned(MESHES)
     json.dump(found, sys.stdout)
 
 

@@ -3,7 +3,8 @@
 `python -m tests.support.several_processes 4` starts four processes on this machine,
 then one alone, and prints what each found as JSON, one line a process. Rows come from
 one `tf.data.Dataset`, which Keras shards. Every process saves the model; the one alone
-also loads what the others saved.
+also loads what the others saved. Then the same with experts and a table that are split
+over the processes, which save one file, load it and train on.
 """
 
 import json
@@ -57,7 +58,73 @@ def work(process: int, count: int, address: str, folder: str) -> None:
         }
         # The file has the state of the optimizer too.
         found["continued"] = [fit(model) for model in (model, loaded[-1])]
+    found["split"] = split(keras, count, Path(folder) / "split.keras")
     print(json.dumps(found))
+
+
+def split(keras, count: int, path: Path) -> dict:
+    """Train, save and load a model whose experts are split over the processes."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    from keras_moe.distribution import expert_parallel, save
+
+    x = np.arange(3 * BATCH).reshape(BATCH, 3) % 32
+    if count == 1:
+        loaded = keras.models.load_model(path)
+        return {
+            "predictions": np.asarray(loaded(x)).tolist(),
+            "continued": loaded.fit(rows_of_tables(), verbose=0).history,
+        }
+    active = expert_parallel(with_table(keras), {"batch": count}, expert_axis="batch")
+    keras.distribution.set_distribution(active)
+    model = with_table(keras)
+    model.fit(rows_of_tables(), verbose=0)
+    trained, fixed = (
+        [v.value for v in vs]
+        for vs in (model.trainable_variables, model.non_trainable_variables)
+    )
+    outputs = jax.jit(model.stateless_call)(trained, fixed, x)[0]
+    whole = multihost_utils.process_allgather(outputs, tiled=True)
+    found = {"predictions": np.asarray(whole).tolist()}
+    kernel = model.get_layer("moe").experts.kernels[0].value
+    found["split"] = [kernel.is_fully_addressable, kernel.addressable_data(0).shape]
+    save(model, path)
+    save(model, path)  # In place of the first one.
+    found["file"] = path.exists(), [p.name for p in path.parent.glob(".*")]
+    try:
+        save(model, "/proc/none/model.keras")
+    except OSError:
+        found["refused"] = True
+    loaded = keras.models.load_model(path)
+    kernel = loaded.get_layer("moe").experts.kernels[0].value
+    found["loaded"] = [kernel.is_fully_addressable, kernel.addressable_data(0).shape]
+    found["continued"] = [
+        m.fit(rows_of_tables(), verbose=0).history for m in (model, loaded)
+    ]
+    return found
+
+
+def with_table(keras):
+    from keras_moe.layers import MoE
+
+    keras.utils.set_random_seed(1)
+    ids = keras.Input((3,), dtype="int32")
+    hidden = keras.layers.Flatten()(keras.layers.Embedding(32, 4, name="table")(ids))
+    hidden = MoE(4, (8, 6), router="bias_balanced", name="moe")(hidden)
+    model = keras.Model(ids, keras.layers.Dense(1)(hidden))
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    return model
+
+
+def rows_of_tables():
+    import numpy as np
+    import tensorflow as tf
+
+    ids = np.random.default_rng(0).integers(0, 32, (ROWS, 3))
+    dataset = tf.data.Dataset.from_tensor_slices((ids, ids[:, :1] / 32))
+    return dataset.batch(BATCH, drop_remainder=True)
 
 
 def build(keras):

@@ -1,0 +1,172 @@
+"""One file of a model whose variables are split over the devices of many processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_moe import _backend
+
+_SUFFIXES = (".keras", ".weights.h5")
+
+
+def save(model: Any, path: str | os.PathLike[str]) -> None:
+    """Save a model that is split over several processes of JAX as one file.
+
+    `model.save` needs all of a variable in its process, and fails where experts, tables
+    or their optimizer slots are split over processes. This function collects their
+    parts in the memory of process 0, which writes the file; one process can load it,
+    and so can any distribution. The file appears when it is complete, in place of an
+    older one.
+
+    Every process must call it, since they send their parts, and it returns in all of
+    them when the file is there. A device holds one more part of one variable at a time.
+    With a single process, and on other backends, it is `model.save` with the same
+    guarantee for the file::
+
+        save = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: keras_moe.distribution.save(model, path)
+        )
+        model.fit(dataset, epochs=10, callbacks=[save])
+
+    Args:
+        model: a built Keras model.
+        path: a path that ends with ".keras" (all of the model) or ".weights.h5" (its
+            weights), which process 0 can write.
+
+    Raises:
+        ValueError: if `path` has another suffix or the model is not built.
+        OSError: in every process, if process 0 cannot write the file.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> keras_moe.distribution.save(model, f"{folder.name}/model.keras")
+    >>> keras.models.load_model(f"{folder.name}/model.keras").count_params()
+    5
+    """
+    suffix = next((s for s in _SUFFIXES if str(path).endswith(s)), None)
+    if suffix is None:
+        raise ValueError(f"`path` must end with one of {_SUFFIXES}. Received: {path!r}")
+    if not getattr(model, "built", False):
+        raise ValueError(
+            "`model` must be built: call it once, or `model.build(input_shape)`. "
+            f"Received: model={model!r}"
+        )
+    write = model.save if suffix == ".keras" else model.save_weights
+    if _backend.name() != "jax" or keras.distribution.distribution() is None:
+        _write(write, Path(path), suffix)
+        return
+    import jax
+
+    writes = jax.process_index() == 0
+    split = {id(v): v for v in _variables(model) if not v.value.is_fully_addressable}
+    values = [collected(v.value, keeps=writes) for v in split.values()]
+    failure = None
+    if writes:
+        try:
+            with _on_host(split.values(), values):
+                _write(write, Path(path), suffix)
+        except Exception as error:
+            failure = error
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        failed = multihost_utils.broadcast_one_to_all(np.int32(failure is not None))
+        if failed and failure is None:
+            raise OSError(f"Process 0 could not write `path`: see there. {path!r}")
+    if failure is not None:
+        raise failure
+
+
+@contextlib.contextmanager
+def _on_host(variables: Iterable[Any], values: Iterable[Any]) -> Iterator[None]:
+    """Give variables values on the host, in a process alone."""
+    # A `StatelessScope` would do without `_value`, but Keras makes variables, too.
+    active = keras.distribution.distribution()
+    kept = [(variable, variable._value) for variable in variables]
+    keras.distribution.set_distribution(None)
+    try:
+        for (variable, _), value in zip(kept, values, strict=True):
+            variable._value = value
+        yield
+    finally:
+        for variable, value in kept:
+            variable._value = value
+        keras.distribution.set_distribution(active)
+
+
+def _write(write: Callable[[Any], None], path: Path, suffix: str) -> None:
+    """Write a file that appears when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as folder:
+        unfinished = Path(folder) / f"model{suffix}"
+        write(unfinished)
+        unfinished.replace(path)
+
+
+def _variables(model: Any) -> Iterator[Any]:
+    """Yield the variables of a model, of its metrics and of its optimizer."""
+    optimizer = getattr(model, "optimizer", None)
+    yield from model.variables
+    yield from getattr(model, "metrics_variables", ())
+    yield from getattr(optimizer, "variables", ())
+
+
+def collected(value: Any, keeps: bool = True) -> np.ndarray | None:
+    """Return the whole of a `jax.Array` on the host; None if not `keeps`.
+
+    All processes of its devices must call it. The parts are sent one by one, so that a
+    device needs memory for one of them and not for the whole.
+
+    Args:
+        value: `jax.Array` with a `NamedSharding`.
+        keeps: bool, whether this process needs the result.
+    """
+    import jax
+    from jax import numpy as jnp
+    from jax.sharding import PartitionSpec
+
+    mesh, spec = value.sharding.mesh, value.sharding.spec
+    entries = [e if isinstance(e, tuple) else (e,) for e in spec if e is not None]
+    axes = tuple(axis for entry in entries for axis in entry)
+    if not axes:
+        return np.asarray(value) if keeps else None
+
+    @jax.jit
+    def part(value: Any, number: Any) -> Any:
+        def local(here: Any, number: Any) -> Any:
+            own = jax.lax.axis_index(axes) == number
+            return jax.lax.psum(jnp.where(own, here, jnp.zeros_like(here)), axes)
+
+        everywhere = PartitionSpec()
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(spec, everywhere),
+            out_specs=everywhere,
+            check_vma=False,
+        )(value, number)
+
+    slices = value.sharding.devices_indices_map(value.shape)
+    whole = np.empty(value.shape, value.dtype) if keeps else None
+    sizes = [mesh.shape[axis] for axis in axes]
+    done = set()
+    for place in np.ndindex(mesh.devices.shape):
+        along = dict(zip(mesh.axis_names, place, strict=True))
+        number = int(np.ravel_multi_index([along[axis] for axis in axes], sizes))
+        if number in done:
+            continue
+        done.add(number)
+        found = part(value, number)
+        if whole is not None:
+            whole[slices[mesh.devices[place]]] = np.asarray(found.addressable_data(0))
+    return whole
