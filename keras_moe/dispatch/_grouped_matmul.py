@@ -118,19 +118,13 @@ def grouped_dense(
 
     def forward_on_tpu(*inputs_and_runs: Any) -> Any:
         *inputs, runs = inputs_and_runs
-        kernel, *bias = inputs[width:]
-        return _tpu.affine(
-            activate(*inputs[:width]), kernel, bias[0] if bias else None, runs
-        )
+        return _tpu.affine(inputs[:width], inputs[width:], activate, runs)
 
     def gradient_on_tpu(inputs: Any, runs: SortedChoices, upstream: Any) -> Any:
-        hidden, pull = _backend.pullback(activate, inputs[:width])
-        by_hidden, *by_weights = _tpu.affine_gradient(
-            hidden, inputs[width:], runs, upstream
-        )
-        return (*pull(by_hidden), *by_weights)
+        rows, weights = inputs[:width], inputs[width:]
+        return _tpu.affine_gradient(rows, weights, activate, runs, upstream)
 
-    if tpu_kernels and _tpu.supports(rows[0].shape[0], weights[0].dtype):
+    if tpu_kernels and _tpu.supports(rows[0], weights[0]):
         forward = functools.partial(_backend.on_tpu_or, forward_on_tpu, forward)
         gradient = functools.partial(_backend.on_tpu_or, gradient_on_tpu, gradient)
     return _backend.with_gradient(forward, gradient, (*rows, *weights), runs)

@@ -68,8 +68,9 @@ def _combine(
         weight_of_row = _backend.take_rows(flat_weights, runs.order)
         token_of_row = runs.order // weights.shape[1]
         by_rows = _backend.take_rows(source(upstream), token_of_row)
-        by_weights = ops.take(ops.sum(by_rows * rows, axis=-1), runs.positions)
-        # JAX gives a take from an empty tensor another shape.
+        by_weights = _backend.take_rows(
+            ops.sum(by_rows * rows, axis=-1), ops.reshape(runs.positions, (-1,))
+        )
         by_weights = ops.reshape(by_weights, ops.shape(weights))
         return by_rows * ops.expand_dims(weight_of_row, -1), by_weights
 
