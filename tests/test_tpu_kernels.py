@@ -54,7 +54,10 @@ def test_a_bias_that_is_not_finite_reaches_the_rows_of_its_expert_alone(kernels_
     np.testing.assert_array_equal(found[3:7], [[np.nan, 4.0]] * 4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "weights_dtype"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")],
+)
 @pytest.mark.parametrize(
     ("counts", "rows"),
     [
@@ -65,12 +68,17 @@ def test_a_bias_that_is_not_finite_reaches_the_rows_of_its_expert_alone(kernels_
     ],
 )
 def test_each_gradient_is_the_sum_over_the_own_rows(
-    kernels_on_cpu, counts, rows, dtype
+    kernels_on_cpu, counts, rows, dtype, weights_dtype
 ):
     rng = np.random.default_rng(0)
     x, upstream = rng.normal(size=(rows, 5)), rng.normal(size=(rows, 3))
     kernel, bias = rng.normal(size=(4, 5, 3)), rng.normal(size=(4, 3))
-    tensors = [_tensor(a, dtype) for a in (x, kernel, bias, upstream)]
+    tensors = [
+        _tensor(x, dtype),
+        _tensor(kernel, weights_dtype),
+        _tensor(bias, weights_dtype),
+        _tensor(upstream, dtype),
+    ]
     x, kernel, bias, upstream = (
         np.asarray(keras.ops.cast(a, "float32"), "float64") for a in tensors
     )
@@ -90,8 +98,9 @@ def test_each_gradient_is_the_sum_over_the_own_rows(
             wanted[3][expert] += upstream[row]
             row += 1
     tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
-    for a, b in zip((outputs, *found), wanted, strict=True):
-        assert keras.backend.standardize_dtype(a.dtype) == dtype
+    dtypes = [dtype, dtype, weights_dtype, weights_dtype]
+    for a, b, wanted_dtype in zip((outputs, *found), wanted, dtypes, strict=True):
+        assert keras.backend.standardize_dtype(a.dtype) == wanted_dtype
         a = np.asarray(keras.ops.cast(a, "float32"))
         if len(a) == rows:
             a, b = a[:row], b[:row]

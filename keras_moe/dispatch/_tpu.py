@@ -20,7 +20,7 @@ from keras_moe.dispatch._rows import identity
 from keras_moe.experts._protocol import Prologue
 from keras_moe.routing import SortedChoices
 
-_TYPES = ("float32", "bfloat16")
+_TYPES = {"float32", "bfloat16"}
 _WIDEST = 16384
 # What a kernel may compute, besides the calls that contain it.
 _ELEMENTWISE = frozenset(
@@ -31,11 +31,20 @@ _ELEMENTWISE = frozenset(
 _CALLS = frozenset(["jit", "pjit", "custom_jvp_call", "custom_vjp_call"])
 
 
-def supports(rows: Any, kernel: Any) -> bool:
-    """Whether there are kernels for (m, in), (e, in, out); m must be static."""
-    dtype = keras.backend.standardize_dtype(kernel.dtype)
-    m, widest = rows.shape[0], max(kernel.shape[1:])
-    return isinstance(m, int) and m > 0 and dtype in _TYPES and widest <= _WIDEST
+def supports(rows: Sequence[Any], kernel: Any, dtype: Any) -> bool:
+    """Whether there are kernels for (m, in), (e, in, out) and a compute dtype.
+
+    m must be static; the weights may have more bits than the rows.
+    """
+    standard = keras.backend.standardize_dtype
+    m, widest = rows[0].shape[0], max(kernel.shape[1:])
+    return (
+        isinstance(m, int)
+        and m > 0
+        and widest <= _WIDEST
+        and {standard(dtype), standard(kernel.dtype)} <= _TYPES
+        and all(standard(row.dtype) == standard(dtype) for row in rows)
+    )
 
 
 def affine(
@@ -73,8 +82,9 @@ def affine_gradient(
         )
         return (*pull(by_hidden), *by_weights)
     with _bits_32():
-        by_weights = _tpu_kernels.weight_gradients(rows, upstream, prologue, runs)
-        by_weights = by_weights[: len(weights)]
+        by_weights = _tpu_kernels.weight_gradients(
+            rows, upstream, prologue, runs, weights[0].dtype
+        )[: len(weights)]
         if prologue is identity:
             by_rows = _tpu_kernels.row_gradients(
                 upstream, weights[0], (), lambda product: [product], runs

@@ -20,11 +20,12 @@ from keras_moe.routing import SortedChoices
 
 _MOST_ROWS = 512
 _LARGEST_PART = 1024
-# A block of rows, and of a kernel: each is in memory twice, as the next one is read.
+# The largest blocks of rows, in bytes, and of a kernel, in numbers. They are in memory
+# twice, as the next one is read, and a kernel once more in the dtype of the rows.
 _ROWS_BYTES = 2**21
-_KERNEL_BYTES = 2**23
-# Of 128 MiB in a v5e or v6e; in most programs much less is used.
-_CORE_BYTES = 48 * 2**20
+_KERNEL_SIZE = 2**22
+# Of 128 MiB in a v5e or v6e.
+_CORE_BYTES = 64 * 2**20
 
 
 class Visits(NamedTuple):
@@ -88,14 +89,15 @@ def products(
 
     The rows of no expert are zeros.
     """
-    m, width = rows[0].shape
+    (m, width), dtype = rows[0].shape, rows[0].dtype
     e, _, out = kernel.shape
-    tile, part = _blocks(m, e, len(rows) * width, out, kernel.dtype)
+    tile, part = _blocks(m, e, width, out, len(rows) * dtype.itemsize)
     plan = visits(runs, m, tile)
 
     def compute(v: Any, plan: Visits, *refs: Any) -> None:
-        *tiles, own_kernel, own_bias, outputs = refs
-        values = prologue(*map(_float32, tiles)).astype(kernel.dtype)
+        *tiles, read_kernel, own_bias, outputs, own_kernel = refs
+        _cast_once(read_kernel, own_kernel, v, plan)
+        values = prologue(*map(_float32, tiles)).astype(dtype)
         product = jnp.dot(values, own_kernel[...], preferred_element_type="float32")
         _store(outputs, product + _float32(own_bias), v, plan)
 
@@ -110,12 +112,13 @@ def products(
                 pl.BlockSpec((None, 1, part), lambda i, v, e, *_: (e[v], 0, i)),
             ],
             out_specs=pl.BlockSpec((tile, part), _part_block),
+            scratch_shapes=[pltpu.VMEM((width, part), dtype)],
         ),
-        out_shape=jax.ShapeDtypeStruct((m, out), kernel.dtype),
+        out_shape=jax.ShapeDtypeStruct((m, out), dtype),
         **_options(
             flops=2 * len(plan.tiles) * tile * width * out,
             moved=[(row, pl.cdiv(out, part)) for row in rows] + [(kernel, 1)],
-            written=m * out * kernel.dtype.itemsize,
+            written=m * out * dtype.itemsize,
         ),
     )(*plan, *rows, kernel, bias[:, None])
 
@@ -132,14 +135,16 @@ def row_gradients(
     They take the memory of `rows`, (m, in); without `rows` it is one tensor. The rows
     of no expert are zeros.
     """
-    m, out = upstream.shape
+    (m, out), dtype = upstream.shape, upstream.dtype
     e, width, _ = kernel.shape
-    tile, part = _blocks(m, e, out, width, kernel.dtype)
+    tile, part = _blocks(m, e, out, width, dtype.itemsize)
     plan = visits(runs, m, tile)
     num_outputs = len(rows) or 1
 
     def compute(v: Any, plan: Visits, *refs: Any) -> None:
-        by_output, own_kernel, *tiles = refs[:-num_outputs]
+        by_output, read_kernel, *others, own_kernel = refs
+        tiles, outputs = others[: len(rows)], others[len(rows) :]
+        _cast_once(read_kernel, own_kernel, v, plan)
         product = jax.lax.dot_general(
             by_output[...],
             own_kernel[...],
@@ -147,7 +152,7 @@ def row_gradients(
             preferred_element_type="float32",
         )
         by_rows = pull(product, *map(_float32, tiles))
-        for ref, values in zip(refs[-num_outputs:], by_rows, strict=True):
+        for ref, values in zip(outputs, by_rows, strict=True):
             _store(ref, values, v, plan)
 
     row_specs = [pl.BlockSpec((tile, part), _part_block)] * num_outputs
@@ -163,13 +168,14 @@ def row_gradients(
                 *row_specs[: len(rows)],
             ],
             out_specs=row_specs,
+            scratch_shapes=[pltpu.VMEM((part, out), dtype)],
         ),
-        out_shape=[jax.ShapeDtypeStruct((m, width), kernel.dtype)] * num_outputs,
+        out_shape=[jax.ShapeDtypeStruct((m, width), dtype)] * num_outputs,
         input_output_aliases={len(plan) + 2 + i: i for i in range(len(rows))},
         **_options(
             flops=2 * len(plan.tiles) * tile * width * out,
             moved=[(upstream, parts), (kernel, 1), *[(row, 1) for row in rows]],
-            written=m * width * kernel.dtype.itemsize * num_outputs,
+            written=m * width * dtype.itemsize * num_outputs,
         ),
     )(*plan, upstream, kernel, *rows)
 
@@ -179,27 +185,28 @@ def weight_gradients(
     upstream: Any,
     prologue: Callable[..., Any],
     runs: SortedChoices,
+    dtype: Any,
 ) -> list[Any]:
-    """(m, in), (m, out) -> (e, in, out), (e, out): by kernel and bias.
+    """(m, in), (m, out) -> (e, in, out), (e, out): by kernel and bias, of `dtype`.
 
     The sums of prologue(x_r)^T g_r and of g_r over the rows of an expert, of which no
     others are used, even NaN.
     """
     (m, width), out = rows[0].shape, upstream.shape[1]
-    e, dtype = runs.ends.shape[0], upstream.dtype
+    e = runs.ends.shape[0]
     tile = rows_per_tile(m, e)
     part_in, part_out = _part(width, _LARGEST_PART), _part(out, _LARGEST_PART)
     plan = visits(runs, m, tile)
+    num_visits = len(plan.tiles)
 
     def compute(*refs: Any) -> None:
         plan, v = Visits(*refs[:5]), pl.program_id(2)
         *tiles, by_output, by_kernel, by_bias, sums, bias_sums = refs[5:]
-        expert, end = plan.experts[v], len(plan.experts) - 1
-        before, after = jnp.maximum(v - 1, 0), jnp.minimum(v + 1, end)
-        is_first = jnp.logical_or(v == 0, plan.experts[before] != expert)
-        is_last = jnp.logical_or(v == end, plan.experts[after] != expert)
+        expert, end = plan.experts[v], num_visits - 1
+        after = plan.experts[jnp.minimum(v + 1, end)]
+        is_last = jnp.logical_or(v == end, after != expert)
 
-        @pl.when(is_first)
+        @pl.when(_is_first(v, plan))
         def _() -> None:
             sums[...] = jnp.zeros_like(sums)
             bias_sums[...] = jnp.zeros_like(bias_sums)
@@ -211,11 +218,13 @@ def weight_gradients(
                 inside = (row >= plan.starts[expert]) & (row < plan.ends[expert])
                 return jnp.where(inside, values, 0.0)
 
-            values = own(prologue(*map(_float32, tiles))).astype(dtype)
+            values = own(prologue(*map(_float32, tiles)))
             own_output = own(_float32(by_output))
             bias_sums[...] += jnp.sum(own_output, axis=0, keepdims=True)
             sums[...] += jnp.dot(
-                values.T, own_output.astype(dtype), preferred_element_type="float32"
+                values.astype(upstream.dtype).T,
+                own_output.astype(upstream.dtype),
+                preferred_element_type="float32",
             )
 
         @pl.when(is_last)
@@ -231,7 +240,7 @@ def weight_gradients(
         compute,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(plan),
-            grid=(parts_out, parts_in, len(plan.tiles)),
+            grid=(parts_out, parts_in, num_visits),
             in_specs=[
                 *[pl.BlockSpec((tile, part_in), lambda j, i, v, e, t, *_: (t[v], i))]
                 * len(rows),
@@ -252,23 +261,22 @@ def weight_gradients(
             jax.ShapeDtypeStruct((e, 1, out), dtype),
         ],
         **_options(
-            flops=2 * len(plan.tiles) * tile * width * out,
+            flops=2 * num_visits * tile * width * out,
             moved=[*[(row, parts_out) for row in rows], (upstream, parts_in)],
-            written=e * width * out * dtype.itemsize,
+            written=e * width * out * jnp.dtype(dtype).itemsize,
         ),
     )(*plan, *rows, upstream)
     return [by_kernel, by_bias[:, 0]]
 
 
 def _blocks(
-    num_rows: int, num_experts: int, width: int, out: int, dtype: Any
+    num_rows: int, num_experts: int, width: int, out: int, itemsize: int
 ) -> tuple[int, int]:
     """Return the rows of a tile and the part of `out` of blocks that fit the core."""
     tile = rows_per_tile(num_rows, num_experts)
-    while tile > 128 and tile * width * dtype.itemsize > _ROWS_BYTES:
+    while tile > 128 and tile * width * itemsize > _ROWS_BYTES:
         tile //= 2
-    fits = _KERNEL_BYTES // (width * dtype.itemsize)
-    return tile, _part(out, max(128, min(fits, _LARGEST_PART)))
+    return tile, _part(out, max(128, min(_KERNEL_SIZE // width, _LARGEST_PART)))
 
 
 def _part(width: int, largest: int) -> int:
@@ -287,6 +295,20 @@ def _on_visits(compute: Callable[..., None], axis: int) -> Callable[..., None]:
         pl.when(v < plan.count[0])(lambda: compute(v, plan, *refs[5:]))
 
     return kernel
+
+
+def _is_first(v: Any, plan: Visits) -> Any:
+    """Whether the visit before this one, if any, was of another expert."""
+    before = plan.experts[jnp.maximum(v - 1, 0)]
+    return jnp.logical_or(v == 0, before != plan.experts[v])
+
+
+def _cast_once(kernel: Any, cast: Any, v: Any, plan: Visits) -> None:
+    """Keep the kernel of an expert in the dtype of `cast`."""
+
+    @pl.when(_is_first(v, plan))
+    def _() -> None:
+        cast[...] = kernel[...].astype(cast.dtype)
 
 
 def _store(ref: Any, values: Any, v: Any, plan: Visits) -> None:
