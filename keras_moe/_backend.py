@@ -150,6 +150,14 @@ def as_tensor(variable: Any) -> Any:
     return tf.convert_to_tensor(value)
 
 
+def without_autocast(variable: Any) -> Any:
+    """Return the value of a variable, in its own dtype under a mixed policy, too."""
+    from keras.src.backend.common.variables import AutocastScope  # Not exported.
+
+    with AutocastScope(None):
+        return as_tensor(variable)
+
+
 def pullback(
     function: Callable[..., Any], inputs: Sequence[Any]
 ) -> tuple[Any, Callable[[Any], Sequence[Any]]]:

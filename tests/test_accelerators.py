@@ -6,7 +6,7 @@ from tests.benchmarks import accelerators
 from tests.benchmarks.accelerators import counterpart, label
 from tests.benchmarks.accelerators_page import markdown, png, ratios_of, time_of
 
-NONE = {"cycle_seconds": 0.0, "kernel_flops": 0.0, "gather_bytes": 0.0}
+NONE = {"cycle_seconds": 0.0, "kernels": [], "gather_bytes": 0.0}
 
 
 def _results(case, **figures):
@@ -29,11 +29,13 @@ def test_each_layer_has_its_dense_counterpart():
 def test_ratios_by_hand():
     case = next(c for c in accelerators.cases() if c.get("dispatch") == "ragged")
     figures = {"flops": 9e12, "bytes": 27e9, "temporary_bytes": 2e9}
-    # 10 ms of cycles, 3.94 TFLOP / 197 TFLOP/s and 8.19 GB / 819 GB/s.
-    figures |= {"cycle_seconds": 0.01, "kernel_flops": 3.94e12, "gather_bytes": 8.19e9}
+    # 10 ms of cycles, kernels of 1.97 TFLOP / 197 TFLOP/s (more than their bytes) and
+    # 8.19 GB / 819 GB/s (more than their FLOPs), gathers of 8.19 GB / 819 GB/s.
+    kernels = [(1.97e12, 4e9), (1e12, 8.19e9)]
+    figures |= {"cycle_seconds": 0.01, "kernels": kernels, "gather_bytes": 8.19e9}
     results = _results(case, **figures)
     entry = results[label(case)]
-    assert time_of(case, entry["figures"]) == pytest.approx(0.01 + 0.02 + 0.01)
+    assert time_of(case, entry["figures"]) == pytest.approx(0.01 + 0.01 + 0.01 + 0.01)
     expected = {"flops": 1.5, "bytes": 3, "temporary_bytes": 2, "seconds": 1}
     assert ratios_of(entry, results) == pytest.approx(expected)
     page = markdown(results)

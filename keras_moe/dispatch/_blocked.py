@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from keras_moe import _backend
-from keras_moe.dispatch import _tpu
 from keras_moe.dispatch._even import blocked_evenly
 from keras_moe.dispatch._grouped_matmul import grouped_dense
 from keras_moe.dispatch._share import Share
@@ -47,17 +46,13 @@ def blocked_in_turn(
     The last block of an expert may overlap the rows of the next expert, which
     overwrites them. This needs no padding between experts, only one block of padding
     after the last run. With `tpu_kernels`, programs for a TPU use its kernels in place
-    of the loop, which need whole tiles of rows.
+    of the loop.
     """
     n, k = tokens.shape[0], routing.expert_indices.shape[1]
     num_rows = n * k if isinstance(n, int) else None
     if share is not None:
         num_rows = share.rows
     sizes = block_sizes(num_rows, experts.num_experts)
-    padding = sizes[-1]
-    if tpu_kernels and num_rows:
-        tile = _tpu.rows_per_tile(num_rows + padding, experts.num_experts)
-        padding += -(num_rows + padding) % tile
 
     def compute(rows: Any, runs: SortedChoices) -> Any:
         def matmul(
@@ -67,7 +62,9 @@ def blocked_in_turn(
 
         return experts.on_rows(rows, matmul, training=training)
 
-    return in_sorted_rows(compute, tokens, routing, experts.num_experts, padding, share)
+    return in_sorted_rows(
+        compute, tokens, routing, experts.num_experts, sizes[-1], share
+    )
 
 
 def block_sizes(num_rows: int | None, num_experts: int) -> tuple[int, ...]:

@@ -44,7 +44,11 @@ def grouped_dense(
     """
     rows = rows if isinstance(rows, tuple) else (rows,)
     activate = prologue or identity
-    weights = [_backend.as_tensor(w) for w in (kernel, bias) if w is not None]
+    weights = [w for w in (kernel, bias) if w is not None]
+    dtype = _backend.as_tensor(kernel).dtype
+    # The kernels cast what they read, and return gradients that were not rounded.
+    read = _backend.without_autocast if tpu_kernels else _backend.as_tensor
+    weights = [read(w) for w in weights]
     width = len(rows)
     e = weights[0].shape[0]
 
@@ -53,7 +57,7 @@ def grouped_dense(
         rows, weights = inputs[:width], inputs[width:]
 
         def expert(k: Any, outputs: Any) -> Any:
-            own = [part_of(w, k) for w in weights]
+            own = [ops.cast(part_of(w, k), dtype) for w in weights]
 
             def step(first: Any, size: int, inside: Any, carry: Any) -> Any:
                 (outputs,) = carry
@@ -67,17 +71,17 @@ def grouped_dense(
             return k + 1, *_for_blocks(runs, k, sizes, step, (outputs,))
 
         shape = (ops.shape(rows[0])[0], weights[0].shape[-1])
-        outputs = ops.zeros(shape, weights[0].dtype)
+        outputs = ops.zeros(shape, dtype)
         return ops.while_loop(lambda k, _: k < e, expert, (index(0), outputs))[1]
 
     def gradient(inputs: Any, runs: SortedChoices, upstream: Any) -> Any:
         rows, weights = inputs[:width], inputs[width:]
         # Sums over blocks use float32 under half precision.
-        dtype = keras.backend.standardize_dtype(weights[0].dtype)
-        sums_dtype = "float32" if dtype in ("float16", "bfloat16") else dtype
+        name = keras.backend.standardize_dtype(dtype)
+        sums_dtype = "float32" if name in ("float16", "bfloat16") else dtype
 
         def expert(k: Any, *carry: Any) -> Any:
-            own_kernel = part_of(weights[0], k)
+            own_kernel = ops.cast(part_of(weights[0], k), dtype)
 
             def step(first: Any, size: int, inside: Any, carry: Any) -> Any:
                 by_rows, by_weights = carry[:width], carry[width:]
@@ -118,19 +122,13 @@ def grouped_dense(
 
     def forward_on_tpu(*inputs_and_runs: Any) -> Any:
         *inputs, runs = inputs_and_runs
-        kernel, *bias = inputs[width:]
-        return _tpu.affine(
-            activate(*inputs[:width]), kernel, bias[0] if bias else None, runs
-        )
+        return _tpu.affine(inputs[:width], inputs[width:], activate, runs)
 
     def gradient_on_tpu(inputs: Any, runs: SortedChoices, upstream: Any) -> Any:
-        hidden, pull = _backend.pullback(activate, inputs[:width])
-        by_hidden, *by_weights = _tpu.affine_gradient(
-            hidden, inputs[width:], runs, upstream
-        )
-        return (*pull(by_hidden), *by_weights)
+        rows, weights = inputs[:width], inputs[width:]
+        return _tpu.affine_gradient(rows, weights, activate, runs, upstream)
 
-    if tpu_kernels and _tpu.supports(rows[0].shape[0], weights[0].dtype):
+    if tpu_kernels and _tpu.supports(rows, weights[0], dtype):
         forward = functools.partial(_backend.on_tpu_or, forward_on_tpu, forward)
         gradient = functools.partial(_backend.on_tpu_or, gradient_on_tpu, gradient)
     return _backend.with_gradient(forward, gradient, (*rows, *weights), runs)

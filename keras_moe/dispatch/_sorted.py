@@ -84,8 +84,9 @@ def _combine(
         weight_of_row = _backend.take_rows(flat_weights, runs.order)
         token_of_row = runs.order // weights.shape[1]
         by_rows = _backend.take_rows(source(upstream), token_of_row)
-        by_weights = ops.take(ops.sum(by_rows * rows, axis=-1), runs.positions)
-        # JAX gives a take from an empty tensor another shape.
+        by_weights = _backend.take_rows(
+            ops.sum(by_rows * rows, axis=-1), ops.reshape(runs.positions, (-1,))
+        )
         by_weights = ops.reshape(by_weights, ops.shape(weights))
         if kept is not None:
             by_weights = ops.where(kept, by_weights, ops.zeros_like(by_weights))

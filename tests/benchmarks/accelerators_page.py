@@ -37,19 +37,18 @@ of a row, bfloat16 with kernels kept in float32 (the cast is a part of the progr
 e = 256 kernels are bfloat16, for both layers: float32 would not fit a v5e). The dense
 MLP has k h hidden units: as many FLOPs, without router and dispatch.
 
-- *TFLOP* and *bytes* are XLA's `cost_analysis`. For the kernels of `ragged_dot` and
-  megablox it uses their own estimates: 2 m d h FLOPs for m rows. Tiles that two experts
-  share are computed twice; they add at most an eighth on average above 128 rows a tile,
-  and are not in the estimates.
+- *TFLOP* and *bytes* are XLA's `cost_analysis`. For kernels it uses their own
+  estimates: rows, weights and results as often as they are read or written. A tile of
+  rows that two experts share is computed twice: our kernels count it, those of
+  `ragged_dot` do not.
 - *Loops* with a data-dependent number of turns count once, so "blocked" in turn, the
   form for CPU, has no row here.
-- *Bytes* count a gather of rows with the tiles that it reads, and what the kernels
-  may read again.
+- *Bytes* count a gather of rows with the tiles that it reads.
 - *Time* is the sum of the compiler's `estimated_cycles` by the clock of a core, plus,
-  for what has no such estimate, FLOPs of kernels by the peak of the chip and bytes of
-  gathers, each row once, by its bandwidth. "none": the compiler has no number of
-  cycles for a kernel. (XLA's `optimal_seconds` is negative for
-  these programs.)
+  for what has no such estimate: kernels, by their FLOPs and the peak of the chip or by
+  their bytes and its bandwidth, whichever takes longer, and gathers, by the bytes of
+  each row once. "none": the compiler has no number of cycles for a kernel. (XLA's
+  `optimal_seconds` is negative for these programs.)
 
 {goals}
 
@@ -153,12 +152,11 @@ def time_of(case: Mapping[str, Any], figures: Mapping[str, float]) -> float:
     # For some kernels on a v6e, the compiler's number of cycles is the highest integer.
     if figures["cycle_seconds"] > 1000:
         return math.nan
-    kernels = figures["kernel_flops"] / PEAKS[device]
-    return (
-        figures["cycle_seconds"]
-        + kernels
-        + (figures["gather_bytes"] / BANDWIDTHS[device])
+    peak, bandwidth = PEAKS[device], BANDWIDTHS[device]
+    kernels = sum(
+        max(flops / peak, moved / bandwidth) for flops, moved in figures["kernels"]
     )
+    return figures["cycle_seconds"] + kernels + figures["gather_bytes"] / bandwidth
 
 
 def ratios_of(

@@ -49,28 +49,20 @@ def figures(case: Mapping[str, Any]) -> dict[str, float]:
         "optimal_seconds": costs.get("optimal_seconds", 0.0),
         "cycle_seconds": sum(map(int, cycles)) / CLOCKS[case["device"]] / 1e9,
         # These have no cycles.
-        **work_of_kernels(text),
+        "kernels": costs_of_kernels(text),
         "gather_bytes": bytes_of_gathers(text),
         "compile_seconds": time.perf_counter() - start,
     }
 
 
-def work_of_kernels(text: str) -> dict[str, float]:
-    """Return the number and FLOPs of grouped matmuls: Pallas, and `ragged_dot`.
-
-    The last two operands are rows (m, in) and kernels (e, in, out) or rows (m, out).
-    """
-    count, flops = 0, 0
-    for line in text.splitlines():
-        if 'custom_call_target="tpu_custom_call"' not in line:
-            continue
-        count += 1
-        operands = line.partition("operand_layout_constraints={")[2]
-        shapes = _shapes(operands.partition("}}")[0])
-        if len(shapes) > 1 and all(dtype != "s32" for dtype, _ in shapes[-2:]):
-            (m, width), last = shapes[-2][1], shapes[-1][1]
-            flops += 2 * m * width * last[-1]
-    return {"kernels": count, "kernel_flops": flops}
+def costs_of_kernels(text: str) -> list[tuple[int, int]]:
+    """Return the estimates of FLOPs and bytes of kernels, Pallas or `ragged_dot`."""
+    costs = re.findall(
+        r'custom_call_target="tpu_custom_call".*"cost_estimate":{"flops":"(\d+)".*?'
+        r'"bytes_accessed":"(\d+)"',
+        text,
+    )
+    return [(int(flops), int(moved)) for flops, moved in costs]
 
 
 def bytes_of_gathers(text: str) -> int:
