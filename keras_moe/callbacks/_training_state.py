@@ -113,7 +113,7 @@ def _described(variable: Any) -> str:
 
 def _to_numpy(variable: Any) -> np.ndarray:
     value = variable.value
-    if getattr(value, "is_fully_addressable", True):
+    if getattr(value, "is_fully_addressable", True) or value.is_fully_replicated:
         # A copy: JAX and torch may share their memory.
         return np.array(keras.ops.convert_to_numpy(value))
     from jax.experimental import multihost_utils
