@@ -50,22 +50,26 @@ class DatasetPosition:
                 f"Received: dataset={dataset!r} of type {type(dataset).__name__}"
             )
         self.dataset = _iterated_by(self, dataset)
+        self._source = dataset
         self._iterator: Any = None
         self._at_start = b""
-        self._used_before = 0  # batches, when this iteration started
-        self._is_new = False
-        self._next: tuple[bytes, int] | None = None
+        self._used = self._used_before = 0  # batches: until now, and at `_at_start`
+        self._is_exhausted = False
+        self._next: dict[str, Any] | None = None
 
     def start_epoch(self) -> None:
         """Nothing: the position is that of the iterator."""
 
     def advance(self, used: int) -> None:
         """Tell that `used` batches of all epochs were used until now."""
-        if self._is_new:
-            self._used_before, self._is_new = used, False
+        self._used = used
 
-    def get_state(self, used: int) -> dict[str, Any]:
-        """Return the position after `used` batches of all epochs.
+    def get_state(self, used: int, in_epoch: int) -> dict[str, Any]:
+        """Return the position.
+
+        Args:
+            used: number of batches of all epochs until now.
+            in_epoch: those of them that are of this epoch.
 
         Raises:
             ValueError: if `fit` does not iterate over `self.dataset`, or if the state
@@ -78,32 +82,48 @@ class DatasetPosition:
                 "devices or processes share it"
             )
         if _is_known_between_batches():
-            return {"iterator": _serialized(self._iterator), "used": 0}
-        return {"iterator": self._at_start, "used": used - self._used_before}
+            return {"iterator": _serialized(self._iterator), "is_over": False}
+        used -= self._used_before
+        if in_epoch == 0 and used and self._is_over(used):
+            # The iteration of this epoch starts with its first batch.
+            return {"iterator": _serialized(self._iterator), "is_over": True}
+        return {"iterator": self._at_start, "is_over": False, "used": used}
 
-    def restore(self, state: dict[str, Any], batches: int) -> bool:
-        """Make the next iteration start at the position.
+    def restore(self, state: dict[str, Any], used: int, in_epoch: int) -> bool:
+        """Make the next iteration start at the position of `get_state`.
 
         Returns:
-            Whether the `batches` that were used in this epoch are to be read again.
+            Whether the batches of this epoch are to be read again.
         """
-        read_again = not _is_known_between_batches()
-        skip = state["used"] - batches if read_again else 0
-        self._next = state["iterator"], skip
-        return read_again
+        before = used - state.get("used", 0)
+        self._next = {**state, "before": before, "skip": used - before - in_epoch}
+        return not _is_known_between_batches()
 
-    def _start(self, iterator: Any) -> Iterator[Any]:
-        """Return an iteration with a new iterator of the dataset."""
-        skip = 0
-        if self._next is not None:
-            (position, skip), self._next = self._next, None
-            _restore(iterator, position)
-        self._iterator, self._is_new = iterator, True
-        if not _is_known_between_batches():
-            self._at_start = _serialized(iterator)
-        for _ in range(skip):
+    def _is_over(self, used: int) -> bool:
+        cardinality = int(self._source.cardinality())
+        return used == cardinality or (cardinality == -2 and self._is_exhausted)
+
+    def _start(self) -> Iterator[Any]:
+        """Return a new iteration of the dataset."""
+        iterator, self._used_before = iter(self._source), self._used
+        known, self._next = self._next, None
+        if known is not None:
+            self._used_before = known["before"]
+            _restore(iterator, known["iterator"])
+            if known["is_over"]:
+                iterator = iter(self._source)
+        self._iterator = iterator
+        if _is_known_between_batches():
+            return iterator
+        self._at_start = _serialized(iterator)
+        self._is_exhausted = False
+        for _ in range(0 if known is None else known["skip"]):
             next(iterator)
-        return iterator
+        return self._read(iterator)
+
+    def _read(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        yield from iterator
+        self._is_exhausted = True
 
 
 def _is_known_between_batches() -> bool:
@@ -128,7 +148,7 @@ def _iterated_by(position: DatasetPosition, dataset: tf.data.Dataset) -> Any:
             return dataset.element_spec
 
         def __iter__(self) -> Iterator[Any]:
-            return position._start(iter(dataset))
+            return position._start()
 
     return Iterated()
 

@@ -33,11 +33,11 @@ class EpochData:
     def advance(self, used: int) -> None:
         """Nothing: `fit` counts the batches of an epoch."""
 
-    def get_state(self, used: int) -> Any:
+    def get_state(self, used: int, in_epoch: int) -> Any:
         """Return the state at the start of the epoch."""
         return self._state
 
-    def restore(self, state: Any, batches: int) -> bool:
+    def restore(self, state: Any, used: int, in_epoch: int) -> bool:
         """Set the state; return True: the batches used are to be read again."""
         if self._data is not None:
             self._data.set_state(state)

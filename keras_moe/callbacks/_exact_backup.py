@@ -130,12 +130,12 @@ class ExactBackup(keras.callbacks.Callback):
         self._used = self._found["used"]
         self._random = self._found["random_at_epoch"]
         _training_state.set_random_states(self._random)
-        read = self._data.restore(self._found["data"], self._found["batch"])
+        batch = self._found["batch"]
+        read = self._data.restore(self._found["data"], self._used + batch, batch)
         self._skipped = SkippedBatches(self.model, read)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Save if it is time to; restore after the last batch that is passed over."""
-        self._data.advance(self._used + batch)
         if self._found is None:
             if self._is_due(batch):
                 self._save(batch)
@@ -146,6 +146,7 @@ class ExactBackup(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Count the batches."""
         self._in_epoch = batch + 1
+        self._data.advance(self._used + self._in_epoch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Count the batches of the epoch."""
@@ -178,7 +179,7 @@ class ExactBackup(keras.callbacks.Callback):
             "used": self._used,
             "random": _training_state.random_states(),
             "random_at_epoch": self._random,
-            "data": self._data.get_state(used),
+            "data": self._data.get_state(used, batch),
             "callbacks": [
                 _training_state.callback_state(c) for c in self._with_history()
             ],
