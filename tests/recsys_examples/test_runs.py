@@ -159,6 +159,8 @@ class TestRunFolder:
         (tmp_path / "now").mkdir()
         with run_folder(tmp_path) as (folder, final):
             (folder / "a").write_text("a")
+            assert os.listdir(tmp_path / ".partial-now-2") != []
+            assert len(list(tmp_path.glob(".partial-*"))) == 1  # none for "now"
         assert final.name == "now-2"
         assert os.listdir(tmp_path / "now") == []
 
