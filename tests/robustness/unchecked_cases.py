@@ -90,7 +90,8 @@ def flipped_bits(
 
     keras.utils.set_random_seed(0)
     inputs = keras.Input((4,), name="features")
-    mixed = keras_moe.layers.MoE(num_experts=3, expert_units=(4, 1))(inputs)
+    # Wide experts: as in a real model, most of the file is weights.
+    mixed = keras_moe.layers.MoE(num_experts=3, expert_units=(64, 64, 1))(inputs)
     source = scratch / format
     model = keras.Model(inputs, {"score": mixed})
     export.export_model(model, source / FILES[format], format)
