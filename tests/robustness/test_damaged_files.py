@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="TensorFlow exports"
 )
 # The other groups take longer: formats, mounts, processes.
-SHORT = {"`keras_moe.export.load`": 14, "data folders": 45, "results of": 24}
+SHORT = {"`keras_moe.export.load`": 10, "data folders": 27, "results of": 15}
 
 
 @pytest.mark.parametrize("start", SHORT)
