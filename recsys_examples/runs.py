@@ -53,14 +53,16 @@ def run_folder(parent: Path) -> Iterator[tuple[Path, Path]]:
 def _reserve(parent: Path, stack: ExitStack) -> tuple[Path, Path]:
     """Return a hidden folder and the path that its name reserves."""
     for final in _names(parent / time.strftime("%Y-%m-%dT%H-%M-%S")):
-        try:
-            hidden = files.hidden_folder(parent, final.name)
-            folder = stack.enter_context(hidden)
-        except FileExistsError:  # a run that began in the same second
-            continue
-        # Only now: such a run may have ended before the hidden folder was made.
-        if not final.exists():
-            return folder, final
+        with ExitStack() as reserved:
+            try:
+                hidden = files.hidden_folder(parent, final.name)
+                folder = reserved.enter_context(hidden)
+            except FileExistsError:  # a run that began in the same second
+                continue
+            # Only now: such a run may have ended before the hidden folder was made.
+            if not final.exists():
+                stack.enter_context(reserved.pop_all())
+                return folder, final
     raise InputError(f"cannot write to the output folder {parent}: no free name")
 
 

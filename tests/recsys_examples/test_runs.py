@@ -159,6 +159,8 @@ class TestRunFolder:
         (tmp_path / "now").mkdir()
         with run_folder(tmp_path) as (folder, final):
             (folder / "a").write_text("a")
+            assert os.listdir(tmp_path / ".partial-now-2") != []
+            assert len(list(tmp_path.glob(".partial-*"))) == 1  # none for "now"
         assert final.name == "now-2"
         assert os.listdir(tmp_path / "now") == []
 
@@ -237,13 +239,13 @@ class TestWriteJson:
 
 
 class TestReadJson:
-    def test_every_flipped_bit_is_noticed_or_changes_nothing(self, tmp_path):
+    def test_a_flipped_bit_is_noticed_or_changes_nothing(self, tmp_path):
         path = tmp_path / "a.json"
         write_json(path, {"loss": 0.1234, "names": ["a", "b"]})
         content = path.read_bytes()
         good = json.loads(content)
         errors = 0
-        for bit in range(8 * len(content)):
+        for bit in range(0, 8 * len(content), 3):
             damaged = bytearray(content)
             damaged[bit // 8] ^= 1 << bit % 8
             path.write_bytes(damaged)
@@ -258,7 +260,7 @@ class TestReadJson:
                     0.1234,
                     ["a", "b"],
                 ]
-        assert errors > 0.8 * 8 * len(content)
+        assert errors > 0.8 * 8 / 3 * len(content)
 
     @pytest.mark.parametrize(
         "content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 10**5]
@@ -300,13 +302,13 @@ class TestRecordsFile:
         assert os.listdir(tmp_path) == []
         RecordsFile(path, {"version": 1}, resume=False)
 
-    def test_every_flipped_bit_is_noticed(self, tmp_path):
+    def test_a_flipped_bit_is_noticed(self, tmp_path):
         path = tmp_path / "results.jsonl"
         file = RecordsFile(path, {"version": 1}, resume=False)
         file.add({"loss": 0.5})
         del file
         content = path.read_bytes()
-        for bit in range(8 * (len(content) - 1)):  # without the last line end
+        for bit in range(0, 8 * (len(content) - 1), 3):  # without the last line end
             damaged = bytearray(content)
             damaged[bit // 8] ^= 1 << bit % 8
             path.write_bytes(damaged)

@@ -16,6 +16,7 @@ KINDS = (
     *("zeros", "foreign", "empty", "missing", "a folder", "unreadable"),
 )
 _NOBODY = 65534
+judged: list[str] = []  # all errors that were judged, to count them
 _FOREIGN = (b"not a model", b"\x80\x04]", b"PK\x03\x04", b"[1, 2]\n", b"{}\n", b"\n")
 
 
@@ -99,6 +100,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def error_fault(error: BaseException, *names: Path) -> str | None:
     """Return what is wrong with an error's message: one line that names the file."""
     text = str(error)
+    judged.append(text)
     if "\n" in text:
         return f"several lines: {text!r}"
     if not any(str(name) in text for name in names):

@@ -22,7 +22,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 from rich.progress import Progress
 
-from tests.robustness import read_cases, unchecked_cases, write_cases
+from tests.robustness import damage, read_cases, unchecked_cases, write_cases
 from tests.robustness.read_cases import Case
 from tests.robustness.results import Tried, write
 
@@ -151,6 +151,7 @@ def _run_group(
     folder = scratch / f"group-{len(list(scratch.iterdir()))}"
     folder.mkdir()
     faults = []
+    before = len(damage.judged)
     for case in islice(group.cases(folder, rng), count):
         fault = case()
         if fault is not None:
@@ -158,7 +159,9 @@ def _run_group(
             if not bar.console.is_terminal:
                 print(f"{group.what}: {fault}", file=sys.stderr, flush=True)
         bar.advance(task)
-    notes = [group.note, *(f"Not so: {fault}." for fault in faults[:_SHOWN])]
+    errors = len(damage.judged) - before
+    counted = f"{errors} gave an error." if errors else ""
+    notes = [group.note, counted, *(f"Not so: {fault}." for fault in faults[:_SHOWN])]
     note = " ".join(note for note in notes if note).replace(str(scratch), "...")
     return Tried(group.what, count, count - len(faults), group.outcome, note)
 
