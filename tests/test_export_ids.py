@@ -35,6 +35,7 @@ def build():
     # The table is smaller than the vocabulary: "k" is row 10.
     words = layers.StringLookup(vocabulary=[*"bcdefghijk"])(word)
     first, second = ids("first"), ids("second")
+    flag = ids("flag", dtype="bool")
     towers = keras.Model([first, second], [table(first), table(second, 20)])
     nested = ids("nested_user"), ids("nested_item")
     row = keras.Sequential([ids("row"), layers.Embedding(10, 2)])
@@ -43,6 +44,7 @@ def build():
     pair = {"b": ids("pair_user"), "a": ids("pair_item")}
     vectors = [
         table(user),
+        table(flag, 1),
         table(layers.Reshape((1, 1))(keras.ops.squeeze(reshaped, -1)[:, None])),
         table(columns[:, 0]),
         table(columns[:, 1], 100),
@@ -58,6 +60,7 @@ def build():
     mixed = MMoE(3, (4,), TASKS)(joined)
     inputs = [
         user,
+        flag,
         thrice,
         item,
         reshaped,
@@ -76,6 +79,7 @@ DTYPES = ("int8", "uint8", "int32", "uint64", "float16", "float32")
 # All of them are in range.
 REQUEST = {
     "user": [0, 9],
+    "flag": [False, False],
     "thrice": [0, 3],
     "item": [9, 0],
     "reshaped": [[0], [9]],
@@ -104,9 +108,11 @@ WRONG = {
     "nested by name": {"pair_user": [10, 0]},
     "nested by name, the other": {"pair_item": [20, 0]},
     "crossed": {"item": [10, 0]},
+    "flag": {"flag": [False, True]},
     **{name: {name: np.array([0, 10], name)} for name in DTYPES},
 }
 MESSAGES = {
+    "flag": "feature `flag` must hold ids with 0 <= id < 1. Received: 1",
     "beyond": "feature `user` must hold ids with 0 <= id < 10. Received: 12",
     "negative": "feature `user` must hold ids with 0 <= id < 10. Received: -1",
     "largest": "`user` must hold ids with 0 <= id < 10. Received: 9223372036854775807",
@@ -212,7 +218,12 @@ def test_other_ids_are_left_as_they_are(tmp_path):
     }
     vectors = layers.Embedding(4, 2, name="words")(inputs["text"])
     vocabulary = layers.StringLookup(vocabulary=["a", "b"])
+    flag = inputs["flag"] = ids("flag", dtype="bool")
+    row = ids("row", dtype="int64")
+    nested = keras.Model(row, layers.Embedding(3, 2)(row))
     outputs = {
+        "flags": layers.Embedding(2, 2)(flag),
+        "nested": nested(vocabulary(inputs["word"])),
         "custom": Custom()(inputs["user"]),
         "word_": layers.Embedding(3, 2)(vocabulary(inputs["word"])),
         "shop_": layers.Embedding(5, 2)(layers.Hashing(5)(inputs["shop"])),

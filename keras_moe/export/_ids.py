@@ -24,10 +24,12 @@ class Source:
     Attributes:
         features: the names of the features that it is computed from.
         compute: function of a dict of the features to the tensor.
+        size: the number of values, from 0 on, that a lookup gives; None if unknown.
     """
 
     features: tuple[str, ...]
     compute: Callable[[Mapping[str, Any]], Any]
+    size: int | None = None
 
 
 def looked_up(inputs: Mapping[str, Any], model: keras.Model) -> dict[Source, int]:
@@ -38,7 +40,7 @@ def looked_up(inputs: Mapping[str, Any], model: keras.Model) -> dict[Source, int
         model: a functional model.
     """
     sources = {
-        id(tensor): Source((name,), operator.itemgetter(name))
+        id(tensor): Source((name,), operator.itemgetter(name), _size(tensor))
         for name, tensor in inputs.items()
     }
     found: dict[Source, int] = {}
@@ -56,6 +58,7 @@ def check_ids(features: Mapping[str, Any], ids: Mapping[Source, int]) -> dict[st
         values = source.compute(features)
         for part in ("flat_values", "values"):  # of a ragged or sparse tensor
             values = getattr(values, part, values)
+        values = tf.cast(values, tf.int32) if values.dtype.is_bool else values
         lowest, highest = tf.reduce_min(values), tf.reduce_max(values)
         # Exact: integers have values below 2^53, or both sides stay beyond it.
         not_low = tf.cast(lowest, tf.float64) > -1.0
@@ -79,10 +82,10 @@ def _lookups(
     for node in itertools.chain.from_iterable(model._nodes_by_depth.values()):
         layer, arguments = node.operation, node.arguments
         if isinstance(layer, keras.layers.Embedding):
-            ids = arguments.keras_tensors[0]
-            source = None if _in_range(ids, layer.input_dim) else paths.source(ids)
-            if source is not None:
-                yield source, layer.input_dim
+            source = paths.source(arguments.keras_tensors[0])
+            rows = layer.input_dim
+            if source is not None and (source.size is None or source.size > rows):
+                yield source, rows
             continue
         nested = getattr(layer, "_functional", layer)  # of a Sequential
         if isinstance(nested, keras.Model) and hasattr(nested, "_nodes_by_depth"):
@@ -125,7 +128,10 @@ class _Paths:
         model = keras.Model(inputs, tensor)
         parts = [self._inputs[id(each)] for each in inputs]
         names = tuple(sorted({name for part in parts for name in part.features}))
-        return Source(names, lambda f: model([part.compute(f) for part in parts]))
+        return Source(
+            *(names, lambda f: model([part.compute(f) for part in parts])),
+            _size(tensor),
+        )
 
     def _inputs_of(self, tensor: Any) -> list[Any] | None:
         """Return the inputs of the computation, or None if a part of it has weights."""
@@ -146,17 +152,19 @@ class _Paths:
         return found
 
 
-def _in_range(ids: Any, rows: int) -> bool:
-    """Whether a lookup layer computes the ids, with no more ids than rows."""
-    layer = ids._keras_history.operation
+def _size(tensor: Any) -> int | None:
+    """Return the number of values of a bool or of the result of a lookup, or None."""
+    if tensor.dtype == "bool":
+        return 2
+    layer = tensor._keras_history.operation
     if getattr(layer, "output_mode", None) != "int":
-        return False
+        return None
     if isinstance(layer, keras.layers.Hashing):
-        return layer.num_bins <= rows
+        return layer.num_bins
     if isinstance(layer, keras.layers.Discretization):
-        return len(layer.bin_boundaries) < rows
+        return len(layer.bin_boundaries) + 1
     if isinstance(layer, keras.layers.IntegerLookup | keras.layers.StringLookup):
         # Without a row for unknown values they are -1.
         known = layer.num_oov_indices > 0 and not layer.invert
-        return known and layer.vocabulary_size() <= rows
-    return False
+        return layer.vocabulary_size() if known else None
+    return None
