@@ -362,10 +362,10 @@ def test_evenly_as_it_is_shipped(kind):
     b = _even.rows_per_turn(n * k, e)
     c = _even.slots_per_expert(n * k, e, b)
     turns = jax.jit(lambda runs: _even.even_slots(runs, c, b, n, k)[1].turns)(runs)[-1]
-    # All on one: c = 9 * 6000 / 48 + 256 / 6 = 1168, so experts 0 and 1 have 1832
-    # overflow rows each, for 1168 empty slots an expert. Runs of 1168, 664, 504, 1168
-    # and 160 rows need 5 + 3 + 2 + 5 + 1 turns of 256.
-    wanted = {"uniform": 0, "masked": 0, "empty": 0, "all on one": 16}
+    # All on one: c = 9 * 6000 / 48 + 128 / 6 = 1147, so experts 0 and 1 have 1853
+    # overflow rows each, for 1147 empty slots an expert. Runs of 1147, 706, 441, 1147
+    # and 265 rows need 9 + 6 + 4 + 9 + 3 turns of 128.
+    wanted = {"uniform": 0, "masked": 0, "empty": 0, "all on one": 31}
     assert turns == wanted.get(kind, turns)
 
 

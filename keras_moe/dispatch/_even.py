@@ -65,14 +65,14 @@ def slots_per_expert(m: Any, e: int, b: int) -> Any:
 
 
 def rows_per_turn(m: Any, e: int) -> int:
-    """Return b: a fraction of the mean load in [256, 1024], and of m in [32, 256].
+    """Return b: a fraction of the mean load in [256, 1024], or of m in [32, 256].
 
     The time of a turn hardly depends on b below 256 rows.
     """
     b = 256
     while isinstance(m, int) and b < 1024 and 8 * b * e <= m:
         b *= 2
-    while isinstance(m, int) and b > 32 and 16 * b > m:
+    while isinstance(m, int) and b > 32 and 32 * b > m:
         b //= 2
     return b
 

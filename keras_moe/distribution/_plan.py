@@ -151,7 +151,7 @@ def plan(
         split = {
             id(v): place.axes[0]
             for v, place in zip(model.weights, places, strict=True)
-            if any(place.axes)
+            if place.axes and place.axes[0] is not None
         }
         sizes = {
             key: size / (mesh[split[key]] if key in split else 1)
@@ -239,6 +239,7 @@ def _rows_computed(layer: Any) -> float:
 
 
 def _is_sparse(layer: Any) -> bool:
+    """Whether a mixture computes the experts that are chosen, and not all."""
     return isinstance(layer, HasDispatch) and layer._resolve_dispatch() != "dense"
 
 

@@ -48,9 +48,10 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     Example:
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> keras_moe.distribution.save(model, f"{folder.name}/model.keras")
-    >>> keras.models.load_model(f"{folder.name}/model.keras").count_params()
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     keras_moe.distribution.save(model, f"{folder}/model.keras")
+    ...     keras.models.load_model(f"{folder}/model.keras").count_params()
     5
     """
     suffix = next((s for s in _SUFFIXES if str(path).endswith(s)), None)

@@ -40,6 +40,10 @@ class HasDispatch:
         """Whether experts take a limited number of choices."""
         return False
 
+    def _resolve_dispatch(self) -> str:
+        """Return the dispatch for the graph that is being traced."""
+        raise NotImplementedError
+
     def _check_dispatch(self, name: str) -> None:
         """Raise ValueError if the layer does not support the dispatch."""
         raise NotImplementedError

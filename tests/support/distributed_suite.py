@@ -65,10 +65,11 @@ def parts() -> dict:
     Routers have the dispatch whose program is the shortest.
     """
     return {
-        "ragged": Fixed("ragged", UNITS, num_shared_experts=1),
         "dense": Fixed("dense", router_z_loss_weight=0.1),
         # Without drops: tokens compete within their part of the batch.
-        "capacity": Fixed("capacity", capacity_factor=EXPERTS / 2),
+        "capacity": Fixed(
+            "capacity", capacity_factor=EXPERTS / 2, num_shared_experts=1
+        ),
         "expert_choice": Fixed("capacity", router="expert_choice"),
         "bias_balanced": Fixed("dense", router="bias_balanced"),
         "sinkhorn": Fixed("dense", UNITS, router="sinkhorn"),
@@ -366,7 +367,7 @@ def main() -> None:
     for mesh in (None, *(MESHES if whole else ("2 x 4",))):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found[f"few, 45 rows, {mesh}"] = gradients(mesh, 45, ("ragged",))
+            found[f"few, 45 rows, {mesh}"] = gradients(mesh, 45, ("expert_choice",))
         found["warned"] = [str(w.message) for w in caught]
     jax.config.update("jax_enable_x64", False)
     for mesh in (None, *(MESHES if whole else ("shared", "2 x 4"))):

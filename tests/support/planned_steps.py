@@ -19,12 +19,12 @@ def planned(meshes) -> dict:
     the FLOPs of a device against those of one device alone / 8, by mesh.
     """
     rows, features = 4096, 128
-    x = keras.Input((features,))
-    tasks = layers.MMoE(8, (256, 64), 2)(x)
+    x = keras.Input((features,), dtype="float32")
+    tasks = layers.MMoE(8, (256, 64), 2, dtype="float32")(x)
     models = {
         "evenly": collectives.mixture("blocked_evenly", features, 256),
         "expert_choice": collectives.mixture("expert_choice", features, 256),
-        "mmoe": keras.Model(x, keras.layers.Concatenate()(tasks)),
+        "mmoe": keras.Model(x, keras.layers.Concatenate(dtype="float32")(tasks)),
     }
     found = {"share": {}}
     for case, mesh in [
