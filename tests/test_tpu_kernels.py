@@ -107,6 +107,39 @@ def test_each_gradient_is_the_sum_over_the_own_rows(
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=10 * tolerance)
 
 
+def test_wide_rows_are_computed_in_parts(kernels_on_cpu, monkeypatch):
+    """Three parts of 300 features, two of 200 units, and tiles that experts share."""
+    import jax
+
+    from keras_moe.dispatch import _tpu_kernels
+
+    monkeypatch.setattr(_tpu_kernels, "_LARGEST_PART", 128)
+    counts = np.array([100, 0, 129, 30, 0])
+    ends = np.cumsum(counts)
+    rng = np.random.default_rng(0)
+    shapes = [(300, 300), (300, 300), (5, 300, 200), (5, 200), (300, 200)]
+    *inputs, upstream = (_tensor(rng.normal(size=s), "float32") for s in shapes)
+    rows, weights = inputs[:2], inputs[2:]
+
+    def product(a, b):
+        return keras.ops.silu(a) * b
+
+    def reference(a, b, kernel, bias):
+        x = product(a, b)
+        parts = [
+            x[end - count : end] @ kernel[k] + bias[k]
+            for k, (end, count) in enumerate(zip(ends, counts, strict=True))
+        ]
+        return keras.ops.concatenate([*parts, np.zeros((41, 200), "float32")])
+
+    outputs, pull = jax.vjp(reference, *inputs)
+    runs = _runs(counts)
+    found = _tpu.affine(rows, weights, product, runs)
+    gradients = _tpu.affine_gradient(rows, weights, product, runs, upstream)
+    for a, b in zip((found, *gradients), (outputs, *pull(upstream)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
 def _step(layer, x):
     """Return outputs and gradients as a function, and its arguments."""
     import jax
