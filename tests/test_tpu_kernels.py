@@ -107,17 +107,33 @@ def test_each_gradient_is_the_sum_over_the_own_rows(
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=10 * tolerance)
 
 
-def test_wide_rows_are_computed_in_parts(kernels_on_cpu, monkeypatch):
-    """Three parts of 300 features, two of 200 units, and tiles that experts share."""
+@pytest.fixture
+def simulated_kernels(monkeypatch):
+    """Slower, but memory starts as NaN and a block may be written only once."""
+    from jax.experimental import pallas
+    from jax.experimental.pallas import tpu
+
+    interpret = tpu.InterpretParams(uninitialized_memory="nan")
+    call = functools.partial(pallas.pallas_call, interpret=interpret)
+    monkeypatch.setattr(pallas, "pallas_call", call)
+
+
+@pytest.mark.parametrize(
+    ("how", "m", "d", "u"),
+    [("kernels_on_cpu", 300, 300, 200), ("simulated_kernels", 256, 256, 256)],
+)
+def test_wide_rows_are_computed_in_parts(how, m, d, u, request, monkeypatch):
+    """Parts of 128 features and units, and tiles that experts share."""
     import jax
 
     from keras_moe.dispatch import _tpu_kernels
 
+    request.getfixturevalue(how)
     monkeypatch.setattr(_tpu_kernels, "_LARGEST_PART", 128)
-    counts = np.array([100, 0, 129, 30, 0])
+    counts = np.array([100, 0, 109, 30, 0])
     ends = np.cumsum(counts)
     rng = np.random.default_rng(0)
-    shapes = [(300, 300), (300, 300), (5, 300, 200), (5, 200), (300, 200)]
+    shapes = [(m, d), (m, d), (5, d, u), (5, u), (m, u)]
     *inputs, upstream = (_tensor(rng.normal(size=s), "float32") for s in shapes)
     rows, weights = inputs[:2], inputs[2:]
 
@@ -130,7 +146,8 @@ def test_wide_rows_are_computed_in_parts(kernels_on_cpu, monkeypatch):
             x[end - count : end] @ kernel[k] + bias[k]
             for k, (end, count) in enumerate(zip(ends, counts, strict=True))
         ]
-        return keras.ops.concatenate([*parts, np.zeros((41, 200), "float32")])
+        none = np.zeros((m - sum(counts), u), "float32")
+        return keras.ops.concatenate([*parts, none])
 
     outputs, pull = jax.vjp(reference, *inputs)
     runs = _runs(counts)
