@@ -43,6 +43,13 @@ def test_ratios_by_hand():
     assert png(results).startswith(b"\x89PNG")
 
 
+def test_the_page_names_the_goals_that_are_missed():
+    case = next(c for c in accelerators.cases() if c["layer"] == "PLE")
+    figures = {"flops": 6e12, "bytes": 36e9, "temporary_bytes": 2e9}
+    page = markdown(_results(case, **figures, cycle_seconds=0.08))
+    assert "Not reached: bytes of PLE, time of PLE." in page
+
+
 def test_a_program_that_does_not_fit_is_told():
     case = next(c for c in accelerators.cases() if c.get("dispatch") == "ragged")
     results = _results(case)

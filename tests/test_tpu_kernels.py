@@ -107,6 +107,56 @@ def test_each_gradient_is_the_sum_over_the_own_rows(
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=10 * tolerance)
 
 
+@pytest.fixture
+def simulated_kernels(monkeypatch):
+    """Slower, but memory starts as NaN and a block may be written only once."""
+    from jax.experimental import pallas
+    from jax.experimental.pallas import tpu
+
+    interpret = tpu.InterpretParams(uninitialized_memory="nan")
+    call = functools.partial(pallas.pallas_call, interpret=interpret)
+    monkeypatch.setattr(pallas, "pallas_call", call)
+
+
+@pytest.mark.parametrize(
+    ("how", "m", "d", "u"),
+    [("kernels_on_cpu", 300, 300, 200), ("simulated_kernels", 256, 256, 256)],
+)
+def test_wide_rows_are_computed_in_parts(how, m, d, u, request, monkeypatch):
+    """Parts of 128 features and units, and tiles that experts share."""
+    import jax
+
+    from keras_moe.dispatch import _tpu_kernels
+
+    request.getfixturevalue(how)
+    monkeypatch.setattr(_tpu_kernels, "_LARGEST_PART", 128)
+    counts = np.array([100, 0, 109, 30, 0])
+    ends = np.cumsum(counts)
+    rng = np.random.default_rng(0)
+    shapes = [(m, d), (m, d), (5, d, u), (5, u), (m, u)]
+    *inputs, upstream = (_tensor(rng.normal(size=s), "float32") for s in shapes)
+    rows, weights = inputs[:2], inputs[2:]
+
+    def product(a, b):
+        return keras.ops.silu(a) * b
+
+    def reference(a, b, kernel, bias):
+        x = product(a, b)
+        parts = [
+            x[end - count : end] @ kernel[k] + bias[k]
+            for k, (end, count) in enumerate(zip(ends, counts, strict=True))
+        ]
+        none = np.zeros((m - sum(counts), u), "float32")
+        return keras.ops.concatenate([*parts, none])
+
+    outputs, pull = jax.vjp(reference, *inputs)
+    runs = _runs(counts)
+    found = _tpu.affine(rows, weights, product, runs)
+    gradients = _tpu.affine_gradient(rows, weights, product, runs, upstream)
+    for a, b in zip((found, *gradients), (outputs, *pull(upstream)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
 def _step(layer, x):
     """Return outputs and gradients as a function, and its arguments."""
     import jax

@@ -200,7 +200,7 @@ def weight_gradients(
     num_visits = len(plan.tiles)
 
     def compute(*refs: Any) -> None:
-        plan, v = Visits(*refs[:5]), pl.program_id(2)
+        plan, i, v = Visits(*refs[:5]), pl.program_id(1), pl.program_id(2)
         *tiles, by_output, by_kernel, by_bias, sums, bias_sums = refs[5:]
         expert, end = plan.experts[v], num_visits - 1
         after = plan.experts[jnp.minimum(v + 1, end)]
@@ -230,10 +230,14 @@ def weight_gradients(
         @pl.when(is_last)
         def _() -> None:
             by_kernel[...] = sums[...].astype(dtype)
+
+        @pl.when(jnp.logical_and(is_last, i == 0))
+        def _() -> None:
             by_bias[...] = bias_sums[...].astype(dtype)
 
-    def of_expert(j: Any, i: Any, v: Any, experts: Any, *_: Any) -> Any:
-        return experts[v], i, j
+    def of_bias(j: Any, i: Any, v: Any, experts: Any, *_: Any) -> Any:
+        # The sums are the same for all parts i; no block may be written again later.
+        return jnp.where(i == 0, experts[v], e - 1), 0, j
 
     parts_in, parts_out = pl.cdiv(width, part_in), pl.cdiv(out, part_out)
     by_kernel, by_bias = pl.pallas_call(
@@ -247,9 +251,10 @@ def weight_gradients(
                 pl.BlockSpec((tile, part_out), lambda j, i, v, e, t, *_: (t[v], j)),
             ],
             out_specs=[
-                pl.BlockSpec((None, part_in, part_out), of_expert),
-                # The same for every part of the rows, hence written several times.
-                pl.BlockSpec((None, 1, part_out), lambda j, i, v, e, *_: (e[v], 0, j)),
+                pl.BlockSpec(
+                    (None, part_in, part_out), lambda j, i, v, e, *_: (e[v], i, j)
+                ),
+                pl.BlockSpec((None, 1, part_out), of_bias),
             ],
             scratch_shapes=[
                 pltpu.VMEM((part_in, part_out), "float32"),
