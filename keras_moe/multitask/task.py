@@ -269,11 +269,13 @@ def _loss(loss: Any, task: Task) -> Any:
         return loss
     rule = (
         '"head", None, a loss of Keras, its name, a function of (y_true, y_pred) or a '
-        f"JointLoss for the task {task.name!r}"
+        "JointLoss"
     )
-    found = _checks.keras_object(
-        "loss", loss, rule, keras.losses.get, keras.losses.Loss
-    )
+    kind = keras.losses.Loss
+    try:
+        found = _checks.keras_object("loss", loss, rule, keras.losses.get, kind)
+    except ValueError as error:
+        raise ValueError(f"{error} for the task {task.name!r}") from error
     if isinstance(found, keras.losses.Loss):
         return found
     return FunctionLoss(found)
