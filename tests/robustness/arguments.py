@@ -173,7 +173,7 @@ def main() -> int:
     console = Console(stderr=True, soft_wrap=True)
     if given.only:
         return _repeat(given.only, given.seed, given.batch, console)
-    counts = {"constructors": given.constructors, "calls": given.calls}
+    counts = {"calls": given.calls, "constructors": given.constructors}
     tallies = _run_all(counts, given.seed, given.jobs)
     lines = [tally.line(kind) for kind, tally in tallies.items() if tally.cases]
     for line in lines:
