@@ -170,7 +170,7 @@ class MoE(HasDispatch, MLPLayer):
         self._experts_given = experts
         self._top_k_given = top_k
         if top_k is not None:
-            _checks.top_k(top_k, self.num_experts)
+            self._top_k_given = _checks.top_k(top_k, self.num_experts)
         self.router = parts.make_router(
             router,
             self.num_experts,
