@@ -138,3 +138,23 @@ def test_an_initializer_of_none_is_that_of_keras():
 def test_a_negative_seed_of_an_initializer():
     layer = experts.MLPExperts(2, 5, kernel_initializer=keras.initializers.HeNormal(-3))
     layer(X)
+
+
+def test_integers_beside_the_floats_of_a_stream():
+    layer = layers.STEM(1, 1, 4, 2)
+    tasks = np.ones((3, 2, 6), "float32")
+    ones = layer(X, tasks)
+    for a, b in zip(layer(X.astype("int32"), tasks), ones, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_router_names_tokens_of_a_wrong_rank():
+    for make in (routers.TopKRouter, routers.DenseRouter, routers.SinkhornRouter):
+        with pytest.raises(ValueError, match="`tokens` of ndim=2"):
+            make(4)(np.ones((2, 3, 6), "float32"))
+
+
+def test_outputs_of_a_model_are_named():
+    inputs, outputs = _one_task()
+    with pytest.raises(ValueError, match="every name in `outputs`"):
+        MultiTaskModel(inputs, {"a b": outputs["a"]})
