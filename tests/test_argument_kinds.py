@@ -75,6 +75,7 @@ def test_the_largest_seed_has_successors():
         (lambda: optimizers.RowwiseAdagrad(tables=b"x"), "tables"),
         (lambda: initializers.PerExpert("zeros", stream=-1), "stream"),
         (lambda: heads.LogLoss(name=keras.metrics.Mean()), "name"),
+        (lambda: heads.LogLoss(name="a/b"), "name"),
         (lambda: heads.LogLoss(reduction=["a"]), "reduction"),
         (lambda: Task("a", loss=keras.layers.Dense(1)), "loss"),
         (lambda: losses.auxiliary_losses(None, {}), "routing"),
