@@ -78,6 +78,8 @@ def test_the_largest_seed_has_successors():
         (lambda: heads.LogLoss(name="a/b"), "name"),
         (lambda: heads.LogLoss(reduction=["a"]), "reduction"),
         (lambda: Task("a", loss=keras.layers.Dense(1)), "loss"),
+        (lambda: Task("a", defined=keras.regularizers.L2()), "defined"),
+        (lambda: optimizers.LazyAdam(weight_decay=X), "weight_decay"),
         (lambda: losses.auxiliary_losses(None, {}), "routing"),
         (lambda: losses.importance_loss("text"), "gate_weights"),
         (lambda: losses.importance_loss(np.ones((3, 4)) * 1j), "gate_weights"),
