@@ -33,6 +33,7 @@ class Layer(keras.layers.Layer):
 
     Class attributes:
         least_rank: the minimum rank of the first input.
+        most_rank: the maximum rank of the first input; None if there is none.
         rank_reason: why, for the message of a wrong rank.
         feature_axes: the number of axes of the first input that a mask lacks; None if a
             mask is of something else than the rows of the first input.
@@ -40,6 +41,7 @@ class Layer(keras.layers.Layer):
     """
 
     least_rank: ClassVar[int] = 2
+    most_rank: ClassVar[int | None] = None
     rank_reason: ClassVar[str] = ""
     takes_dict: ClassVar[bool] = False
     feature_axes: ClassVar[int | None] = 1
@@ -133,6 +135,11 @@ class Layer(keras.layers.Layer):
         shape = getattr(value, "shape", None)
         if shape is None or getattr(shape, "rank", 0) is None:
             return
+        if self.most_rank is not None and len(shape) > self.most_rank:
+            raise ValueError(
+                f"{type(self).__name__} expects `{name}` of ndim={self.most_rank}. "
+                f"Received: {name} of shape {tuple(shape)}"
+            )
         if len(shape) < self.least_rank:
             raise ValueError(
                 f"{type(self).__name__} expects `{name}` of rank >= {self.least_rank}, "

@@ -57,7 +57,7 @@ def items(name: str, value: Any, rule: str) -> tuple[Any, ...]:
         if not isinstance(value, Iterable) or unordered:
             raise TypeError
         return tuple(value)  # Arrays of rank 0 have `__iter__`, too, and raise here.
-    except TypeError as error:
+    except (TypeError, NotImplementedError) as error:
         raise ValueError(
             f"`{name}` must be {rule}. Received: {name}={value!r}"
         ) from error

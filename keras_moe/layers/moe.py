@@ -170,7 +170,7 @@ class MoE(HasDispatch, MLPLayer):
         self._experts_given = experts
         self._top_k_given = top_k
         if top_k is not None:
-            _checks.top_k(top_k, self.num_experts)
+            self._top_k_given = _checks.top_k(top_k, self.num_experts)
         self.router = parts.make_router(
             router,
             self.num_experts,
@@ -184,9 +184,7 @@ class MoE(HasDispatch, MLPLayer):
         num_shared = _checks.count("num_shared_experts", num_shared_experts)
         self.num_shared_experts = num_shared
         self.shared_experts = parts.make_shared_experts(self.experts, num_shared)
-        if capacity_factor is not None:
-            _checks.positive_number("capacity_factor", capacity_factor)
-        self._capacity_factor = capacity_factor
+        self._capacity_factor = _checked_factor(capacity_factor)
         self.dispatch = dispatch
         self.loss_weights = parts.checked_loss_weights(
             self.router,
@@ -219,8 +217,7 @@ class MoE(HasDispatch, MLPLayer):
 
     @capacity_factor.setter
     def capacity_factor(self, factor: float | None) -> None:
-        if factor is not None:
-            _checks.positive_number("capacity_factor", factor)
+        factor = _checked_factor(factor)
         if not self._router_takes_factor:
             self._capacity_factor = factor
         elif factor is not None:
@@ -361,6 +358,12 @@ class MoE(HasDispatch, MLPLayer):
         made = {part: deserialized(config.get(part)) for part in ("router", "experts")}
         # A subclass may have fixed one of them.
         return cls(**{**config, **{k: v for k, v in made.items() if k in config}})
+
+
+def _checked_factor(factor: Any) -> float | None:
+    return (
+        None if factor is None else _checks.positive_number("capacity_factor", factor)
+    )
 
 
 def __getattr__(name: str) -> Any:

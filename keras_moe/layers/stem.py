@@ -155,7 +155,13 @@ class STEM(GatedMixture):
             return [inputs] * (self._tasks.count + 1)
         self._check_task_inputs(inputs.shape, task_inputs.shape)
         task_inputs = checked_batch("task_inputs", task_inputs, inputs)
+        inputs, task_inputs = self._as_float(inputs), self._as_float(task_inputs)
         return [*ops.unstack(task_inputs, num=self._tasks.count, axis=-2), inputs]
+
+    def _as_float(self, tensor: Any) -> Any:
+        """Return integers in the dtype of the layer, as Keras does it with floats."""
+        is_float = keras.backend.is_float_dtype(tensor.dtype)
+        return tensor if is_float else ops.cast(tensor, self.compute_dtype)
 
     def _extract(
         self, level: int, streams: Sequence[Any], training: bool | None

@@ -109,7 +109,7 @@ class MultiTaskModel(PerTaskTraining):
                 "`outputs` must be a dict of output tensors by task name. "
                 f"Received: {outputs!r}"
             )
-        names = Tasks(list(outputs))
+        names = Tasks(list(outputs), "outputs")
         loss_weighting = find(
             loss_weighting,
             {**weighting.KNOWN, **gradients.KNOWN},

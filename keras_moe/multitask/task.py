@@ -251,7 +251,10 @@ def _defined(defined: Any, task: str) -> Any:
             "`defined` must be a registered function, so that the model can be loaded "
             f"from a file. Received: a lambda for the task {task!r}"
         )
-    if defined is None or isinstance(defined, str) or callable(defined):
+    if callable(defined):
+        rule = f"a function of the labels for the task {task!r}"
+        return _checks.keras_object("defined", defined, rule, lambda given: given, None)
+    if defined is None or isinstance(defined, str):
         return defined
     several = isinstance(defined, Sequence) and len(defined) > 0
     if not several or not all(isinstance(key, str) for key in defined):
@@ -269,11 +272,13 @@ def _loss(loss: Any, task: Task) -> Any:
         return loss
     rule = (
         '"head", None, a loss of Keras, its name, a function of (y_true, y_pred) or a '
-        f"JointLoss for the task {task.name!r}"
+        "JointLoss"
     )
-    found = _checks.keras_object(
-        "loss", loss, rule, keras.losses.get, keras.losses.Loss
-    )
+    kind = keras.losses.Loss
+    try:
+        found = _checks.keras_object("loss", loss, rule, keras.losses.get, kind)
+    except ValueError as error:
+        raise ValueError(f"{error} for the task {task.name!r}") from error
     if isinstance(found, keras.losses.Loss):
         return found
     return FunctionLoss(found)

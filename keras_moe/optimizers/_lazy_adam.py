@@ -91,6 +91,7 @@ class LazyAdam(SparseGradients, FusedAdam):
         tables: str = _arguments.EMBEDDINGS,
         **kwargs: Any,
     ) -> None:
+        kwargs = _arguments.checked(type(self).__name__, kwargs)
         _arguments.refuse_for_tables(type(self).__name__, kwargs)
         super().__init__(
             learning_rate=learning_rate,

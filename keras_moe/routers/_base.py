@@ -119,6 +119,8 @@ class Router(Layer):
 class LinearRouter(Router):
     """A router whose logits are a linear function of the token."""
 
+    most_rank = 2
+
     def __init__(
         self,
         num_experts: int,

@@ -51,7 +51,7 @@ def expert_capacity(
     num_tokens = _checks.scalar("num_tokens", num_tokens, allow_zero=True)
     _checks.positive_int("num_experts", num_experts)
     _checks.top_k(top_k, num_experts)
-    _checks.positive_number("capacity_factor", capacity_factor)
+    capacity_factor = _checks.positive_number("capacity_factor", capacity_factor)
     # Exact fractions: in floats 1.1 * 100 / 10 exceeds 11.
     share = Fraction(capacity_factor).limit_denominator(10**4) * top_k / num_experts
     if isinstance(num_tokens, int):

@@ -15,7 +15,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,16 +147,22 @@ def _run_all(counts: dict[str, int], seed: int, jobs: int) -> dict[str, Tally]:
                 size = min(PART, count - start)
                 part = pool.submit(_part, kind, size, seed + 1000 * i)
                 waiting[part] = kind, task
+
+        def count(part: Future[Tally]) -> None:
+            kind, task = waiting.pop(part)
+            found = part.result()
+            tallies[kind].outcomes += found.outcomes
+            tallies[kind].wrong += found.wrong
+            progress.advance(task, found.cases)
+
         try:
-            for part in as_completed(waiting):
-                kind, task = waiting[part]
-                found = part.result()
-                tallies[kind].outcomes += found.outcomes
-                tallies[kind].wrong += found.wrong
-                progress.advance(task, found.cases)
+            for part in as_completed([*waiting]):
+                count(part)
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            console.print("interrupted")
+            console.print("interrupted: the parts that have begun are the last")
+            pool.shutdown(cancel_futures=True)
+            for part in [part for part in waiting if not part.cancelled()]:
+                count(part)
     return tallies
 
 
@@ -173,7 +179,7 @@ def main() -> int:
     console = Console(stderr=True, soft_wrap=True)
     if given.only:
         return _repeat(given.only, given.seed, given.batch, console)
-    counts = {"constructors": given.constructors, "calls": given.calls}
+    counts = {"calls": given.calls, "constructors": given.constructors}
     tallies = _run_all(counts, given.seed, given.jobs)
     lines = [tally.line(kind) for kind, tally in tallies.items() if tally.cases]
     for line in lines:

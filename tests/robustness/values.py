@@ -49,7 +49,7 @@ def value(text: str) -> Any:
 # The wrong kinds; some of them are right for some arguments.
 ANY = [
     *("None", "True", "False", "nan", "inf", "-inf", "-1", "0", "1", "2", "2.5"),
-    *("0.5", "10**30", "2**31", "2**63", "1e300", "1e-300", "1e-45", "1j"),
+    *("0.5", "10**40", "2**31", "2**63", "1e300", "1e-300", "1e-45", "1j"),
     *("''", "'x'", "'a/b'", "'\\ud800'", "'\\n'", "b'x'", "bytearray(b'xy')"),
     *("np.array(3)", "np.array([8, 5])", "np.ones((2, 2))", "np.array(['a', 'b'])"),
     *("np.int64(3)", "np.float32(0.5)", "np.float16(2)", "np.bool_(True)"),

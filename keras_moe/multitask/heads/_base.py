@@ -73,7 +73,8 @@ class HeadLoss(keras.losses.Loss):
     labels_per_output: ClassVar[bool] = False
 
     def __init__(self, name: str, reduction: str = MEAN, dtype: Any = None) -> None:
-        name = _checks.text("name", name)
+        if "/" in _checks.text("name", name):  # Keras refuses it in a call.
+            raise ValueError(f"`name` must not hold '/'. Received: name={name!r}")
         if reduction is not None and not isinstance(reduction, str):
             raise ValueError(
                 f"`reduction` must be a string or None. Received: {reduction!r}"
