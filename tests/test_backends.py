@@ -16,6 +16,7 @@ from tests.support import processes
 ROOT = Path(__file__).parent.parent
 DISPATCH = ("test_dispatch.py",)
 OTHERS = (
+    "callbacks",
     "layers",
     "metrics",
     "multitask",

@@ -24,6 +24,7 @@ def main() -> None:
 
 def _section(path: Path) -> str:
     name, command, tried = read(path)
+    tried = [line for line in tried if line.cases]
     lines = [f"\n## {name[0].upper()}{name[1:]}\n", f"`{command}`\n"]
     lines += ["| tried | cases | right | a right outcome |", "|---|---|---|---|"]
     lines += [_row(line) for line in tried]
