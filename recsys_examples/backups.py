@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from recsys_examples import files
 from recsys_examples.errors import InputError
 from recsys_examples.runs import make_folder
 
@@ -74,12 +74,10 @@ def _lock(folder: Path) -> int | None:
         handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    return handle
+    if files.try_lock(handle):
+        return handle
+    os.close(handle)
+    return None
 
 
 def _remove(path: Path, made: list[Path]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from keras.src.backend.common import global_state  # Not in the public API.
 from keras.src.random import seed_generator
 
+from keras_moe import _mesh
 from keras_moe.callbacks._state_file import is_plain
 
 _OF_KERAS = ("model", "_model", "params", "validation_data")
@@ -113,9 +114,9 @@ def _described(variable: Any) -> str:
 
 def _to_numpy(variable: Any) -> np.ndarray:
     value = variable.value
-    if getattr(value, "is_fully_addressable", True) or value.is_fully_replicated:
-        # A copy: JAX and torch may share their memory.
-        return np.array(keras.ops.convert_to_numpy(value))
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+    if not getattr(value, "is_fully_addressable", True):
+        whole = _mesh.collected(value)
+        assert whole is not None
+        return whole
+    # A copy: JAX and torch may share their memory.
+    return np.array(keras.ops.convert_to_numpy(value))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_moe import _backend
+from keras_moe import _backend, _files, _mesh
 
 _SUFFIXES = (".keras", ".weights.h5")
 
@@ -54,28 +53,27 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     ...     keras.models.load_model(f"{folder}/model.keras").count_params()
     5
     """
-    suffix = next((s for s in _SUFFIXES if str(path).endswith(s)), None)
-    if suffix is None:
+    if not str(path).endswith(_SUFFIXES):
         raise ValueError(f"`path` must end with one of {_SUFFIXES}. Received: {path!r}")
     if not getattr(model, "built", False):
         raise ValueError(
             "`model` must be built: call it once, or `model.build(input_shape)`. "
             f"Received: model={model!r}"
         )
-    write = model.save if suffix == ".keras" else model.save_weights
+    write = model.save if str(path).endswith(".keras") else model.save_weights
     if _backend.name() != "jax" or keras.distribution.distribution() is None:
-        _write(write, Path(path), suffix)
+        _write(write, Path(path))
         return
     import jax
 
     writes = jax.process_index() == 0
     split = {id(v): v for v in _variables(model) if not v.value.is_fully_addressable}
-    values = [collected(v.value, keeps=writes) for v in split.values()]
+    values = [_mesh.collected(v.value, keeps=writes) for v in split.values()]
     failure = None
     if writes:
         try:
             with _on_host(split.values(), values):
-                _write(write, Path(path), suffix)
+                _write(write, Path(path))
         except Exception as error:
             failure = error
     if jax.process_count() > 1:
@@ -105,13 +103,9 @@ def _on_host(variables: Iterable[Any], values: Iterable[Any]) -> Iterator[None]:
         keras.distribution.set_distribution(active)
 
 
-def _write(write: Callable[[Any], None], path: Path, suffix: str) -> None:
-    """Write a file that appears when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as folder:
-        unfinished = Path(folder) / f"model{suffix}"
+def _write(write: Callable[[Any], None], path: Path) -> None:
+    with _files.atomic_write(path, overwrite=True) as unfinished:
         write(unfinished)
-        unfinished.replace(path)
 
 
 def _variables(model: Any) -> Iterator[Any]:
@@ -120,54 +114,3 @@ def _variables(model: Any) -> Iterator[Any]:
     yield from model.variables
     yield from getattr(model, "metrics_variables", ())
     yield from getattr(optimizer, "variables", ())
-
-
-def collected(value: Any, keeps: bool = True) -> np.ndarray | None:
-    """Return the whole of a `jax.Array` on the host; None if not `keeps`.
-
-    All processes of its devices must call it. The parts are sent one by one, so that a
-    device needs memory for one of them and not for the whole.
-
-    Args:
-        value: `jax.Array` with a `NamedSharding`.
-        keeps: bool, whether this process needs the result.
-    """
-    import jax
-    from jax import numpy as jnp
-    from jax.sharding import PartitionSpec
-
-    mesh, spec = value.sharding.mesh, value.sharding.spec
-    entries = [e if isinstance(e, tuple) else (e,) for e in spec if e is not None]
-    axes = tuple(axis for entry in entries for axis in entry)
-    if not axes:
-        return np.asarray(value) if keeps else None
-
-    @jax.jit
-    def part(value: Any, number: Any) -> Any:
-        def local(here: Any, number: Any) -> Any:
-            own = jax.lax.axis_index(axes) == number
-            return jax.lax.psum(jnp.where(own, here, jnp.zeros_like(here)), axes)
-
-        everywhere = PartitionSpec()
-        return jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(spec, everywhere),
-            out_specs=everywhere,
-            check_vma=False,
-        )(value, number)
-
-    slices = value.sharding.devices_indices_map(value.shape)
-    whole = np.empty(value.shape, value.dtype) if keeps else None
-    sizes = [mesh.shape[axis] for axis in axes]
-    done = set()
-    for place in np.ndindex(mesh.devices.shape):
-        along = dict(zip(mesh.axis_names, place, strict=True))
-        number = int(np.ravel_multi_index([along[axis] for axis in axes], sizes))
-        if number in done:
-            continue
-        done.add(number)
-        found = part(value, number)
-        if whole is not None:
-            whole[slices[mesh.devices[place]]] = np.asarray(found.addressable_data(0))
-    return whole

@@ -28,7 +28,7 @@ def _section(path: Path) -> str:
     lines = [f"\n## {name[0].upper()}{name[1:]}\n", f"`{command}`\n"]
     lines += ["| tried | cases | right | a right outcome |", "|---|---|---|---|"]
     lines += [_row(line) for line in tried]
-    notes = [f"- {line.what}: {line.note}." for line in tried if line.note]
+    notes = [f"- {line.what}: {line.note.rstrip('.')}." for line in tried if line.note]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
 
