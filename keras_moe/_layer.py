@@ -174,6 +174,8 @@ class Layer(keras.layers.Layer):
         if found is None or shape is None:
             return
         leading = tuple(shape[: len(shape) - self.feature_axes])
+        if not self.feature_axes and len(leading) == len(found) + 1:
+            leading = leading[:-1]  # Ids may have an axis of size 1.
         agree = len(found) == len(leading) and all(
             # Compilers use symbolic sizes, which must not be compared.
             not (isinstance(a, int) and isinstance(b, int)) or a == b
