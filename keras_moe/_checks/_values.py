@@ -99,13 +99,13 @@ def finite_number(name: str, value: Any) -> float:
     return float(value)
 
 
-def divisor(name: str, value: Any, dtype: str = "float32") -> float:
+def divisor(name: str, value: Any, dtype: str = "float32", power: int = 1) -> float:
     """Return `value` if numbers of `dtype` can be divided by it, else raise ValueError.
 
     Its bound, the root of the smallest normal number, is about 1e-19 for float32: the
-    quotient is finite if its numerator is below 1e19.
+    quotient is finite if its numerator is below 1e19. `power` is that of the divisor.
     """
-    least = float(np.finfo(dtype).tiny) ** 0.5
+    least = float(np.finfo(dtype).tiny) ** (1 / (power + 1))
     checked = positive_number(name, value)
     if checked < least:
         raise ValueError(

@@ -48,10 +48,10 @@ class LayerExperts(Layer):
     def __init__(self, layers: Iterable[keras.layers.Layer], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
-        alone = isinstance(layers, keras.layers.Layer) or not isinstance(
-            layers, Iterable
-        )
-        layers = [layers] if alone else list(layers)
+        if isinstance(layers, keras.layers.Layer):
+            layers = [layers]
+        rule = "a sequence of at least one Keras layer"
+        layers = list(_checks.items("layers", layers, rule))
         if not layers or not all(isinstance(x, keras.layers.Layer) for x in layers):
             raise ValueError(
                 "`layers` must be a sequence of at least one Keras layer. "

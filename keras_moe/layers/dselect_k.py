@@ -137,7 +137,7 @@ class DSelectK(Mixture):
         )
         self.num_bits = (self.num_experts - 1).bit_length()
         self.top_k = _checks.top_k(top_k, self.num_experts)
-        self.gamma = _checks.positive_number("gamma", gamma)
+        self.gamma = _checks.divisor("gamma", gamma, power=3)
         self.entropy_loss_weight = _checks.finite_number(
             "entropy_loss_weight", entropy_loss_weight
         )

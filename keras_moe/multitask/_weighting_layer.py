@@ -24,6 +24,11 @@ class WeightingLayer(Layer):
     feature_axes = None  # A mask is of the tasks.
 
     def __init__(self, **kwargs: Any) -> None:
+        if kwargs.get("activity_regularizer") is not None:
+            raise ValueError(
+                "`activity_regularizer` must be None for weightings. Received: "
+                f"activity_regularizer={kwargs['activity_regularizer']!r}"
+            )
         # Autocast would round the losses to half precision under a mixed policy.
         super().__init__(autocast=False, **kwargs)
         self.supports_masking = True

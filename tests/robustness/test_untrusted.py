@@ -20,7 +20,7 @@ def watch():
 
 
 def test_crafted_files_run_no_code(watch):
-    chosen = untrusted.cases(40)
+    chosen = untrusted.cases(60)
     assert len(chosen) >= 40
     outcomes = [untrusted.attempt(case, watch) for case in chosen]
     wrong = [

@@ -86,7 +86,7 @@ _UNITS = [
 _INITIALIZER = [
     *("'glorot_uniform'", "'zeros'", "'HeNormal'", "keras.initializers.HeNormal(3)"),
     *("keras.initializers.HeNormal", "None", "keras.initializers.Constant(0.5)"),
-    *("keras.initializers.HeNormal(seed=-3)", "keras.initializers.Orthogonal()"),
+    "keras.initializers.HeNormal(seed=-3)",
     "keras.initializers.RandomNormal(seed=keras.random.SeedGenerator(3))",
     "{'class_name': 'Zeros', 'config': {}}",
     "keras_moe.initializers.PerExpert('zeros')",
