@@ -34,6 +34,7 @@ LEVELS = {
     "distribution": 6,
 }
 PACKAGES = [
+    "_checks",
     "routing",
     "routers",
     "experts",

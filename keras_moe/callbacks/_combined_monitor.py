@@ -61,7 +61,7 @@ class CombinedMonitor(keras.callbacks.Callback):
             for entry, weight in weights.items()
         }
         self.rule = _checks.one_of("rule", rule, _RULES)
-        self.name = name
+        self.name = _checks.text("name", name)
         self._first: dict[str, float] | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
