@@ -113,9 +113,9 @@ class DatasetPosition:
             if known["is_over"]:
                 iterator = iter(self._source)
         self._iterator = iterator
+        self._at_start = _serialized(iterator)  # if it cannot be, say so at once
         if _is_known_between_batches():
             return iterator
-        self._at_start = _serialized(iterator)
         self._is_exhausted = False
         for _ in range(0 if known is None else known["skip"]):
             next(iterator)

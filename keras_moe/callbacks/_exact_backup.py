@@ -18,6 +18,7 @@ from keras_moe.callbacks._epoch_data import EpochData
 from keras_moe.callbacks._skipped_batches import SkippedBatches
 
 _KEPT = 2
+_FORMAT = 1
 
 
 class ExactBackup(keras.callbacks.Callback):
@@ -45,7 +46,8 @@ class ExactBackup(keras.callbacks.Callback):
       TensorFlow, Keras then shuffles every epoch alike); on torch, `shuffle=False`.
 
     Batches of an epoch that were used before the interruption are read again, without
-    training. A `DatasetPosition` on TensorFlow does not read them again.
+    training. A `DatasetPosition` on TensorFlow does not read them again. Other callbacks
+    see these batches too, with the weights and logs of the backup.
 
     Args:
         folder: str or path, the folder for the backups of one `fit`. The processes of
@@ -55,16 +57,17 @@ class ExactBackup(keras.callbacks.Callback):
             Without both, there is a backup at the start of every epoch but the first.
         data: what `fit` reads, see above.
         callbacks: those callbacks of `fit` that have a state, such as
-            `keras.callbacks.EarlyStopping`: their attributes that are plain values or
-            arrays are saved.
+            `keras.callbacks.EarlyStopping` and `FiniteGuard`: their attributes that are
+            plain values or arrays are saved, but not the arguments of the constructor.
         delete_at_end: bool, whether the backups are deleted when `fit` ends.
 
     Place it before the other callbacks of `fit`.
 
     Raises:
-        ValueError: if an argument is invalid; in `fit`, if the backup is of another
-            model or number of processes, if no backup in the folder is whole, or if the
-            model is not built.
+        ValueError: if an argument is invalid; in `fit`, if the model is not built, if
+            the variables of the backup have other shapes, if it is of other callbacks,
+            more epochs, longer epochs or another number of processes, or if no backup
+            in the folder is whole.
         TypeError: if `data` or `callbacks` are of the wrong type.
 
     Example:
@@ -113,26 +116,31 @@ class ExactBackup(keras.callbacks.Callback):
             )
         self._used = 0  # batches of the epochs before this one
         self._saved = 0, time.monotonic()
+        self._logs: dict[str, Any] = {}
+        self._check_model()
+        SkippedBatches.end_of(self.model)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._found = self._last_whole()
-        if self._found is None:
-            return
-        self._build()
-        self.model._initial_epoch = self._found["epoch"]
+        self.model._initial_epoch = None
+        if self._found is not None:
+            self._check(self._found)
+            self.model._initial_epoch = self._found["epoch"]
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Remember, or restore, what decides the batches of this epoch."""
         self._epoch, self._in_epoch = epoch, 0
+        self.model._initial_epoch = None  # `fit` has read it.
         if self._found is None:
             self._random = _training_state.random_states()
             self._data.start_epoch()
             return
-        self._used = self._found["used"]
+        self._used, batch = self._found["used"], self._found["batch"]
         self._random = self._found["random_at_epoch"]
+        # Also now: other callbacks may save the model before the batches are reached.
+        _training_state.assign_variables(self.model, self._found, with_metrics=False)
         _training_state.set_random_states(self._random)
-        batch = self._found["batch"]
         read = self._data.restore(self._found["data"], self._used + batch, batch)
-        self._skipped = SkippedBatches(self.model, read)
+        self._skipped = SkippedBatches(self.model, read, self._found["logs"])
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Save if it is time to; restore after the last batch that is passed over."""
@@ -145,19 +153,26 @@ class ExactBackup(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Count the batches."""
-        self._in_epoch = batch + 1
+        self._in_epoch, self._logs = batch + 1, logs or {}
         self._data.advance(self._used + self._in_epoch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Count the batches of the epoch."""
+        if self._found is not None:
+            self._end_skipped()
+            raise ValueError(
+                "`fit` must read the data of the backup. Received: an epoch of "
+                f"{self._in_epoch} batches; the backup is after {self._found['batch']} "
+                f"batches of an epoch. Delete {self.folder} to start from the beginning"
+            )
         self._used += self._in_epoch
 
     def on_train_end(self, logs: Any = None) -> None:
         """Delete the backups, if so told."""
-        if self._delete_at_end:
-            for path in self._own_files():
-                path.unlink()
-            with suppress(OSError):  # not empty: of other processes or the user
+        if self._delete_at_end and self._found is None:
+            with suppress(OSError):  # such as: not empty, but for other files
+                for path in self._own_files():
+                    path.unlink()
                 self.folder.rmdir()
 
     def _is_due(self, batch: int) -> bool:
@@ -173,6 +188,7 @@ class ExactBackup(keras.callbacks.Callback):
         used = self._used + batch
         self._saved = used, time.monotonic()
         state = {
+            "format": _FORMAT,
             "processes": self._processes,
             "epoch": self._epoch,
             "batch": batch,
@@ -180,6 +196,8 @@ class ExactBackup(keras.callbacks.Callback):
             "random": _training_state.random_states(),
             "random_at_epoch": self._random,
             "data": self._data.get_state(used, batch),
+            "logs": {name: float(value) for name, value in self._logs.items()},
+            "kinds": self._kinds(),
             "callbacks": [
                 _training_state.callback_state(c) for c in self._with_history()
             ],
@@ -187,6 +205,8 @@ class ExactBackup(keras.callbacks.Callback):
         }
         try:
             _state_file.write(self._path(used), state)
+            for path in self._own_files()[:-_KEPT]:
+                path.unlink()
         except OSError as error:
             # Better a run without a fresh backup than no run.
             warnings.warn(
@@ -194,14 +214,9 @@ class ExactBackup(keras.callbacks.Callback):
                 "the one before stays",
                 stacklevel=2,
             )
-            return
-        for path in self._own_files()[:-_KEPT]:
-            path.unlink()
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if self._skipped is not None:
-            self._skipped.end()
-            self._skipped = None
+        self._end_skipped()
         # Keras resets metrics at the start of an epoch, and may build them later.
         with_metrics = state["batch"] > 0
         _training_state.assign_variables(self.model, state, with_metrics)
@@ -215,16 +230,47 @@ class ExactBackup(keras.callbacks.Callback):
     def _with_history(self) -> list[keras.callbacks.Callback]:
         return [*self._callbacks, self.model.history]
 
-    def _build(self) -> None:
+    def _end_skipped(self) -> None:
+        if self._skipped is not None:
+            self._skipped.end()
+            self._skipped = None
+
+    def _kinds(self) -> list[str]:
+        return [type(callback).__name__ for callback in self._callbacks]
+
+    def _check_model(self) -> None:
         if not self.model.built:
             raise ValueError(
-                "the model must be built before `fit` to go on from a backup: give it "
-                "an `Input`, or call it on a batch. "
+                "the model must be built before `fit` with `ExactBackup`: give it an "
+                "`Input`, or call it on a batch. "
                 f"Received: model {self.model.name!r}, which is not built"
             )
         optimizer = self.model.optimizer
         if optimizer is not None and not optimizer.built:
             optimizer.build(self.model.trainable_variables)
+        for callback in self._callbacks:
+            names = _training_state.not_saved(callback)
+            if names:
+                warnings.warn(
+                    f"of {type(callback).__name__} in `callbacks`, {names} cannot be "
+                    "saved: make them plain lists and dicts of numbers, strings and "
+                    "arrays",
+                    stacklevel=2,
+                )
+
+    def _check(self, found: dict[str, Any]) -> None:
+        where = f"the backup in {self.folder}"
+        if found["kinds"] != self._kinds():
+            raise ValueError(
+                f"`callbacks` must be those of {where}: {found['kinds']}. "
+                f"Received: {self._kinds()}"
+            )
+        epochs = self.params.get("epochs")
+        if epochs is not None and found["epoch"] >= epochs:
+            raise ValueError(
+                f"`epochs` of `fit` must be above {found['epoch']}, the epochs that "
+                f"{where} has trained. Received: epochs={epochs}"
+            )
 
     def _path(self, used: int, process: int | None = None) -> Path:
         process = self._process if process is None else process
@@ -237,14 +283,14 @@ class ExactBackup(keras.callbacks.Callback):
         damaged = None
         for path in reversed(self._own_files()):
             try:
-                state = _state_file.read(path)
-                self._check_processes(path, state)
+                state = self._read(path)
                 for other in range(self._processes):
                     # All processes go on from the same backup.
                     name = path.name.replace(
                         f"process-{self._process}.", f"process-{other}."
                     )
-                    _state_file.check(path.with_name(name))
+                    if other != self._process:
+                        self._read(path.with_name(name))
             except _state_file.DamagedFileError as error:
                 damaged = error
                 warnings.warn(f"{error}: the backup before is used", stacklevel=2)
@@ -257,12 +303,18 @@ class ExactBackup(keras.callbacks.Callback):
             )
         return None
 
-    def _check_processes(self, path: Path, state: dict[str, Any]) -> None:
+    def _read(self, path: Path) -> dict[str, Any]:
+        state = _state_file.read(path)
+        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+            raise _state_file.DamagedFileError(
+                f"{path}: not a backup of this version of `ExactBackup`"
+            )
         if state["processes"] != self._processes:
             raise ValueError(
                 f"{path}: made by {state['processes']} processes. Received: "
                 f"{self._processes}, which cannot go on from it"
             )
+        return state
 
 
 def _process() -> tuple[int, int]:

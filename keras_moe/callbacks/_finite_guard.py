@@ -26,9 +26,10 @@ class FiniteGuard(keras.callbacks.Callback):
     averages of routers and normalizations, or metrics. The message names the batch, the
     feature and its row, or the weights, with the expert or the row of a table.
 
-    It replaces `train_step` of the model and `apply` of its optimizer during `fit`.
-    Under `keras.optimizers.LossScaleOptimizer`, which handles gradients that are not
-    finite itself, only features are checked.
+    It replaces `train_step` of the model and `apply` of its optimizer during `fit`; if
+    `fit` is interrupted, until the next `fit` with a guard, or `remove()`. Under
+    `keras.optimizers.LossScaleOptimizer`, which handles gradients that are not finite
+    itself, only features are checked.
 
     Args:
         action: what to do with such a batch:
@@ -62,6 +63,7 @@ class FiniteGuard(keras.callbacks.Callback):
         self.action = _checks.one_of("action", action, _ACTIONS)
         self.max_in_a_row = _checks.positive_int("max_in_a_row", max_in_a_row)
         self._read: Any = None
+        self._is_in_fit = False
 
     def set_model(self, model: Any) -> None:
         """Guard the training step, before `fit` makes its train function."""
@@ -79,7 +81,8 @@ class FiniteGuard(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Start counting."""
-        self._epoch = self._in_a_row = self._skipped = self._seen = 0
+        self._epoch = self._in_a_row = self._skipped = 0
+        self._is_in_fit = True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Start the count of an epoch."""
@@ -88,13 +91,15 @@ class FiniteGuard(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Stop, or count, if a batch was not applied."""
         self._read()
-        new = self._findings.batches - self._seen
-        self._seen = self._findings.batches
+        new, self._findings.batches = self._findings.batches, 0
         self._skipped += new
         self._in_a_row = self._in_a_row + new if new else 0
         if not new:
             return
-        message = f"epoch {self._epoch + 1}, batch {batch}: {self._cause()}"
+        steps = self.model.steps_per_execution
+        first, last = batch + 2 - steps, batch + 1
+        which = f"batch {last}" if steps == 1 else f"of batches {first} to {last}, one"
+        message = f"epoch {self._epoch + 1}, {which}: {self._cause()}"
         if self.action == "stop":
             self._stop(f"{message}. The batch was not applied")
         if self._in_a_row >= self.max_in_a_row:
@@ -112,16 +117,27 @@ class FiniteGuard(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Any = None) -> None:
         """Give the model its training step back."""
-        self._remove()
+        self.remove()
 
-    def _stop(self, message: str) -> None:
-        self._remove()
-        raise FloatingPointError(message)
+    def on_test_end(self, logs: Any = None) -> None:
+        """Give the model its training step back, if it was `evaluate` alone."""
+        if not self._is_in_fit:
+            self.remove()
 
-    def _remove(self) -> None:
+    def on_predict_end(self, logs: Any = None) -> None:
+        """Give the model its training step back."""
+        self.on_test_end()
+
+    def remove(self) -> None:
+        """Give the model its training step back."""
+        self._is_in_fit = False
         if self._read is not None:
             _guarded_step.remove(self.model)
             self._read = None
+
+    def _stop(self, message: str) -> None:
+        self.remove()
+        raise FloatingPointError(message)
 
     def _cause(self) -> str:
         if self._findings.rows:
@@ -146,7 +162,8 @@ class FiniteGuard(keras.callbacks.Callback):
         return (
             f"the gradient of {_named(variable, index)} is not finite (with "
             f"{len(found) - 1} more of {len(variables)}), while features and weights "
-            f"are; the largest weight is {largest[0]:.3g}, of {largest[1]}"
+            f"are: look at labels, sample weights and the learning rate. The largest "
+            f"weight is {largest[0]:.3g}, of {largest[1]}"
         )
 
     def _broken_weights(self) -> str:
@@ -165,10 +182,8 @@ class FiniteGuard(keras.callbacks.Callback):
 
 def _named(variable: Any, index: int) -> str:
     """Return the path of a variable, with the expert or the row of a table."""
-    if len(variable.shape) == 3 or (
-        len(variable.shape) == 2 and "bias" in variable.path.rsplit("/", 1)[-1]
-    ):
-        return f"{variable.path}, expert {index},"
     if variable.path.endswith("embeddings"):
         return f"{variable.path}, row {index},"
+    if "expert" in variable.path and len(variable.shape) > 1:
+        return f"{variable.path}, expert {index},"
     return variable.path

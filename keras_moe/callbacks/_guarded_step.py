@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from keras_moe import _backend
 
@@ -42,9 +42,12 @@ class Findings:
 def install(model: keras.Model, findings: Findings) -> Callable[[], None]:
     """Guard the training step of a model before `fit` makes its train function.
 
+    A guard that an interrupted `fit` left is removed.
+
     Returns:
         A function that updates `findings`, where the device does not do so itself.
     """
+    remove(model)
     return {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}[_backend.name()](
         model, findings
     )
@@ -52,8 +55,16 @@ def install(model: keras.Model, findings: Findings) -> Callable[[], None]:
 
 def remove(model: keras.Model) -> None:
     """Undo `install`; the next `fit` makes its train function again."""
-    for holder, name in ((model, "train_step"), (model.optimizer, "apply")):
-        vars(holder).pop(name, None)
+    guarded = vars(model).pop("train_step", None)
+    optimizer = getattr(guarded, "optimizer", model.optimizer)
+    vars(optimizer).pop("apply", None)
+    model.train_function = None
+
+
+def _put(model: Any, guarded_step: Any, guarded_apply: Any) -> None:
+    """Replace the step of a model and the `apply` of its optimizer."""
+    guarded_step.optimizer = model.optimizer
+    model.train_step, model.optimizer.apply = guarded_step, guarded_apply
     model.train_function = None
 
 
@@ -101,19 +112,24 @@ def _tensorflow(model: Any, findings: Findings) -> Callable[[], None]:
         state["is_bad"] = tf.cond(ok, good, bad)
 
     def guarded_step(data: Any) -> Any:
+        if model.optimizer is not optimizer:  # compiled again
+            return step(data)
         state["names"], state["features"] = _float_features(data)
         kept = [*model.non_trainable_variables, *model.metrics_variables]
         before = [tf.identity(variable.value) for variable in kept]
         logs = step(data)
 
-        def restore() -> Any:
+        def restored() -> Any:
             for variable, value in zip(kept, before, strict=True):
                 variable.assign(value)
-            return tf.constant(True)
+            return tree.map_structure(
+                lambda new, old: ops.cast(new, old.dtype),
+                dict(model.get_metrics_result()),
+                dict(logs),
+            )
 
         # The forward pass has changed averages and metrics.
-        tf.cond(state["is_bad"], restore, lambda: tf.constant(False))
-        return logs
+        return tf.cond(state["is_bad"], restored, lambda: dict(logs))
 
     def read() -> None:
         batches = int(state["batches"]) if "batches" in state else 0
@@ -122,8 +138,7 @@ def _tensorflow(model: Any, findings: Findings) -> Callable[[], None]:
             findings.add(state["names"], rows, indices, batches)
             state["batches"].assign(0)
 
-    model.train_step, optimizer.apply = guarded_step, guarded_apply
-    model.train_function = None
+    _put(model, guarded_step, guarded_apply)
     return read
 
 
@@ -138,6 +153,8 @@ def _jax(model: Any, findings: Findings) -> Callable[[], None]:
         apply(grads, trainable_variables)
 
     def guarded_step(state: Any, data: Any) -> Any:
+        if model.optimizer is not optimizer:  # compiled again
+            return step(state, data)
         names, features = _float_features(data)
         logs, new_state = step(state, data)
         checked = [] if _scales_losses(optimizer) else traced.pop("gradients")
@@ -157,13 +174,16 @@ def _jax(model: Any, findings: Findings) -> Callable[[], None]:
             *rows,
             *indices,
         )
-        new_state = jax.tree.map(
-            lambda new, old: ops.where(is_bad, old, new), new_state, tuple(state)
-        )
-        return logs, new_state
 
-    model.train_step, optimizer.apply = guarded_step, seeing_apply
-    model.train_function = None
+        def kept(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: ops.where(is_bad, o, n), new, old)
+
+        pairs = zip(model.metrics_variables, state[-1], strict=True)
+        with keras.StatelessScope(state_mapping=list(pairs)):
+            logs_before = dict(model.get_metrics_result())
+        return kept(dict(logs), logs_before), kept(new_state, tuple(state))
+
+    _put(model, guarded_step, seeing_apply)
     return jax.effects_barrier
 
 
@@ -173,8 +193,10 @@ def _torch(model: Any, findings: Findings) -> Callable[[], None]:
 
     def guarded_apply(grads: Any, trainable_variables: Any = None) -> None:
         grads = list(grads)
+        checked = [] if _scales_losses(optimizer) else grads
         rows = [int(_first(feature)) for feature in state["features"]]
-        indices = [int(_first(gradient)) for gradient in grads]
+        indices = [int(_first(gradient)) for gradient in checked]
+        indices += [-1] * (len(grads) - len(indices))
         state["is_bad"] = max([*rows, *indices]) >= 0
         if state["is_bad"]:
             findings.add(state["names"], rows, indices, 1)
@@ -182,17 +204,19 @@ def _torch(model: Any, findings: Findings) -> Callable[[], None]:
             apply(grads, trainable_variables)
 
     def guarded_step(data: Any) -> Any:
+        if model.optimizer is not optimizer:  # compiled again
+            return step(data)
         state["names"], state["features"] = _float_features(data)
         kept = [*model.non_trainable_variables, *model.metrics_variables]
         before = [ops.copy(variable.value) for variable in kept]
         logs = step(data)
-        if state["is_bad"]:
-            for variable, value in zip(kept, before, strict=True):
-                variable.assign(value)
-        return logs
+        if not state["is_bad"]:
+            return logs
+        for variable, value in zip(kept, before, strict=True):
+            variable.assign(value)
+        return model.get_metrics_result()
 
-    model.train_step, optimizer.apply = guarded_step, guarded_apply
-    model.train_function = None
+    _put(model, guarded_step, guarded_apply)
     return lambda: None
 
 
@@ -200,7 +224,7 @@ def _float_features(data: Any) -> tuple[list[str], list[Any]]:
     """Return names and tensors of the features that may be infinite or NaN."""
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     names, features = [], []
-    for path, feature in keras.tree.flatten_with_path(x):
+    for path, feature in tree.flatten_with_path(x):
         dtype = getattr(feature, "dtype", None)
         if dtype is not None and "float" in keras.backend.standardize_dtype(dtype):
             names.append("/".join(map(str, path)) or "inputs")

@@ -13,10 +13,11 @@ class SkippedBatches:
     Args:
         model: the model in `fit`, after `make_train_function`.
         read: bool, whether a batch that is passed over is read.
+        logs: dict, the logs of a batch that is passed over.
     """
 
-    def __init__(self, model: keras.Model, read: bool) -> None:
-        self._model, self._read = model, read
+    def __init__(self, model: keras.Model, read: bool, logs: dict[str, Any]) -> None:
+        self._model, self._read, self._logs = model, read, logs
         self._train_function = model.train_function
         self._is_built = False
         backend = keras.backend.backend()
@@ -30,6 +31,13 @@ class SkippedBatches:
         """Put the train function back."""
         self._model.train_function = self._train_function
 
+    @staticmethod
+    def end_of(model: keras.Model) -> None:
+        """Put the train function back that an interrupted `fit` left."""
+        left = getattr(model.train_function, "__self__", None)
+        if isinstance(left, SkippedBatches):
+            left.end()
+
     def _on_tensorflow(self, iterator: Any) -> dict[str, Any]:
         batch = None
         if self._read:
@@ -42,16 +50,16 @@ class SkippedBatches:
                 batch = _empty_batch(iterator.element_spec)
             self._model._symbolic_build(data_batch=batch)
             self._is_built = True
-        return {}
+        return dict(self._logs)
 
     def _on_jax(self, state: Any, iterator: Any) -> tuple[dict[str, Any], Any]:
         if self._read:
             for _ in range(self._model.steps_per_execution):
                 next(iterator, None)
-        return {}, state
+        return dict(self._logs), state
 
     def _on_torch(self, data: Any) -> dict[str, Any]:
-        return {}
+        return dict(self._logs)
 
 
 def _empty_batch(spec: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import keras
@@ -90,12 +92,28 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def callback_state(callback: keras.callbacks.Callback) -> dict[str, Any]:
-    """Return the attributes that are plain values or arrays."""
+    """Return the attributes that are plain values or arrays, but the settings.
+
+    Settings are the arguments of the constructor. Keras changes some of them in the
+    first epoch (`min_delta`), and does so again after a restore.
+    """
+    settings = _settings(callback)
     return {
         name: value
         for name, value in vars(callback).items()
-        if name not in _OF_KERAS and is_plain(value)
+        if name not in settings and is_plain(value)
     }
+
+
+def not_saved(callback: keras.callbacks.Callback) -> list[str]:
+    """Return the attributes that look like a state and cannot be saved."""
+    kinds = (Mapping, Set, list, deque)
+    settings = _settings(callback)
+    return [
+        name
+        for name, value in vars(callback).items()
+        if name not in settings and isinstance(value, kinds) and not is_plain(value)
+    ]
 
 
 def set_callback_state(
@@ -104,6 +122,14 @@ def set_callback_state(
     """Set what `callback_state` returned."""
     for name, value in state.items():
         setattr(callback, name, value)
+
+
+def _settings(callback: keras.callbacks.Callback) -> set[str]:
+    names = set(_OF_KERAS)
+    for kind in type(callback).__mro__:
+        if "__init__" in vars(kind):
+            names.update(inspect.signature(vars(kind)["__init__"]).parameters)
+    return names
 
 
 def _described(variable: Any) -> str:

@@ -115,6 +115,91 @@ def test_another_model_is_refused(tmp_path):
         model.fit(x, {"click": y["click"]}, callbacks=[backup], epochs=3, verbose=0)
 
 
+def test_callbacks_go_on_with_their_states(tmp_path):
+    """Keras flips the sign of `min_delta` in the first epoch."""
+
+    def callbacks():
+        plateau = keras.callbacks.ReduceLROnPlateau("loss", patience=0, min_delta=0.2)
+        return [plateau, keras.callbacks.EarlyStopping("loss", min_delta=0.2)]
+
+    def fit(folder, interrupt=()):
+        inputs = keras.Input((6,))
+        keras.utils.set_random_seed(0)
+        model = keras.Model(inputs, keras.layers.Dense(1)(inputs))
+        model.compile(keras.optimizers.SGD(1e-3), "mse")
+        x, y = interrupted.rows()
+        kept = callbacks()
+        backup = ExactBackup(folder, callbacks=kept)
+        history = model.fit(
+            x, y["stars"], epochs=6, callbacks=[backup, *interrupt, *kept], verbose=0
+        )
+        return history.history, [c.min_delta for c in kept], model.get_weights()
+
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "backup", [Interrupt(5)])
+    found = fit(tmp_path / "backup")
+    assert found[:2] == whole[:2]
+    for value, expected in zip(found[2], whole[2], strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
+class TestAnotherFit:
+    """A program that is not the one that was interrupted: refused, nothing is lost."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        _interrupt(tmp_path, "fixed_order", 10, every_steps=2)
+        yield tmp_path
+        assert list(tmp_path.glob("*.backup"))
+
+    def test_shorter_epochs(self, folder):
+        model = interrupted.make_model()
+        x, y = interrupted.rows()
+        stop = keras.callbacks.EarlyStopping("loss")
+        backup = ExactBackup(folder, callbacks=[stop])
+        x, y = x[:16], {task: labels[:16] for task, labels in y.items()}
+        with pytest.raises(ValueError, match="must read the data of the backup"):
+            model.fit(x, y, epochs=3, callbacks=[backup, stop], verbose=0)
+        # The model trains as before.
+        assert model.fit(x, y, verbose=0).history["loss"]
+
+    def test_fewer_epochs(self, folder):
+        with pytest.raises(ValueError, match="`epochs` of `fit` must be above 1"):
+            interrupted.train(folder, "fixed_order", 1, every_steps=2)
+
+    def test_other_callbacks(self, folder):
+        model = interrupted.make_model()
+        x, y = interrupted.rows()
+        backup = ExactBackup(folder)
+        with pytest.raises(ValueError, match="`callbacks` must be those of the backup"):
+            model.fit(x, y, epochs=3, callbacks=[backup], verbose=0)
+
+
+def test_a_later_fit_is_not_changed(tmp_path):
+    _interrupt(tmp_path, "fixed_order", 7)
+    model = interrupted.make_model()
+    interrupted.train(tmp_path, "fixed_order", EPOCHS, model=model)
+    x, y = interrupted.rows()
+    assert len(model.fit(x, y, epochs=2, verbose=0).history["loss"]) == 2
+
+
+def test_a_state_that_cannot_be_saved_is_named(tmp_path):
+    class Counts(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.counts = {1, 2}
+
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, keras.layers.Dense(1)(inputs))
+    model.compile("sgd", "mse")
+    x, y = interrupted.rows()
+    counts = Counts()
+    backup = ExactBackup(tmp_path / "backup", callbacks=[counts])
+    with pytest.warns(UserWarning, match=r"of Counts in `callbacks`, \['counts'\]"):
+        model.fit(x, y["stars"], callbacks=[backup, counts], verbose=0)
+
+
 def test_a_disk_that_is_full_does_not_end_the_training(whole, tmp_path):
     resource = pytest.importorskip("resource")
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -170,18 +255,13 @@ def test_bad_arguments_are_named(arguments):
         ExactBackup(**{"folder": "backup", **arguments})
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the others build it before")
 def test_a_model_that_is_not_built_is_refused(tmp_path):
-    _interrupt(tmp_path, "fixed_order", 7)
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    if BACKEND == "tensorflow":  # the others build before
-        with pytest.raises(ValueError, match="must be built before `fit`"):
-            model.fit(
-                np.ones((8, 6)),
-                np.ones((8, 1)),
-                callbacks=[ExactBackup(tmp_path)],
-                verbose=0,
-            )
+    x, y = interrupted.rows()
+    with pytest.raises(ValueError, match="must be built before `fit`"):
+        model.fit(x, y["stars"], callbacks=[ExactBackup(tmp_path)], verbose=0)
 
 
 def test_a_dataset_that_fit_does_not_read_is_named(tmp_path):

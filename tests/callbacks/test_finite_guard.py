@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_moe.callbacks import FiniteGuard
+from keras_moe.callbacks import ExactBackup, FiniteGuard
 from keras_moe.layers import MMoE, MoE, Tower
 from keras_moe.multitask import MultiTaskModel
 
@@ -35,7 +35,7 @@ def _fit(model, guard, x=X, y=None, **kwargs):
         y,
         batch_size=BATCH,
         shuffle=False,
-        callbacks=[guard],
+        callbacks=guard if isinstance(guard, list) else [guard],
         verbose=0,
         **kwargs,
     )
@@ -66,7 +66,7 @@ def test_the_feature_and_its_row_are_named(router):
     model = _model(router)
     with pytest.raises(
         FloatingPointError,
-        match=r"epoch 1, batch 0: feature 'age' is not finite in row 3 of the batch\. "
+        match=r"epoch 1, batch 1: feature 'age' is not finite in row 3 of the batch\. "
         r"The batch was not applied",
     ):
         _fit(model, FiniteGuard(), _with_infinity(0, 3))
@@ -84,7 +84,7 @@ def test_the_feature_and_its_row_are_named(router):
 def test_a_skipped_batch_changes_nothing(jit_compile):
     """The same weights, averages, metrics and optimizer as without the batch."""
     model = _model(jit_compile=jit_compile)
-    with pytest.warns(UserWarning, match=r"batch 2: feature 'age'.*is skipped"):
+    with pytest.warns(UserWarning, match=r"batch 3: feature 'age'.*is skipped"):
         history = _fit(model, FiniteGuard("skip"), _with_infinity(2, 0)).history
     without = np.delete(X, slice(2 * BATCH, 3 * BATCH), axis=0)
     reference = _model(jit_compile=jit_compile)
@@ -114,7 +114,9 @@ def test_a_gradient_is_named_with_its_expert():
         """Its gradient is infinite where its output is finite."""
 
         def build(self, shape):
-            self.kernel = self.add_weight(shape=(3, 4, 4), initializer="ones")
+            self.kernel = self.add_weight(
+                shape=(3, 4, 4), initializer="ones", name="expert_kernel"
+            )
 
         def call(self, x):
             root = ops.sqrt(ops.abs(self.kernel[1] * 0.0))
@@ -169,6 +171,46 @@ def test_large_values_pass():
     assert history.history["skipped_batches"] == [0]
 
 
+def test_an_interrupted_fit_can_be_followed_by_others():
+    class Interrupt(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            raise InterruptedError
+
+    model = _model()
+    with pytest.raises(InterruptedError):
+        _fit(model, [FiniteGuard(), Interrupt()])
+    _fit(model, FiniteGuard())
+    with pytest.raises(InterruptedError):
+        _fit(model, [FiniteGuard(), Interrupt()])
+    model.compile("sgd", "mse")
+    _fit(model, keras.callbacks.Callback())  # with an optimizer that has no guard
+    guard = FiniteGuard()
+    model.evaluate(
+        {"price": X[:, :2], "age": X[:, 2:]}, X[:, :1], callbacks=[guard], verbose=0
+    )
+    assert "train_step" not in vars(model)
+
+
+def test_an_exact_backup_has_its_counts(tmp_path):
+    class Interrupt(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise InterruptedError
+
+    def fit(folder, *more):
+        guard = FiniteGuard("skip")
+        backup = ExactBackup(folder, callbacks=[guard])
+        callbacks = [backup, guard, *more]
+        return _fit(_model(), callbacks, _with_infinity(1, 0), epochs=3).history
+
+    with pytest.warns(UserWarning, match="is skipped"):
+        whole = fit(tmp_path / "whole")
+        with pytest.raises(InterruptedError):
+            fit(tmp_path / "backup", Interrupt())
+        assert fit(tmp_path / "backup") == whole
+    assert whole["skipped_batches"] == [1, 1, 1]
+
+
 def test_too_many_in_a_row():
     x = np.full_like(X, np.nan)
     with (
@@ -188,7 +230,7 @@ def test_several_tasks(loss_weighting):
     model.compile("adam", {"a": "mse", "b": "mse"})
     labels = {"a": X[:, :1], "b": X[:, 1:2]}
     x = _with_infinity(1, 5)
-    with pytest.raises(FloatingPointError, match=r"batch 1: feature .* row 5"):
+    with pytest.raises(FloatingPointError, match=r"batch 2: feature .* row 5"):
         model.fit(
             x,
             labels,
