@@ -46,8 +46,8 @@ class ExactBackup(keras.callbacks.Callback):
       TensorFlow, Keras then shuffles every epoch alike); on torch, `shuffle=False`.
 
     Batches of an epoch that were used before the interruption are read again, without
-    training. A `DatasetPosition` on TensorFlow does not read them again. Other callbacks
-    see these batches too, with the weights and logs of the backup.
+    training. A `DatasetPosition` on TensorFlow does not read them again. Other
+    callbacks see these batches too, with the weights and logs of the backup.
 
     Args:
         folder: str or path, the folder for the backups of one `fit`. The processes of

@@ -205,8 +205,12 @@ def test_an_exact_backup_has_its_counts(tmp_path):
 
     with pytest.warns(UserWarning, match="is skipped"):
         whole = fit(tmp_path / "whole")
-        with pytest.raises(InterruptedError):
-            fit(tmp_path / "backup", Interrupt())
+    with (
+        pytest.warns(UserWarning, match="is skipped"),
+        pytest.raises(InterruptedError),
+    ):
+        fit(tmp_path / "backup", Interrupt())
+    with pytest.warns(UserWarning, match="is skipped"):
         assert fit(tmp_path / "backup") == whole
     assert whole["skipped_batches"] == [1, 1, 1]
 
