@@ -227,7 +227,7 @@ def test_a_killed_process_goes_on(whole, tmp_path):
     command = ["-m", "tests.support.interrupted", str(tmp_path), "--data", "tf"]
     command += ["--epochs", str(EPOCHS), "--every-steps", "1"]
     environment = {"KERAS_BACKEND": BACKEND}
-    killed = processes.run([*command, "--kill", "0.05"], cwd=None, **environment)
+    killed = processes.run([*command, "--kill", "0.01"], cwd=None, **environment)
     assert killed.returncode == -signal.SIGKILL
     done = processes.run(command, cwd=None, **environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -114,7 +114,7 @@ def _kill(folder, run, kills, draws, what, advance) -> Tried:
         backups = folder / f"backups-{trainings}"
         found = None
         while found is None:
-            delay = draws.uniform(0.0, 1.0) if killed < kills else None
+            delay = draws.uniform(0.0, 0.4) if killed < kills else None
             found = run(backups, delay)
             if found is None:
                 killed += 1

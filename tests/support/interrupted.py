@@ -120,14 +120,20 @@ def train(folder, data="arrays", epochs=4, callbacks=(), model=None, **backup):
 
 
 class KillAfter(keras.callbacks.Callback):
-    """Ends the process by SIGKILL, some seconds after its first batch."""
+    """Ends the process by SIGKILL, some seconds after the first batch that it trains.
+
+    The first of two: a program that goes on passes over batches before, and compiles
+    the step with the first one.
+    """
 
     def __init__(self, seconds):
         super().__init__()
-        self._seconds, self._is_started = seconds, False
+        self._seconds, self._last, self._is_started = seconds, None, False
 
     def on_train_batch_end(self, batch, logs=None):
-        if not self._is_started:
+        is_trained = logs != self._last  # The logs of those passed over are the same.
+        self._last = dict(logs)
+        if is_trained and batch and not self._is_started:
             self._is_started = True
             kill = threading.Timer(
                 self._seconds, os.kill, (os.getpid(), signal.SIGKILL)
