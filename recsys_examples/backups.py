@@ -38,15 +38,17 @@ def backup_folder(
         InputError: if there is no interrupted run to go on with, or if nothing can be
             written.
     """
+    parents = make_folder(parent)
     text = json.dumps(depends_on, sort_keys=True)
     name = f"interrupted-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     for path in (parent / name, *(parent / f"{name}-{i}" for i in range(2, _MOST))):
         if resume and not path.exists():
+            _remove(path, parents)
             raise InputError(
                 f"{parent}: no interrupted run with these options and versions; start "
                 "without --resume"
             )
-        made = make_folder(path)
+        made = [*make_folder(path), *parents]
         lock = _lock(path)
         if lock is not None:
             break

@@ -50,7 +50,7 @@ def work(process: int, count: int, address: str, folder: str) -> None:
     found["weights"] = [np.asarray(value).tolist() for value in model.get_weights()]
     model.save(Path(folder) / f"{process}-of-{count}.keras")
     if count == 1:
-        others = sorted(Path(folder).glob("*.keras"))
+        others = sorted(Path(folder).glob("*-of-*.keras"))
         loaded = [keras.models.load_model(path) for path in others]
         found["loaded"] = {
             path.name: [np.asarray(v).tolist() for v in model.get_weights()]
