@@ -126,10 +126,12 @@ def gradients(mesh: str | None, rows: int = ROWS, names=None) -> dict:
     x = random.normal(size=(rows, FEATURES))
     ids = random.integers(0, 16, size=(rows,))
     weights = random.normal(size=(rows, UNITS))
-    everything(names)  # What is imported at a first use may draw random numbers.
     active = distribution(mesh, lambda: everything(names))
     keras.distribution.set_distribution(active)
     model = everything(names)
+    # The draws of an initializer may differ under a distribution.
+    for variable in model.trainable_variables:
+        variable.assign(random.normal(size=variable.shape) / 2)
     if active is not None and rows % 8 == 0:
         x, ids = (
             jax.device_put(value, active.get_data_layout(value.shape).backend_layout)
