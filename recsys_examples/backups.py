@@ -76,7 +76,8 @@ def _lock(folder: Path) -> int | None:
         handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}") from error
-    if files.try_lock(handle):
+    # A run that ended meanwhile has removed the file that was opened.
+    if files.try_lock(handle) and os.fstat(handle).st_nlink:
         return handle
     os.close(handle)
     return None

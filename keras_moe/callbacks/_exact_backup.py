@@ -25,8 +25,9 @@ class ExactBackup(keras.callbacks.Callback):
     """Saves the whole state of `fit`, and goes on from it after an interruption.
 
     Run the same program again: `fit` continues from the last backup and ends with the
-    weights, metrics and history of a run that was never interrupted, bit for bit. A
-    backup holds the weights, the optimizer with its learning rate, metrics, the seed
+    weights, metrics and history of a run that was never interrupted, bit for bit (on
+    TensorFlow and JAX; another process of torch may round sums differently). A backup
+    holds the weights, the optimizer with its learning rate, metrics, the seed
     generators of dropout and routers, loss weightings, the global generators of Python,
     NumPy and Keras, the history, the states of `callbacks` and the position in the
     data. It appears whole or not at all; the one before is kept, and used if the last
@@ -272,9 +273,8 @@ class ExactBackup(keras.callbacks.Callback):
                 f"{where} has trained. Received: epochs={epochs}"
             )
 
-    def _path(self, used: int, process: int | None = None) -> Path:
-        process = self._process if process is None else process
-        return self.folder / f"batch-{used:012d}-process-{process}.backup"
+    def _path(self, used: int) -> Path:
+        return self.folder / f"batch-{used:012d}-process-{self._process}.backup"
 
     def _own_files(self) -> list[Path]:
         return sorted(self.folder.glob(f"batch-*-process-{self._process}.backup"))
