@@ -85,8 +85,9 @@ class DatasetPosition:
             return {"iterator": _serialized(self._iterator), "is_over": False}
         used -= self._used_before
         if in_epoch == 0 and used and self._is_over(used):
-            # The iteration of this epoch starts with its first batch.
-            return {"iterator": _serialized(self._iterator), "is_over": True}
+            # The iteration of this epoch starts with its first batch. The state of one
+            # that is over would not restore the order of the next one.
+            return {"iterator": self._at_start, "is_over": True}
         return {"iterator": self._at_start, "is_over": False, "used": used}
 
     def restore(self, state: dict[str, Any], used: int, in_epoch: int) -> bool:

@@ -178,8 +178,10 @@ class ExactBackup(keras.callbacks.Callback):
 
     def _is_due(self, batch: int) -> bool:
         used, moment = self._saved
+        if self._used + batch == 0:
+            return False  # Nothing is trained yet.
         if self._every_steps is None and self._every_seconds is None:
-            return batch == 0 and self._epoch > 0
+            return batch == 0
         steps, seconds = self._used + batch - used, time.monotonic() - moment
         return (self._every_steps is not None and steps >= self._every_steps) or (
             self._every_seconds is not None and seconds >= self._every_seconds

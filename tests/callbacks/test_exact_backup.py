@@ -65,6 +65,12 @@ def test_backups_are_at_the_start_of_epochs_by_default(whole, tmp_path):
     assert interrupted.train(tmp_path, "tf", EPOCHS) == whole("tf")
 
 
+@pytest.mark.parametrize("batches", [7, 13])
+def test_any_epoch_goes_on_from_its_start(batches, whole, tmp_path):
+    _interrupt(tmp_path, "tf", batches, every_steps=6)
+    assert interrupted.train(tmp_path, "tf", EPOCHS) == whole("tf")
+
+
 def test_several_interruptions_and_steps_per_execution(tmp_path):
     def model():
         return interrupted.make_model("pcgrad", steps_per_execution=2)
@@ -91,7 +97,8 @@ def test_no_whole_backup_is_named(damage, tmp_path):
     path = tmp_path / "batch-000000000006-process-0.backup"
     _interrupt(tmp_path, "fixed_order", 7)
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    # In an array: some bits of a zip's own fields change nothing.
+    content[content.index(b"NUMPY", len(content) // 2) + 130] ^= 1
     path.unlink()
     if damage == "folder":
         path.mkdir()
