@@ -32,10 +32,12 @@ def last_dimension(layer: str, shape: Any) -> int:
 
 def scalar(name: str, value: Any, allow_zero: bool = False) -> Any:
     """Return `value` if it is an int >= 1 (or >= 0), or a scalar integer tensor."""
-    if value is None or isinstance(value, numbers.Real):
+    if value is None or isinstance(value, numbers.Number):
         return count(name, value) if allow_zero else positive_int(name, value)
-    if not hasattr(value, "shape"):  # Compilers use symbolic integers.
-        return value if hasattr(value, "__index__") else count(name, value)
+    if not hasattr(value, "shape"):
+        # Compilers use symbolic integers; those of JAX have no `__index__`.
+        is_symbol = hasattr(value, "__int__") and hasattr(value, "__floordiv__")
+        return value if is_symbol else count(name, value)
     axes(**{name: (value, "")})
     integers(**{name: value})
     return value

@@ -25,13 +25,12 @@ class ExactBackup(keras.callbacks.Callback):
     """Saves the whole state of `fit`, and goes on from it after an interruption.
 
     Run the same program again: `fit` continues from the last backup and ends with the
-    weights, metrics and history of a run that was never interrupted, bit for bit (on
-    TensorFlow and JAX; another process of torch may round sums differently). A backup
-    holds the weights, the optimizer with its learning rate, metrics, the seed
+    weights, metrics and history of a run that was never interrupted, bit for bit. A
+    backup holds the weights, the optimizer with its learning rate, metrics, the seed
     generators of dropout and routers, loss weightings, the global generators of Python,
-    NumPy and Keras, the history, the states of `callbacks` and the position in the
-    data. It appears whole or not at all; the one before is kept, and used if the last
-    one is damaged.
+    NumPy, Keras and torch, the history, the states of `callbacks` and the position in
+    the data. It appears whole or not at all; the one before is kept, and used if the
+    last one is damaged.
 
     `keras.callbacks.BackupAndRestore` saves no seed generators, starts an interrupted
     epoch again with the weights of its middle, and writes over its only file.
@@ -44,7 +43,7 @@ class ExactBackup(keras.callbacks.Callback):
       called before each epoch, which returns plain values and arrays, and
       `set_state(state)`. Without them, its order must be the same in every epoch.
     - arrays: call `keras.utils.set_random_seed` at the start of the program (on
-      TensorFlow, Keras then shuffles every epoch alike); on torch, `shuffle=False`.
+      TensorFlow, Keras then shuffles every epoch alike).
 
     Batches of an epoch that were used before the interruption are read again, without
     training. A `DatasetPosition` on TensorFlow does not read them again. Other

@@ -73,13 +73,14 @@ def _paired(
 
 
 def random_states() -> dict[str, Any]:
-    """Return the states of the global generators of Python, NumPy and Keras."""
+    """Return the states of the global generators: Python, NumPy, Keras and torch."""
     of_keras = global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         # Made when it is first needed, with a draw from Python's generator.
         "keras": None if of_keras is None else _to_numpy(of_keras.state),
+        "torch": _torch_states(),
     }
 
 
@@ -89,6 +90,26 @@ def set_random_states(states: dict[str, Any]) -> None:
         seed_generator.global_seed_generator().state.assign(states["keras"])
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
+    if states["torch"] is not None:
+        _set_torch_states(states["torch"])
+
+
+def _torch_states() -> list[np.ndarray] | None:
+    # Keras draws from them: dropout without a seed, and the order of arrays.
+    if keras.backend.backend() != "torch":
+        return None
+    import torch
+
+    states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    return [state.numpy() for state in states]
+
+
+def _set_torch_states(states: list[np.ndarray]) -> None:
+    import torch
+
+    of_cpu, *of_gpus = (torch.from_numpy(state) for state in states)
+    torch.set_rng_state(of_cpu)
+    torch.cuda.set_rng_state_all(of_gpus)
 
 
 def callback_state(callback: keras.callbacks.Callback) -> dict[str, Any]:

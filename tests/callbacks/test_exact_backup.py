@@ -49,8 +49,6 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("data", interrupted.DATA)
 def test_an_interrupted_epoch_goes_on(data, whole, tmp_path):
-    if BACKEND == "torch" and data == "arrays":
-        pytest.skip("Keras shuffles arrays by torch's own generator")
     _interrupt(tmp_path, data, 9, every_steps=2)
     assert interrupted.train(tmp_path, data, EPOCHS, every_steps=2) == whole(data)
 
@@ -72,8 +70,10 @@ def test_any_epoch_goes_on_from_its_start(batches, whole, tmp_path):
 
 
 def test_several_interruptions_and_steps_per_execution(tmp_path):
+    steps = 1 if BACKEND == "torch" else 2  # Keras on torch has no more.
+
     def model():
-        return interrupted.make_model("pcgrad", steps_per_execution=2)
+        return interrupted.make_model("pcgrad", steps_per_execution=steps)
 
     folder = tmp_path / "whole"
     whole = interrupted.train(folder, "tf", EPOCHS, model=model())
@@ -230,7 +230,6 @@ def test_a_disk_that_is_full_does_not_end_the_training(whole, tmp_path):
     assert name == "batch-000000000006-process-0.backup"
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="another process has other sums there")
 def test_a_killed_process_goes_on(whole, tmp_path):
     command = ["-m", "tests.support.interrupted", str(tmp_path), "--data", "tf"]
     command += ["--epochs", str(EPOCHS), "--every-steps", "1"]
