@@ -7,7 +7,8 @@ Layers: `keras_moe.layers`. Sparse: MoE, HierarchicalMoE, SoftMoE. Multi-task:
 Parts:  `keras_moe.routers` (assign tokens to experts), `keras_moe.experts` (expert
         networks), `keras_moe.losses` (auxiliary losses of routers), `keras_moe.metrics`
         (ranking, calibration, routing), `keras_moe.initializers` (PerExpert),
-        `keras_moe.callbacks` (one figure for several tasks, backups),
+        `keras_moe.callbacks` (one figure for several tasks, backups, alarms),
+        `keras_moe.telemetry` (what the experts of a model do),
         `keras_moe.optimizers` (Adam and Adagrad in one pass; tables of millions of
         rows).
 Models: `keras_moe.multitask` (MultiTaskModel, UncertaintyWeighting),
@@ -30,6 +31,7 @@ from keras_moe import (
     multitask,
     optimizers,
     routers,
+    telemetry,
     upcycling,
 )
 from keras_moe._version import __version__
@@ -47,5 +49,6 @@ __all__ = [
     "multitask",
     "optimizers",
     "routers",
+    "telemetry",
     "upcycling",
 ]

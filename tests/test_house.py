@@ -23,7 +23,6 @@ LEVELS = {
     "routers": 2,
     "dispatch": 3,
     "metrics": 3,
-    "callbacks": 3,
     "layers": 4,
     "optimizers": 4,
     "multitask": 5,
@@ -32,6 +31,8 @@ LEVELS = {
     "tfrs": 6,
     "upcycling": 6,
     "distribution": 6,
+    "telemetry": 6,
+    "callbacks": 7,
 }
 PACKAGES = [
     "_checks",
@@ -45,6 +46,8 @@ PACKAGES = [
     "export",
     "upcycling",
     "distribution",
+    "telemetry",
+    "plots",
 ]
 # These may have more than 400 lines.
 FILLED_BY_ONE_PAPER = ["keras_moe/layers/pepnet.py"]

@@ -22,7 +22,11 @@ from keras_moe.dispatch._blocked import (
     blocked_in_turn,
     rows_multiplied,
 )
-from keras_moe.dispatch._capacity import capacity, within_capacity
+from keras_moe.dispatch._capacity import (
+    capacity,
+    slots_within_capacity,
+    within_capacity,
+)
 from keras_moe.dispatch._dense import dense
 from keras_moe.dispatch._devices import on_devices
 from keras_moe.dispatch._even import blocked_evenly
@@ -50,6 +54,7 @@ __all__ = [
     "on_devices",
     "ragged",
     "rows_multiplied",
+    "slots_within_capacity",
     "split",
     "substitutes",
     "within_capacity",

@@ -260,11 +260,7 @@ class MoE(HasDispatch, MLPLayer):
         router_inputs: Any = None,
     ) -> Any:
         leading = ops.shape(inputs)[:-1]
-        tokens, mask = flat.tokens(inputs, mask)
-        routed = tokens
-        if router_inputs is not None:
-            routed = flat.router_inputs(router_inputs, inputs)
-        routing = self.router(routed, mask=mask, training=training)
+        tokens, mask, routing = self._route(inputs, mask, training, router_inputs)
         outputs = self._compute(tokens, routing, training)
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens, training=training)
@@ -276,6 +272,35 @@ class MoE(HasDispatch, MLPLayer):
         return ops.reshape(
             outputs, (*_backend.restored_axes(leading), outputs.shape[-1])
         )
+
+    def _route(self, inputs: Any, mask: Any, training: Any, router_inputs: Any) -> Any:
+        """Return the tokens (n, d), their mask, and the record of the router."""
+        tokens, mask = flat.tokens(inputs, mask)
+        routed = tokens
+        if router_inputs is not None:
+            routed = flat.router_inputs(router_inputs, inputs)
+        return tokens, mask, self.router(routed, mask=mask, training=training)
+
+    def route(
+        self, inputs: Any, mask: Any = None, router_inputs: Any = None
+    ) -> tuple[Any, Any]:
+        """Return how the layer routes in inference: the record, and what is kept.
+
+        The record is of `keras_moe.routing`. What is kept is bool `(n, k)`, False for
+        choices that a capacity drops; None without a capacity.
+        """
+        if not self.built:
+            self(inputs, router_inputs=router_inputs)
+        inputs = ops.convert_to_tensor(inputs)
+        tokens, _, routing = self._route(inputs, mask, False, router_inputs)
+        if self._resolve_dispatch() != "capacity" or self.router.choice != "token":
+            return routing, None
+        slots, _ = dispatch_lib.slots_within_capacity(
+            *(tokens, routing, self.num_experts),
+            capacity_factor=self.capacity_factor,
+            priority=self.priority,
+        )
+        return routing, slots.kept
 
     def _compute(self, tokens: Any, routing: Any, training: bool | None) -> Any:
         """(n, d) -> (n, u): apply the experts of each token."""

@@ -17,7 +17,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe import _checks
+from keras_moe import _backend, _checks
 from keras_moe.initializers import independent
 from keras_moe.layers._mlp_layer import MLPLayer
 from keras_moe.layers._parts import (
@@ -159,6 +159,21 @@ class SoftMoE(MLPLayer):
         slots = ops.matmul(ops.swapaxes(dispatch, -1, -2), tokens)  # (..., m, d)
         outputs = self._on_slots(slots, training)  # (..., m, u)
         return ops.matmul(ops.cast(combine, outputs.dtype), outputs)
+
+    def gate_weights(self, inputs: Any, mask: Any = None) -> Any:
+        """Return the share of each expert in the output of a token: `(..., t, e)`.
+
+        It is the sum over the slots of the expert.
+        """
+        if not self.built:
+            self(inputs)
+        inputs = ops.convert_to_tensor(inputs)
+        if mask is not None:
+            mask = ops.expand_dims(ops.cast(mask, "bool"), -1)
+        _, combine, _ = _mixtures(self._logits(inputs), mask)
+        leading = _backend.restored_axes(ops.shape(combine)[:-1])
+        by_slot = (*leading, self.num_experts, self.slots_per_expert)
+        return ops.sum(ops.reshape(combine, by_slot), axis=-1)
 
     def _logits(self, inputs: Any) -> Any:
         dtype = self.precise_dtype

@@ -48,7 +48,8 @@ class CompiledTasks:
             for task in _tasks_with_value(given.get(argument), self._tasks)
         }
         if compiled is not None:
-            # A separate object: the model's own would report each task loss twice.
+            # A separate object: the model's own would report each task loss twice. Read
+            # with a weighting of the losses, and to compare the tasks' gradients.
             self._compiled = type(compiled)(
                 given["loss"], None, output_names=output_names
             )
@@ -91,9 +92,10 @@ class CompiledTasks:
                 value = loss(y[task], y_pred[task], weights[task])
             value = ops.cast(value, self._compiled.dtype) * replicas
             found[task] = found[task] + value if task in found else value
-        for task, value in found.items():
-            rows = ops.shape(y_pred[task])[0]
-            self._trackers[task].update_state(value, sample_weight=rows)
+        for task, tracker in self._trackers.items():
+            if task in found:
+                rows = ops.shape(y_pred[task])[0]
+                tracker.update_state(found[task], sample_weight=rows)
         # `y_pred` may be in another order: JAX and torch sort it by name.
         in_order = {task: defined[task] for task in self._tasks}
         return found, _tasks_defined(in_order, self.with_loss)

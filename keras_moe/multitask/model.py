@@ -206,9 +206,7 @@ class MultiTaskModel(PerTaskTraining):
         ]
         if self._declared is None:
             separate = self.loss_weighting is not None
-            self._compiled_tasks.compile(
-                self._compile_loss if separate else None, self.output_names, given
-            )
+            self._compiled_tasks.compile(self._compile_loss, self.output_names, given)
             if separate and not self._compiled_tasks.with_loss:
                 raise ValueError(
                     "`loss` must give at least one task a loss if `loss_weighting` is "

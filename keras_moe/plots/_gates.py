@@ -1,6 +1,6 @@
-"""Plots of gates: how much each task uses each expert.
+"""Plots of gates: how much each task, or each kind of row, uses each expert.
 
-Axis letters: n rows, t tasks, e experts. Needs matplotlib.
+Axis letters: n rows, t tasks, e experts.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from keras_moe.plots._style import COLOURS, SEQUENTIAL, axes, matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,26 +34,12 @@ def gate_heatmap(
     >>> weights = np.full((10, 2, 4), 0.25)
     >>> ax = keras_moe.plots.gate_heatmap(weights, ["click", "buy"])
     """
-    ax = _axes(ax)
+    ax = axes(ax)
     means = _by_task(gate_weights, tasks).mean(axis=0)
-    image = ax.imshow(
-        means, vmin=0.0, vmax=max(means.max(), 1e-9), cmap="Blues", aspect="auto"
-    )
-    for (row, column), value in np.ndenumerate(means):
-        dark = value > 0.6 * means.max()
-        ax.text(
-            column,
-            row,
-            f"{value:.2f}",
-            ha="center",
-            va="center",
-            color="white" if dark else "black",
-        )
-    ax.set_yticks(range(len(tasks)), list(tasks))
-    ax.set_xticks(range(means.shape[1]))
+    limits = (0.0, max(float(means.max()), 1e-9))
+    matrix(ax, means, tasks, range(means.shape[1]), limits, SEQUENTIAL)
     ax.set_xlabel("expert")
     ax.set_title("mean gate weight")
-    ax.figure.colorbar(image, ax=ax, shrink=0.8)
     return ax
 
 
@@ -76,7 +64,7 @@ def expert_usage(
     >>> weights = np.full((10, 2, 4), 0.25)
     >>> ax = keras_moe.plots.expert_usage(weights, ["click", "buy"])
     """
-    ax = _axes(ax)
+    ax = axes(ax)
     weights = _by_task(gate_weights, tasks)
     num_experts = weights.shape[-1]
     width = 0.8 / len(tasks)
@@ -84,13 +72,65 @@ def expert_usage(
         favourites = weights[:, t].argmax(axis=-1)
         shares = np.bincount(favourites, minlength=num_experts) / len(weights)
         positions = np.arange(num_experts) + (t - (len(tasks) - 1) / 2) * width
-        ax.bar(positions, shares, width, label=task)
+        colour = COLOURS[t % len(COLOURS)]
+        ax.bar(positions, shares, width, label=task, color=colour)
     ax.axhline(1 / num_experts, color="grey", linestyle=":", label="even")
     ax.set_xticks(range(num_experts))
     ax.set_xlabel("expert")
     ax.set_ylabel("share of rows")
     ax.set_title("expert usage")
     ax.legend()
+    return ax
+
+
+def who_goes_where(
+    weights: np.ndarray,
+    values: Sequence[object],
+    *,
+    most: int = 12,
+    ax: Axes | None = None,
+) -> Axes:
+    """Plot the mean weight of each expert for the rows of each value of a feature.
+
+    Such as the genre of a movie, the age group of a user or the class of an image: it
+    shows what an expert has come to stand for. If experts ignore the feature, all rows
+    of the picture are alike.
+
+    Args:
+        weights: array of shape `(n, e)`, the weights of one gate or router: for example
+            `mixture.weights[:, 0]` of `keras_moe.telemetry.observe`.
+        values: the n values of the feature.
+        most: int, the number of most frequent values that are shown.
+        ax: matplotlib axes to draw on. Default: the current axes.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Example:
+
+    >>> weights = np.eye(4)[[0, 0, 1, 2]]
+    >>> genres = ["drama", "drama", "comedy", "crime"]
+    >>> ax = keras_moe.plots.who_goes_where(weights, genres)
+    """
+    weights, kinds = np.asarray(weights), np.asarray(list(map(str, values)))
+    if weights.ndim != 2 or len(weights) != len(kinds) or not len(kinds):
+        raise ValueError(
+            "`weights` must have the shape (rows, experts), with one of `values` a "
+            f"row. Received: shape {weights.shape} and {len(kinds)} values"
+        )
+    ax = axes(ax)
+    found, counts = np.unique(kinds, return_counts=True)
+    shown = found[np.argsort(-counts, kind="stable")[:most]]
+    means = np.stack([weights[kinds == kind].mean(axis=0) for kind in shown])
+    names = [f"{kind} ({(kinds == kind).sum()})" for kind in shown]
+    limits = (0.0, max(float(means.max()), 1e-9))
+    matrix(ax, means, names, range(weights.shape[1]), limits, SEQUENTIAL)
+    ax.set_xlabel("expert")
+    ax.set_ylabel("value (rows)")
+    ax.set_title("mean weight of an expert")
     return ax
 
 
@@ -103,11 +143,3 @@ def _by_task(gate_weights: np.ndarray, tasks: Sequence[str]) -> np.ndarray:
             f"shape {weights.shape} for tasks={list(tasks)}"
         )
     return weights.reshape(-1, *weights.shape[-2:])
-
-
-def _axes(ax: Axes | None) -> Axes:
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
-
-    return plt.gca()

@@ -1,0 +1,167 @@
+"""An alarm when a mixture collapses during `fit`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from keras_moe import _checks
+from keras_moe.callbacks._expert_monitor import ExpertMonitor
+from keras_moe.telemetry import Sign, signs_of_collapse
+from keras_moe.upcycling import revive
+
+_ACTIONS = ("warn", "stop", "revive")
+_SHARES = ("dead_share", "dominant_share", "silent_share", "alike")
+
+
+class Alarm(NamedTuple):
+    """An alarm that was given.
+
+    Attributes:
+        epoch: int, counted from 0.
+        step: int, the batches trained until then.
+        sign: the `keras_moe.telemetry.Sign`.
+    """
+
+    epoch: int
+    step: int
+    sign: Sign
+
+
+class CollapseAlarm(keras.callbacks.Callback):
+    """Warns once if a mixture collapses: dead experts, polarized gates, silent units.
+
+    It reads the observations of an `ExpertMonitor`. What looks wrong is defined by
+    `keras_moe.telemetry.signs_of_collapse`. A sign must be seen in `patience`
+    observations in a row; it then gives one warning, with the layer, the experts, the
+    epoch, the figure and what to try.
+
+    Args:
+        monitor: an `ExpertMonitor` that comes earlier in the callbacks of `fit`.
+        action: what an alarm does:
+
+            - "warn": a UserWarning.
+            - "stop": also ends the training after the epoch.
+            - "revive": also gives dead experts of a `MoE` or `MMoE` the weights of the
+              most used expert, with noise, by `keras_moe.upcycling.revive`; their part
+              in the state of the optimizer starts from 0. Each expert at most once.
+        patience: int, observations in a row with the same sign.
+        noise: float > 0, the noise of "revive", see there.
+        seed: int, the seed of the noise.
+        **shares: arguments of `signs_of_collapse`: `dead_share`, `dominant_share`,
+            `silent_share` and `alike`.
+
+    Attributes:
+        alarms: list of `Alarm`, in order.
+
+    Raises:
+        ValueError: if an argument is invalid.
+        TypeError: if `monitor` is not an `ExpertMonitor`.
+
+    Example:
+
+    >>> x = np.ones((64, 4), "float32")
+    >>> monitor = keras_moe.callbacks.ExpertMonitor(x)
+    >>> alarm = keras_moe.callbacks.CollapseAlarm(monitor, action="stop")
+    >>> # model.fit(x, y, epochs=10, callbacks=[monitor, alarm])
+    """
+
+    def __init__(
+        self,
+        monitor: ExpertMonitor,
+        action: str = "warn",
+        *,
+        patience: int = 2,
+        noise: float = 0.1,
+        seed: int | None = None,
+        **shares: float,
+    ) -> None:
+        super().__init__()
+        if not isinstance(monitor, ExpertMonitor):
+            raise TypeError(
+                "`monitor` must be an ExpertMonitor. "
+                f"Received: monitor={monitor!r} of type {type(monitor).__name__}"
+            )
+        self._monitor = monitor
+        self.action = _checks.one_of("action", action, _ACTIONS)
+        self.patience = _checks.positive_int("patience", patience)
+        self._noise = _checks.positive_number("noise", noise)
+        self._seed = _checks.seed(seed)
+        self._shares = {
+            _checks.one_of(
+                "shares",
+                name,
+                ("dead_share", "dominant_share", "silent_share", "alike"),
+            ): _checks.rate(name, value)
+            for name, value in shares.items()
+        }
+        self.alarms: list[Alarm] = []
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Start with no sign."""
+        self.alarms = []
+        self._in_a_row: dict[tuple[str, str], int] = {}
+        self._read = 0
+        self._given: set[tuple[str, str]] = set()
+        self._revived: set[tuple[str, int]] = set()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Read a new observation."""
+        self._read_new()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Read a new observation."""
+        self._read_new()
+
+    def _read_new(self) -> None:
+        for seen in self._monitor.observations[self._read :]:
+            signs = [
+                sign
+                for name, figures in seen["mixtures"].items()
+                for sign in signs_of_collapse(
+                    name, figures["gates"], figures, figures["top_k"], **self._shares
+                )
+            ]
+            keys = {(sign.kind, sign.mixture) for sign in signs}
+            self._in_a_row = {key: self._in_a_row.get(key, 0) + 1 for key in keys}
+            for sign in signs:
+                if self._in_a_row[sign.kind, sign.mixture] >= self.patience:
+                    self._alarm(sign, seen)
+        self._read = len(self._monitor.observations)
+
+    def _alarm(self, sign: Sign, seen: dict[str, Any]) -> None:
+        key = (sign.kind, sign.mixture)
+        if key not in self._given:
+            self._given.add(key)
+            self.alarms.append(Alarm(seen["epoch"], seen["step"], sign))
+            warnings.warn(
+                f"epoch {seen['epoch'] + 1}, {sign.kind}: {sign.text}", stacklevel=2
+            )
+        if self.action == "stop":
+            self.model.stop_training = True
+        if self.action == "revive" and sign.kind == "dead expert":
+            self._revive(sign, seen)
+
+    def _revive(self, sign: Sign, seen: dict[str, Any]) -> None:
+        dead = [k for k in sign.experts if (sign.mixture, k) not in self._revived]
+        if not dead:
+            return
+        self._revived |= {(sign.mixture, k) for k in dead}
+        self._in_a_row.pop((sign.kind, sign.mixture), None)
+        load = np.asarray(seen["mixtures"][sign.mixture]["load"])
+        layer = next(
+            layer
+            for layer in self.model._flatten_layers(include_self=False)
+            if layer.path == sign.mixture
+        )
+        revive(
+            layer,
+            dead,
+            source=int(load.argmax()),
+            noise=self._noise,
+            seed=_checks.next_seed(self._seed, seen["step"]),
+            optimizer=self.model.optimizer,
+        )

@@ -1,0 +1,156 @@
+"""Whether tasks pull the shared parameters in the same direction.
+
+Axis letters: t tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe import _backend
+from keras_moe.multitask import MultiTaskModel
+
+
+def gradient_conflict(
+    model: MultiTaskModel, x: Any, y: Any, sample_weight: Any = None
+) -> np.ndarray:
+    """Return the cosines between the gradients of the tasks, `(t, t)`.
+
+    The gradients are of the task losses by the shared parameters: those that have a
+    gradient of two tasks or more. 1: the tasks agree; 0: they do not touch each other;
+    below 0: a step for one task raises the loss of the other (Yu et al. 2020, PCGrad).
+    Dropout and router noise are off. The gradients of one sample are noisy: compare the
+    signs of several samples.
+
+    Args:
+        model: a compiled `MultiTaskModel` of at least two tasks, on any backend.
+        x: a sample of what `fit` reads.
+        y: its labels, in the form that `fit` takes.
+        sample_weight: its weights, in that form.
+
+    Returns:
+        An array in the order of `model.tasks`. NaN for a task without a label in the
+        sample, or whose gradient is 0.
+
+    Raises:
+        TypeError: if `model` is not a `MultiTaskModel`.
+        ValueError: if it is not compiled, or has one task.
+
+    Example:
+
+    >>> inputs = keras.Input((4,))
+    >>> shared = keras_moe.layers.MMoE(3, 8, ["click", "stars"])(inputs)
+    >>> outputs = {t: keras_moe.layers.Tower(())(shared[t]) for t in shared}
+    >>> model = keras_moe.multitask.MultiTaskModel(inputs, outputs)
+    >>> model.compile("adam", "mse")
+    >>> x = np.ones((8, 4), "float32")
+    >>> y = {"click": x[:, :1], "stars": x[:, :1]}
+    >>> keras_moe.telemetry.gradient_conflict(model, x, y).shape
+    (2, 2)
+    """
+    if not isinstance(model, MultiTaskModel):
+        raise TypeError(
+            "`model` must be a MultiTaskModel, whose losses are known by task. "
+            f"Received: model of type {type(model).__name__}"
+        )
+    if not model.compiled:
+        raise ValueError(
+            "`model` must be compiled: its losses are needed. "
+            f"Received: model {model.name!r}, which is not compiled"
+        )
+    if len(model.tasks) < 2:
+        raise ValueError(
+            f"`model` must have two tasks or more. Received: tasks={model.tasks}"
+        )
+    x, y = keras.tree.map_structure(ops.convert_to_tensor, (x, y))
+    sample_weight = model.complete_weights(y, sample_weight)
+    gradients = _GRADIENTS[_backend.name()](model, x, y, sample_weight)
+    return _cosines(gradients)
+
+
+def _losses(model: Any, x: Any, y: Any, sample_weight: Any) -> list[Any]:
+    _, parts = model.loss_and_parts(x, y, model(x), sample_weight, False)
+    return list(ops.unstack(parts.losses, num=len(model.tasks)))
+
+
+def _without_state(*arguments: Any) -> list[Any]:
+    with keras.StatelessScope():  # The metrics of the losses are those of `fit`.
+        return _losses(*arguments)
+
+
+def _on_tensorflow(model: Any, *data: Any) -> list[list[np.ndarray | None]]:
+    import tensorflow as tf
+
+    with tf.GradientTape(persistent=True) as tape:
+        losses = _without_state(model, *data)
+    variables = [variable.value for variable in model.trainable_variables]
+    return [
+        [None if g is None else _dense(g) for g in tape.gradient(loss, variables)]
+        for loss in losses
+    ]
+
+
+def _on_torch(model: Any, *data: Any) -> list[list[np.ndarray | None]]:
+    import torch
+
+    values = [variable.value for variable in model.trainable_variables]
+    found = []
+    for loss in _without_state(model, *data):
+        gradients: Sequence[Any] = [None] * len(values)
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(
+                loss, values, retain_graph=True, allow_unused=True
+            )
+        found.append([None if g is None else _dense(g) for g in gradients])
+    return found
+
+
+def _on_jax(model: Any, *data: Any) -> Any:
+    import jax
+
+    variables = model.trainable_variables
+
+    def losses(values: Any) -> Any:
+        mapping = list(zip(variables, values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping):
+            return _losses(model, *data)
+
+    targets, pull = jax.vjp(losses, [variable.value for variable in variables])
+    found = []  # Zeros where a loss does not depend on a variable.
+    for i in range(len(targets)):
+        seeds = [ops.zeros_like(target) for target in targets]
+        seeds[i] = ops.ones_like(targets[i])
+        found.append([_dense(g) for g in pull(seeds)[0]])
+    return found
+
+
+_GRADIENTS = {"tensorflow": _on_tensorflow, "jax": _on_jax, "torch": _on_torch}
+
+
+def _dense(gradient: Any) -> np.ndarray:
+    """A gradient as an array; the rows of a table that a batch reads, summed."""
+    dense = ops.convert_to_tensor(gradient)
+    return np.asarray(ops.convert_to_numpy(dense), "float64")
+
+
+def _cosines(gradients: list[list[np.ndarray | None]]) -> np.ndarray:
+    t = len(gradients)
+    products = np.zeros((t, t))
+    for of_tasks in zip(*gradients, strict=True):
+        used = [g is not None and bool(np.any(g)) for g in of_tasks]
+        if sum(used) < 2:
+            continue  # A tower, or the gate of one task.
+        flat = [np.zeros(1) if g is None else g.ravel() for g in of_tasks]
+        size = max(part.size for part in flat)
+        rows = np.stack(
+            [part if part.size == size else np.zeros(size) for part in flat]
+        )
+        products += rows @ rows.T
+    lengths = np.sqrt(np.diag(products))
+    lengths = np.where(lengths > 0, lengths, np.nan)
+    return products / lengths[:, None] / lengths[None, :]

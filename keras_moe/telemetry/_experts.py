@@ -1,0 +1,92 @@
+"""How alike the experts of a mixture are, and how many of their units are silent.
+
+Axis letters: n rows, d input features, u output units, h hidden units, e experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_moe.experts import LayerExperts
+from keras_moe.experts._protocol import apply_prologue
+from keras_moe.experts._stacked import StackedDense
+
+
+def output_similarity(experts: Any, rows: Any) -> np.ndarray:
+    """Return the correlation of the outputs of two experts, `(e, e)` in [-1, 1].
+
+    The mean of every unit over the rows is subtracted first. An expert with constant
+    outputs correlates with none (0), also not with itself.
+
+    Args:
+        experts: a layer of `keras_moe.experts`, called on every row.
+        rows: tensor of shape `(n, d)`.
+    """
+    outputs = _array(experts(rows))  # (n, e, u)
+    outputs = outputs - outputs.mean(axis=0)
+    return _cosines(outputs.transpose(1, 0, 2).reshape(outputs.shape[1], -1))
+
+
+def kernel_similarity(experts: Any) -> np.ndarray | None:
+    """Return the cosine of the kernels of two experts, `(e, e)`.
+
+    None for experts of different shapes. Random kernels have cosines near 0; copies
+    have 1.
+    """
+    if isinstance(experts, LayerExperts):
+        kernels = [
+            [_array(w).ravel() for w in layer.trainable_variables if len(w.shape) > 1]
+            for layer in experts.layers
+        ]
+        flat = [np.concatenate(own) if own else np.zeros(0) for own in kernels]
+        sizes = {part.size for part in flat}
+        return _cosines(np.stack(flat)) if len(sizes) == 1 and sizes != {0} else None
+    e = experts.num_experts
+    stacked = [
+        _array(w).reshape(e, -1)
+        for w in experts.trainable_variables
+        if len(w.shape) > 2 and w.shape[0] == e
+    ]
+    return _cosines(np.concatenate(stacked, axis=1)) if stacked else None
+
+
+def zero_activations(experts: Any, rows: Any) -> np.ndarray | None:
+    """Return the share of zeros among the hidden activations of an expert, `(e,)`.
+
+    About 0.5 for ReLU at the start; 1 for an expert whose hidden units are all silent
+    on all rows, which no gradient can change ("dead ReLUs"). None for experts without
+    hidden layers, or that are no MLPs or gated units.
+
+    Args:
+        experts: a layer of `keras_moe.experts`.
+        rows: tensor of shape `(n, d)`.
+    """
+    if not isinstance(experts, StackedDense) or experts.num_matmuls < 2:
+        return None
+    zeros: list[np.ndarray] = []
+
+    def matmul(rows: Any, kernel: Any, bias: Any = None, prologue: Any = None) -> Any:
+        rows = apply_prologue(prologue, rows)
+        if prologue is not None:
+            zeros.append((_array(rows) == 0.0).mean(axis=(1, 2)))
+        rows = ops.matmul(rows, kernel)
+        return rows if bias is None else rows + ops.expand_dims(bias, 1)
+
+    slots = ops.repeat(ops.expand_dims(rows, 0), experts.num_experts, axis=0)
+    experts.on_rows(slots, matmul)
+    return np.mean(zeros, axis=0) if zeros else None
+
+
+def _cosines(rows: np.ndarray) -> np.ndarray:
+    """(e, m) -> (e, e); 0 for rows of zeros."""
+    rows = rows.astype("float64")
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    units = rows / np.where(lengths > 0, lengths, 1.0)
+    return np.clip(units @ units.T, -1.0, 1.0)
+
+
+def _array(tensor: Any) -> np.ndarray:
+    return np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))
