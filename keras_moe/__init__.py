@@ -15,8 +15,8 @@ Models: `keras_moe.multitask` (MultiTaskModel, UncertaintyWeighting),
         `keras_moe.upcycling` (convert a trained MLP to a MoE, add experts),
         `keras_moe.export`
         (SavedModel with one signature per task, ONNX, LiteRT, OpenVINO).
-Plots:  `keras_moe.plots` (gate heatmap, expert usage), not imported by default because
-        it needs matplotlib.
+Plots:  `keras_moe.plots` (gates, experts, conflicts), not imported by default because
+        it needs matplotlib; `keras_moe.report` writes a page about a run.
 """
 
 from keras_moe import (
@@ -35,6 +35,7 @@ from keras_moe import (
     upcycling,
 )
 from keras_moe._version import __version__
+from keras_moe.report import report
 
 __all__ = [
     "__version__",
@@ -48,6 +49,7 @@ __all__ = [
     "metrics",
     "multitask",
     "optimizers",
+    "report",
     "routers",
     "telemetry",
     "upcycling",

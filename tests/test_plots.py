@@ -44,3 +44,74 @@ def test_current_axes_by_default(ax):
 def test_wrong_shapes_are_named(draw, gates):
     with pytest.raises(ValueError, match=r"\(\.\.\., tasks, experts\).*shape"):
         draw(gates, ["click", "buy"])
+
+
+def test_who_goes_where(ax):
+    """Rows of "a" have expert 0, those of "b" half of 1 and half of 2."""
+    weights = np.eye(3)[[0, 0, 0, 1, 2, 1]]
+    plots.who_goes_where(weights, ["a", "a", "a", "b", "b", "c"], most=2, ax=ax)
+    shown = np.asarray(ax.images[0].get_array())
+    np.testing.assert_allclose(shown, [[1, 0, 0], [0, 0.5, 0.5]])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a (3)", "b (2)"]
+    with pytest.raises(ValueError, match=r"\(rows, experts\).*5 values"):
+        plots.who_goes_where(weights, list("aaabb"), ax=ax)
+
+
+def test_similarity_has_its_values(ax):
+    similarity = np.array([[1.0, -0.5], [-0.5, 1.0]])
+    plots.expert_similarity(similarity, "kernels", ax=ax)
+    assert {text.get_text() for text in ax.texts} == {"1.00", "-0.50"}
+    assert ax.get_title() == "kernels"
+    with pytest.raises(ValueError, match=r"square.*\(2, 3\)"):
+        plots.expert_similarity(np.ones((2, 3)), ax=ax)
+
+
+def seen(loads):
+    return [
+        {"step": 10 * i, "mixtures": {"moe": {"load": np.array(load)}}}
+        for i, load in enumerate(loads)
+    ]
+
+
+def test_load_over_time(ax):
+    plots.load_over_time(seen([[0.5, 0.5], [0.9, 0.1]]), "moe", ax)
+    lines = [line for line in ax.lines if line.get_label().startswith("expert")]
+    assert [line.get_ydata().tolist() for line in lines] == [[0.5, 0.9], [0.5, 0.1]]
+    assert lines[0].get_xdata().tolist() == [0, 10]
+    assert lines[0].get_linestyle() != lines[1].get_linestyle()
+    with pytest.raises(ValueError, match=r"one of \['moe'\].*'mmoe'"):
+        plots.load_over_time(seen([[1.0]]), "mmoe", ax)
+
+
+def test_load_of_many_experts(ax):
+    plots.load_over_time(seen(np.full((3, 16), 1 / 16)), "moe", ax)
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["all", "half", "median"]
+
+
+def test_conflict(ax):
+    plots.gradient_conflict([[1.0, -0.2], [-0.2, np.nan]], ["click", "buy"], ax)
+    assert {text.get_text() for text in ax.texts} == {"1.00", "-0.20"}
+    with pytest.raises(ValueError, match=r"`cosines` must have the shape \(2, 2\)"):
+        plots.gradient_conflict(np.eye(3), ["click", "buy"], ax)
+
+
+def test_learning_curves(ax):
+    history = {"a_loss": [2.0, 1.0], "val_a_loss": [4.0, 2.0], "b_loss": [1.0, 0.5]}
+    plots.learning_curves(history, ["a", "b"], ax)
+    drawn = [line.get_ydata().tolist() for line in ax.lines[:3]]
+    assert drawn == [[1.0, 0.5], [2.0, 1.0], [1.0, 0.5]]
+    with pytest.raises(ValueError, match=r"`history` must have.*\['c_loss'\]"):
+        plots.learning_curves(history, ["c"], ax)
+
+
+def test_calibration_by_hand(ax):
+    """Two bins: predictions of 0.2 happen once of two, those of 0.8 always."""
+    predicted = {"click": np.array([0.8, 0.2, 0.8, 0.2, 0.5])}
+    labels = {"click": np.array([1.0, 0.0, 1.0, 1.0, np.nan])}
+    plots.calibration(predicted, labels, num_bins=2, ax=ax)
+    line = ax.lines[0]
+    np.testing.assert_allclose(line.get_xdata(), [0.2, 0.8])
+    np.testing.assert_allclose(line.get_ydata(), [0.5, 1.0])
+    with pytest.raises(ValueError, match=r"one label for each.*'buy'"):
+        plots.calibration({"buy": np.ones(3)}, labels, ax=ax)

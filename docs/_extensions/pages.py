@@ -37,12 +37,14 @@ MODULES = (
     "losses",
     "metrics",
     "callbacks",
+    "telemetry",
     "optimizers",
     "initializers",
     "upcycling",
     "distribution",
     "export",
     "plots",
+    "report",
     "tfrs",
 )
 

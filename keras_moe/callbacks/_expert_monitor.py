@@ -51,7 +51,7 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     Attributes:
         observations: list of dicts with "epoch", "step", "mixtures" (a dict from the
-            name to its figures, "gates" and "top_k") and "gradient_cosines".
+            name to its figures, "gates" and "top_k"), "gradient_cosines" and "tasks".
         seconds: float, the time that all observations have taken.
 
     Place it before the callbacks that read its figures.
@@ -158,6 +158,7 @@ class ExpertMonitor(keras.callbacks.Callback):
             seen["gradient_cosines"] = telemetry.gradient_conflict(
                 self.model, self._x, self._y, self._sample_weight
             )
+            seen["tasks"] = tuple(map(str, self.model.tasks))
         self.observations.append(seen)
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as file:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from keras_moe import plots
+from keras_moe.plots._style import as_png
 from keras_moe.telemetry import Mixture
 
-_NEEDED = {"tensorflow": "tensorflow", "matplotlib": "matplotlib"}
+_NEEDED = ("tensorflow", "matplotlib")
 
 
 class TensorBoardWriter:
@@ -55,8 +56,9 @@ class TensorBoardWriter:
                     )
                 for k, load in enumerate(figures["load"]):
                     summary.scalar(f"{mixture.name}/load/expert_{k}", float(load))
-                for kind, picture in _pictures(mixture, figures).items():
-                    summary.image(f"{mixture.name}/{kind}", picture[None])
+                for kind, content in _pictures(mixture, figures).items():
+                    picture = self._tf.io.decode_png(content)[None]
+                    summary.image(f"{mixture.name}/{kind}", picture)
             self._writer.flush()
 
     def flush(self) -> None:
@@ -64,28 +66,9 @@ class TensorBoardWriter:
         self._writer.flush()
 
 
-def _pictures(mixture: Mixture, figures: dict[str, Any]) -> dict[str, Any]:
-    from keras_moe import plots
-
-    found = {"gates": _drawn(plots.gate_heatmap, mixture.weights, mixture.gates)}
-    if figures["output_similarity"] is not None:
-        found["output_similarity"] = _drawn(
-            plots.expert_similarity, figures["output_similarity"]
-        )
+def _pictures(mixture: Mixture, figures: dict[str, Any]) -> dict[str, bytes]:
+    found = {"gates": as_png(plots.gate_heatmap, mixture.weights, mixture.gates)}
+    similarity = figures["output_similarity"]
+    if similarity is not None:
+        found["output_similarity"] = as_png(plots.expert_similarity, similarity)
     return found
-
-
-def _drawn(plot: Any, *arguments: Any) -> Any:
-    """Return a picture `(height, width, 4)`."""
-    import matplotlib.image
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without pyplot, which may open windows and counts figures.
-    figure = Figure(figsize=(5, 3), layout="tight")
-    FigureCanvasAgg(figure)
-    plot(*arguments, ax=figure.add_subplot())
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    file.seek(0)
-    return matplotlib.image.imread(file, format="png")

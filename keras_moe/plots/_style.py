@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,3 +59,17 @@ def matrix(
     ax.set_yticks(range(len(rows)), list(rows))
     ax.set_xticks(range(len(columns)), list(columns))
     ax.figure.colorbar(image, ax=ax, shrink=0.8)
+
+
+def as_png(plot: Callable[..., Any], *arguments: Any) -> bytes:
+    """Return what `plot(*arguments, ax=)` draws, as the content of a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Without pyplot, which may open windows and counts figures.
+    figure = Figure(figsize=(7, 3.5), layout="tight")
+    FigureCanvasAgg(figure)
+    plot(*arguments, ax=figure.add_subplot())
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return file.getvalue()

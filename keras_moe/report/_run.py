@@ -1,0 +1,92 @@
+"""The folder of a run: its record, its observations of experts, its pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+RECORD = "metrics.json"
+EXPERTS = "experts.jsonl"
+_PICTURES = (".png", ".svg")
+
+
+class Run(NamedTuple):
+    """What a folder has of a run.
+
+    Attributes:
+        folder: the folder.
+        record: dict, the content of `metrics.json`; empty without one.
+        observations: list of dicts, those of an `ExpertMonitor` with
+            `file="experts.jsonl"`; empty without one.
+        pictures: paths of the pictures in the folder.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    observations: list[dict[str, Any]]
+    pictures: list[Path]
+
+
+def read_run(folder: Path) -> Run:
+    """Read the folder of a run.
+
+    Raises:
+        ValueError: if it is no folder, has nothing of a run, or a file is damaged.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"`run` must be the folder of a run. Received: {folder}, which is "
+            f"{'a file' if folder.exists() else 'not there'}"
+        )
+    record, observations = folder / RECORD, folder / EXPERTS
+    if not record.exists() and not observations.exists():
+        raise ValueError(
+            f"`run` must have a file {RECORD} (results of an example) or {EXPERTS} "
+            f"(of an ExpertMonitor). Received: {folder}, which has neither"
+        )
+    found = _json(record, record.read_bytes()) if record.exists() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{record}: not the results of a run. Delete it and run again")
+    lines = observations.read_bytes().splitlines() if observations.exists() else []
+    pictures = [p for p in sorted(folder.iterdir()) if p.suffix in _PICTURES]
+    seen = [_observation(observations, _json(observations, line)) for line in lines]
+    return Run(folder, found, seen, pictures)
+
+
+def _json(path: Path, content: bytes) -> Any:
+    try:
+        return json.loads(content.decode())
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: no valid JSON ({error}). Delete it and run again"
+        ) from error
+
+
+def _observation(path: Path, found: Any) -> dict[str, Any]:
+    """Return an observation with arrays, as `ExpertMonitor` has it."""
+    try:
+        mixtures = {}
+        for name, figures in found["mixtures"].items():
+            arrays = {
+                key: np.array(value, "float64") if isinstance(value, list) else value
+                for key, value in figures.items()
+                if key != "gates"
+            }
+            if arrays["usage"].shape != (len(figures["gates"]), len(arrays["load"])):
+                raise ValueError
+            mixtures[name] = {**arrays, "gates": tuple(figures["gates"])}
+        cosines = found.get("gradient_cosines")
+        return {
+            "epoch": int(found["epoch"]),
+            "step": int(found["step"]),
+            "mixtures": mixtures,
+            "gradient_cosines": None if cosines is None else np.array(cosines, float),
+            "tasks": tuple(found.get("tasks") or ()),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: not the observations of an ExpertMonitor. Delete it and run again"
+        ) from error

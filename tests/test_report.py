@@ -1,0 +1,148 @@
+"""`keras_moe.report`: one page that needs nothing else."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+
+import keras
+import numpy as np
+import pytest
+
+import keras_moe
+from keras_moe import layers, multitask
+from keras_moe.callbacks import ExpertMonitor
+from tests.support import processes
+
+TASKS = ["click", "stars"]
+RECORD = {
+    "results": {
+        "MMoE": {"ndcg@10": 0.1078, "auc": None},
+        "popularity": {"ndcg@10": 0.0437},
+    },
+    "seed": 3,
+    "data": "<b>movies</b> & more",
+    "settings": {"units": [8, 4]},
+    "warnings": ["times are dates"],
+}
+
+
+class Page(HTMLParser):
+    """Collects the tags that are open, all addresses, and the text."""
+
+    VOID = ("meta", "img", "!doctype")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.addresses, self.text, self.tags = [], [], "", []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        names = ("src", "href", "srcset", "data")
+        self.addresses += [v for k, v in attributes if k in names]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "a <run>"
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps(RECORD))
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    inputs = keras.Input((4,))
+    hidden = layers.MoE(4, (8, 4), name="moe")(inputs)
+    shared = layers.MMoE(3, 5, TASKS, name="mmoe")(hidden)
+    outputs = {task: layers.Tower(())(shared[task]) for task in TASKS}
+    model = multitask.MultiTaskModel(inputs, outputs)
+    model.compile("adam", "mse")
+    y = {task: x[:, :1] for task in TASKS}
+    monitor = ExpertMonitor(x, y, file=folder / "experts.jsonl")
+    model.fit(x, y, epochs=2, callbacks=[monitor], verbose=0)
+    (folder / "curves.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    return folder
+
+
+def test_the_page(run):
+    path = keras_moe.report(run)
+    assert path == run / "report.html"
+    text = path.read_text()
+    page = Page(text)
+    assert not page.open
+    for part in ("a <run>", "0.1078", "popularity", "<b>movies</b> & more", "moe"):
+        assert part in page.text
+    assert "times are dates" in page.text
+    assert "click, stars" in page.text
+    # Pictures are inside: the loads, gates, similarities, the conflict, a file.
+    assert len(page.addresses) == 2 + 1 + 2 + 1 + 1
+    assert all(address.startswith("data:image/") for address in page.addresses)
+    assert "script" not in page.tags
+    assert not re.search(r"https?://", text)
+    assert 'name="viewport"' in text
+
+
+def test_signs_of_collapse_are_on_it(run, tmp_path):
+    lines = (run / "experts.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    last["mixtures"]["moe"] |= {
+        "usage": [[0.5, 0.5, 0.0, 0.0]],
+        "relative_usage": [2.0, 2.0, 0.0, 0.0],
+    }
+    (tmp_path / "experts.jsonl").write_text(json.dumps(last) + "\n")
+    text = Page(keras_moe.report(tmp_path, tmp_path / "x.html").read_text()).text
+    assert "dead expert: moe: experts 2, 3 have less than 1%" in text
+
+
+def test_the_command(run, tmp_path):
+    out = tmp_path / "page.html"
+    command = ["-m", "keras_moe.report"]
+    done = processes.run([*command, str(run), "--out", str(out)], cwd=None)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"Written to {out}"
+    assert "Experts" in Page(out.read_text()).text
+    done = processes.run([*command, str(tmp_path)], cwd=None)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: `run` must have a file")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.json", "{"),
+        ("metrics.json", "[]"),
+        ("metrics.json", "\xff"),
+        ("experts.jsonl", '{"epoch": 0'),
+        ("experts.jsonl", "{}\n"),
+        ("experts.jsonl", '{"epoch":0,"step":1,"mixtures":{"moe":{"usage":1}}}'),
+    ],
+)
+def test_damaged_files_are_named(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: .* and run again"):
+        keras_moe.report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="not there"):
+        keras_moe.report(tmp_path / "none")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="a file"):
+        keras_moe.report(tmp_path / "file")
+
+
+def test_without_matplotlib(run, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        keras_moe.report(run)
+    assert "matplotlib" in sys.modules
