@@ -38,7 +38,9 @@ details { margin: .5rem 0; } pre { overflow-x: auto; background: var(--soft);
 """
 
 
-def report(run: str | Path, path: str | Path | None = None) -> Path:
+def report(
+    run: str | Path, path: str | Path | None = None, title: str | None = None
+) -> Path:
     """Write one HTML page about a training run.
 
     The page needs no network and no other file: pictures are inside. It has the
@@ -50,6 +52,7 @@ def report(run: str | Path, path: str | Path | None = None) -> Path:
             the file `experts.jsonl` of a `keras_moe.callbacks.ExpertMonitor`, or both.
         path: str or path, the file to write. Default: `report.html` in the folder. It
             appears whole or not at all.
+        title: str, the title of the page. Default: the name of the folder.
 
     Returns:
         The path of the page.
@@ -75,7 +78,9 @@ def report(run: str | Path, path: str | Path | None = None) -> Path:
         raise ImportError(
             "the pictures of a report need matplotlib: run `pip install matplotlib`"
         )
-    page = _page(f"Report of {found.folder.resolve().name}", _sections(found))
+    title = _checks.optional_text("title", title)
+    name = f"Report of {found.folder.resolve().name}" if title is None else title
+    page = _page(name, _sections(found))
     with _files.atomic_write(out, overwrite=True) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return out

@@ -83,6 +83,7 @@ def train(options: argparse.Namespace) -> None:
         # TensorFlow is imported only after the data was read and the output folder
         # created, so that errors in either are raised at once.
         data = read_data(options)
+        from keras_moe import report
         from recsys_examples.movielens import tuning
         from recsys_examples.movielens.pipeline import run_ranker
         from recsys_examples.runs import write_json
@@ -99,6 +100,7 @@ def train(options: argparse.Namespace) -> None:
             jit_compile=options.jit_compile,
             verbose=verbose,
             backups=backups,
+            experts=folder / "experts.jsonl",
         )
         console.print("Baselines: popularity and ALS.")
         budget_s = QUICK_ALS_BUDGET if options.quick else ALS_BUDGET
@@ -114,6 +116,7 @@ def train(options: argparse.Namespace) -> None:
         record["warnings"] = warnings
         record["seconds"] = round(time.perf_counter() - started, 1)
         write_json(folder / "metrics.json", record)
+        report(folder, title=f"{data.name}: run {final.name}")
     title = f"{data.name}: test window, seed {options.seed}"
     console.print(results_table(title, results, METRICS))
     console.print(f"{record['seconds']:.0f} s. Written to {final}")

@@ -116,10 +116,12 @@ def run_ranker(
     jit_compile: bool = False,
     verbose: int = 1,
     backups: Path | None = None,
+    experts: Path | None = None,
 ) -> Outcome:
     """Tune on validation, train on all ratings before the test window, and evaluate.
 
-    With a folder `backups`, an interrupted run goes on from what it has in it.
+    With a folder `backups`, an interrupted run goes on from what it has in it. With a
+    file `experts`, the mixture of the final model is observed.
     """
     catalogue = windows.catalogue
     selection = fit_ranker(
@@ -151,6 +153,7 @@ def run_ranker(
         jit_compile=jit_compile,
         verbose=verbose,
         backup=None if backups is None else backups / "final",
+        experts=experts,
     )
     rows, predictions = _predict(fit, windows.before_test, windows.test, catalogue)
     metrics = measure(rows, predictions)

@@ -17,7 +17,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import optimizers
-from keras_moe.callbacks import ExactBackup
+from keras_moe.callbacks import ExactBackup, ExpertMonitor
 from recsys_examples.movielens.features import Catalogue, Sequences
 
 # `fuse` and `UNKNOWN_USER` are re-exported for backward compatibility.
@@ -121,6 +121,7 @@ def fit_ranker(
     jit_compile: bool = False,
     verbose: int = 1,
     backup: Path | None = None,
+    experts: Path | None = None,
 ) -> Fit:
     """Train a ranker.
 
@@ -138,6 +139,7 @@ def fit_ranker(
         jit_compile: whether to compile with XLA, see `Ranker.without_lookups`.
         verbose: as in `keras.Model.fit`.
         backup: folder of backups, from which an interrupted fit goes on.
+        experts: file for the observations of the mixture, if the body is one.
     """
     keras.utils.set_random_seed(seed)
     popularity = np.bincount(sequences.movies, minlength=len(catalogue))
@@ -173,6 +175,13 @@ def fit_ranker(
             delete_at_end=False,
         )
         callbacks = [saved, *callbacks]
+    if experts is not None and settings.body != "shared_bottom":
+        # The last ratings of each user, apart from the examples and their generator.
+        last = np.maximum(sequences.lengths - settings.block, 1)
+        users = Examples(sequences, catalogue, settings, tasks, known=last)
+        sample = model_inputs(users)[0]
+        given = sample if len(tasks) > 1 else sample[:1]
+        callbacks = [*callbacks, ExpertMonitor(*given, file=experts)]
     history = model.fit(
         model_inputs(examples),
         epochs=epochs or settings.max_epochs,

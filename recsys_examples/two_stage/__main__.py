@@ -83,6 +83,7 @@ def train(options: argparse.Namespace) -> None:
     console = make_console()
     with run_folder(options.out) as (folder, final):
         windows, settings, full, name, warnings = _prepare(options, console)
+        from keras_moe import report
         from recsys_examples.runs import write_json
         from recsys_examples.tables import results_table
         from recsys_examples.two_stage import pictures
@@ -106,6 +107,7 @@ def train(options: argparse.Namespace) -> None:
             "seconds": round(time.perf_counter() - started, 1),
         }
         write_json(folder / "metrics.json", record)
+        report(folder, title=f"{name}: run {final.name}")
     console.print(
         results_table(f"{name}: test window, seed {options.seed}", results, METRICS)
     )

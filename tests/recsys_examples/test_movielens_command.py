@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 COMMAND = ["-m", "recsys_examples.movielens"]
 WRITTEN = {
     "metrics.json",
+    "experts.jsonl",
+    "report.html",
     "model.keras",
     "saved_model",
     "learning_curves.png",
@@ -86,6 +88,13 @@ class TestRun:
         assert set(os.listdir(run)) == WRITTEN
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d", run.name)
         assert (run / "saved_model" / "saved_model.pb").is_file()
+
+    def test_report(self, run):
+        text = (run / "report.html").read_text()
+        assert f"run {run.name}" in text
+        for part in ("NDCG", "popularity", "load of the experts", "Cosine of the"):
+            assert part.lower() in text.lower()
+        assert "http" not in text.replace("image/svg+xml", "")
 
     def test_output(self, out, run):
         output = (out.parent / "stdout.txt").read_text()

@@ -19,7 +19,7 @@ from tests.support import processes
 
 PICTURES = ["diversity.png", "funnel.png"]
 MODELS = ("saved_model", "full_catalogue", "ranker_of_all")
-WRITTEN = {"metrics.json", *MODELS, *PICTURES}
+WRITTEN = {"metrics.json", "report.html", *MODELS, *PICTURES}
 SMALL = ("--quick", "--candidates", "20")
 
 
