@@ -17,11 +17,12 @@ from keras import ops
 
 from keras_moe import _backend
 from keras_moe.dispatch._devices import are_split
-from keras_moe.experts import GLUExperts, MLPExperts
+from keras_moe.experts import GLUExperts
+from keras_moe.experts._mlp import StackedMLP
 
 
 def fits(experts: Any, inputs: Any, training: bool | None) -> bool:
-    """Whether the program that is traced may compute `experts` in turn.
+    """Whether the program that is traced may compute `experts`, or gates, in turn.
 
     Not if a call of them does more than to compute: the two forms are traced both, and
     neither may change the state of a random generator or add a loss. Experts that are
@@ -29,7 +30,8 @@ def fits(experts: Any, inputs: Any, training: bool | None) -> bool:
     """
     return (
         _backend.is_traced_by_jax(inputs)
-        and type(experts) in (MLPExperts, GLUExperts)
+        # Not overridden: the form in turn uses `on_rows` instead.
+        and type(experts).call in (StackedMLP.call, GLUExperts.call)
         and not (training and experts.dropout > 0.0)
         and experts.activity_regularizer is None
         and not are_split(experts)

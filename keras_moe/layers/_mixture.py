@@ -225,7 +225,19 @@ class GatedMixture(Mixture):
         # One cast for each tensor: equal streams must stay the same object.
         full = {id(stream): ops.cast(stream, gates.compute_dtype) for stream in inputs}
         streams = [full[id(stream)] for stream in inputs]
-        return on_streams(gates, streams, [1] * len(streams))
+        counts = [1] * len(streams)
+
+        def in_turn() -> Any:
+            pieces = gates.on_pieces(_pieces(streams, counts))
+            return beside(pieces, ops.shape(streams[0])[:-1])
+
+        def side_by_side() -> Any:
+            return on_streams(gates, streams, counts)
+
+        # One matmul computes all gates of one stream, also on a TPU.
+        if len(full) > 1 and fits(gates, streams[0], training=False):
+            return _backend.on_tpu_or(in_turn, side_by_side)
+        return side_by_side()
 
     def gate_probabilities(
         self,
