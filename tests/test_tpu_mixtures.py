@@ -23,31 +23,24 @@ LAYERS = {
     "MMoE": lambda **given: MMoE(4, (7, U), 3, **given),
     "MMoE, one expert": lambda **given: MMoE(1, U, 2, **given),
     "MMoE, top k": lambda **given: MMoE(4, U, 2, top_k=2, dispatch="dense", **given),
-    "MMoE, gate MLPs": lambda **given: MMoE(3, U, 2, gate_units=4, **given),
-    "OMoE": lambda **given: OMoE(4, (7, U), ["a", "b"], **given),
-    "CGC": lambda **given: CGC(2, 1, (7, U), ["a", "b"], **given),
-    "PLE": lambda **given: PLE(3, 1, 2, (7, U), 3, **given),
+    "MMoE of GLU": lambda **given: MMoE(None, None, 2, experts=_glu(**given), **given),
+    "OMoE": lambda **given: OMoE(4, U, ["a", "b"], **given),
+    "CGC": lambda **given: CGC(0, 2, U, ["a", "b"], **given),
+    "PLE": lambda **given: PLE(2, 1, 2, (7, U), 2, gate_units=(4,), **given),
     "PLE, no task experts": lambda **given: PLE(2, 3, 0, U, 2, **given),
-    "PLE, no shared experts": lambda **given: PLE(1, 0, 2, U, 2, **given),
-    "PLE, gate MLPs": lambda **given: PLE(2, 1, 1, U, 2, gate_units=(4,), **given),
-    "DSelectK": lambda **given: DSelectK(5, (7, U), 2, **given),
+    "DSelectK": lambda **given: DSelectK(5, U, 2, **given),
     "DSelectK, static": lambda **given: DSelectK(4, U, 2, static=True, **given),
-    "AdaTT": lambda **given: AdaTT(2, 2, (7, U), 2, **given),
-    "AdaTT, shared": lambda **given: AdaTT(2, 1, U, 2, num_shared_experts=2, **given),
-    "GLU": lambda **given: MMoE(None, None, 2, experts=_glu(4, **given), **given),
-    "PLE of GLU": lambda **given: PLE(
-        2, 1, 1, None, 2, experts=[_glu(3, **given), _glu(3, **given)], **given
-    ),
+    "AdaTT": lambda **given: AdaTT(2, 1, U, 2, num_shared_experts=2, **given),
 }
 
 
-def _glu(num_experts, **given):
-    return GLUExperts(num_experts, 7, U, use_bias=True, **given)
+def _glu(**given):
+    return GLUExperts(4, 7, U, use_bias=True, **given)
 
 
 @pytest.fixture
 def forms(monkeypatch):
-    """A function that sets the form, "tpu" or "other"; it returns a list of its uses."""
+    """A function that sets the form, "tpu" or "other", and returns its uses."""
 
     def choose(form):
         chosen = []
@@ -83,11 +76,12 @@ def test_outputs_and_gradients_are_those_of_the_other_form(name, forms):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
     outputs, by_weight, by_input = found["tpu"]
     assert all(np.abs(y).max() > 0 for y in outputs)
-    assert len(by_weight) == len(layer.trainable_variables) and len(by_input) == 1
+    assert len(by_weight) == len(layer.trainable_variables)
+    assert len(by_input) == 1
 
 
-@pytest.mark.parametrize("name", ["MMoE", "PLE", "DSelectK, static", "AdaTT, shared"])
-@pytest.mark.parametrize("leading", [(2, 3), (1,), (0,)])
+@pytest.mark.parametrize("name", ["MMoE", "PLE", "DSelectK, static"])
+@pytest.mark.parametrize("leading", [(2, 3), (0,)])
 def test_further_axes_are_rows(name, leading, forms):
     x = checks.rows(*leading, D)
     layer = _built(LAYERS[name], x.shape)
@@ -100,8 +94,8 @@ def test_further_axes_are_rows(name, leading, forms):
         np.testing.assert_allclose(a, b, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["MMoE", "PLE", "AdaTT"])
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("name", ["MMoE", "PLE"])
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
 def test_half_precision_has_the_dtypes_and_about_the_numbers(name, dtype, forms):
     """A mixture is summed in float32 in both forms and rounded once."""
     x = checks.rows(9, D).astype("float32")
@@ -112,7 +106,7 @@ def test_half_precision_has_the_dtypes_and_about_the_numbers(name, dtype, forms)
         outputs = keras.tree.flatten(backends.call(layer, x))
         assert {y.dtype for y in outputs} == {np.dtype(layer.compute_dtype)}
         found.append([checks.array(ops.cast(y, "float32")) for y in outputs])
-    tolerance = {"float32": 1e-4, "mixed_bfloat16": 0.1, "mixed_float16": 0.02}[dtype]
+    tolerance = {"mixed_bfloat16": 0.1, "mixed_float16": 0.02}[dtype]
     for a, b in zip(*found, strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * abs(b).max())
 
