@@ -4,13 +4,14 @@ Axis letters: n rows, d input features, e experts, u output units.
 """
 
 import re
+import types
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from keras_moe import _backend
+from keras_moe import _backend, _mesh
 from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
 from keras_moe.layers import CGC, PLE, AdaTT, DSelectK, MMoE, OMoE
 from tests.support import backends, checks
@@ -157,6 +158,27 @@ def _regular():
 
 def _in_half():
     return MLPExperts(3, U, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("axis", "in_turn"), [(None, True), ("expert", False)])
+def test_experts_split_over_devices_are_computed_side_by_side(
+    axis, in_turn, forms, monkeypatch
+):
+    """In turn, all devices would wait for the one that has the expert."""
+
+    class Distribution:
+        device_mesh = types.SimpleNamespace(backend_mesh=None)
+        batch_dim_name = "batch"
+
+        def get_variable_layout(self, variable):
+            axes = (axis, *[None] * (len(variable.shape) - 1))
+            return keras.distribution.TensorLayout(axes)
+
+    layer = _built(LAYERS["MMoE"], (4, D), "float32")
+    monkeypatch.setattr(_mesh, "active", Distribution)
+    chosen = forms("tpu")
+    backends.call(layer, checks.rows(4, D).astype("float32"))
+    assert bool(chosen) == in_turn
 
 
 def test_dropout_that_is_not_active_is_no_reason(forms):
