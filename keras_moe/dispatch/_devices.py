@@ -94,14 +94,6 @@ def placement(experts: Any) -> Placement | None:
     return Placement(mesh, active.batch_dim_name, axes.pop())
 
 
-def are_split(experts: Any) -> bool:
-    """Whether the variables of experts are, or may be, split over devices."""
-    if _mesh.active() is None:
-        return False
-    place = placement(experts)
-    return place is None or place.experts is not None
-
-
 def on_devices(
     compute: Callable[..., Any],
     tokens: Any,

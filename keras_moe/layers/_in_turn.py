@@ -15,8 +15,8 @@ from typing import Any
 
 from keras import ops
 
-from keras_moe import _backend
-from keras_moe.dispatch._devices import are_split
+from keras_moe import _backend, _mesh
+from keras_moe.dispatch._devices import placement
 from keras_moe.experts import GLUExperts
 from keras_moe.experts._mlp import StackedMLP
 
@@ -34,8 +34,16 @@ def fits(experts: Any, inputs: Any, training: bool | None) -> bool:
         and type(experts).call in (StackedMLP.call, GLUExperts.call)
         and not (training and experts.dropout > 0.0)
         and experts.activity_regularizer is None
-        and not are_split(experts)
+        and not _are_split(experts)
     )
+
+
+def _are_split(experts: Any) -> bool:
+    """Whether the variables of experts are, or may be, split over devices."""
+    if _mesh.active() is None:
+        return False
+    place = placement(experts)
+    return place is None or place.experts is not None
 
 
 def mixtures_in_turn(
