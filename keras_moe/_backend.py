@@ -80,6 +80,15 @@ def on_tpu_or(
     return jax.lax.platform_dependent(*tensors, tpu=on_tpu, default=elsewhere)
 
 
+def is_traced_by_jax(tensor: Any) -> bool:
+    """Whether `tensor` is one of a program that JAX is tracing."""
+    if name() != "jax":
+        return False
+    import jax
+
+    return isinstance(tensor, jax.core.Tracer)
+
+
 def with_gradient(
     function: Callable[..., Any],
     gradient: Callable[..., Any],

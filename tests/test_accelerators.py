@@ -47,7 +47,7 @@ def test_the_page_names_the_goals_that_are_missed():
     case = next(c for c in accelerators.cases() if c["layer"] == "PLE")
     figures = {"flops": 6e12, "bytes": 36e9, "temporary_bytes": 2e9}
     page = markdown(_results(case, **figures, cycle_seconds=0.08))
-    assert "Not reached: bytes of PLE, time of PLE." in page
+    assert "Not reached: bytes of PLE (4.00), time of PLE (2.00)." in page
 
 
 def test_a_program_that_does_not_fit_is_told():

@@ -38,7 +38,11 @@ UNOPTIMISED = (
 )
 RUNS = {
     "jax": ("jax", OTHERS, UNOPTIMISED),
-    "jax-dispatch": ("jax", (*DISPATCH, "test_tpu_kernels.py"), ""),
+    "jax-dispatch": (
+        "jax",
+        (*DISPATCH, "test_tpu_kernels.py", "test_tpu_mixtures.py"),
+        "",
+    ),
     "torch": ("torch", (*OTHERS, *DISPATCH), ""),
 }
 

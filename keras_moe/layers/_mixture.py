@@ -19,6 +19,7 @@ from keras_moe import _backend, _checks, routing
 from keras_moe.experts._mlp import StackedMLP
 from keras_moe.experts._stacked import beside
 from keras_moe.initializers import independent, is_seeded
+from keras_moe.layers._in_turn import fits, mixtures_in_turn
 from keras_moe.layers._mlp_layer import TaskLayer
 from keras_moe.layers._parts import (
     check_experts,
@@ -97,6 +98,47 @@ class Mixture(TaskLayer):
     def mixtures(self, gates: Any, expert_outputs: Any) -> list[Any]:
         """(..., g, e), (..., e, u) -> g mixtures (..., u)."""
         return list(ops.unstack(self.mix(gates, expert_outputs), axis=-2))
+
+    def mix_experts(
+        self,
+        gates: Any,
+        experts: Any,
+        streams: Sequence[Any],
+        counts: Sequence[int],
+        training: bool | None,
+        used: Sequence[Sequence[int]] | None = None,
+    ) -> list[Any]:
+        """Return the g mixtures (..., u) of `counts[i]` experts on `streams[i]`.
+
+        In programs for a TPU the experts are computed in turn, see `_in_turn`.
+
+        Args:
+            gates: (..., g, e), maybe without the leading axes.
+            experts: layer of e experts.
+            streams: list of (..., d).
+            counts: list of ints that sum to e.
+            training: bool, whether dropout is active.
+            used: for each gate the indices of the experts whose weight is not always 0.
+                Default: all.
+        """
+
+        def side_by_side() -> list[Any]:
+            outputs = on_streams(experts, streams, counts, training)
+            return self.mixtures(gates, outputs)
+
+        def in_turn() -> list[Any]:
+            pieces = experts.on_pieces(_pieces(streams, counts), training=training)
+            leading = _backend.restored_axes(ops.shape(streams[0])[:-1])
+            outputs = [ops.reshape(y, (*leading, y.shape[-1])) for y in pieces]
+            own = used or [range(len(outputs))] * gates.shape[-2]
+            return mixtures_in_turn(
+                outputs, gates, own, self.compute_dtype, self.precise_dtype
+            )
+
+        same_dtype = self.compute_dtype == getattr(experts, "compute_dtype", None)
+        if same_dtype and fits(experts, streams[0], training):
+            return _backend.on_tpu_or(in_turn, side_by_side)
+        return side_by_side()
 
     def ensure_built(self, *inputs: Any) -> None:
         """Build the layer on `inputs` if it has not been called yet."""
@@ -183,7 +225,19 @@ class GatedMixture(Mixture):
         # One cast for each tensor: equal streams must stay the same object.
         full = {id(stream): ops.cast(stream, gates.compute_dtype) for stream in inputs}
         streams = [full[id(stream)] for stream in inputs]
-        return on_streams(gates, streams, [1] * len(streams))
+        counts = [1] * len(streams)
+
+        def in_turn() -> Any:
+            pieces = gates.on_pieces(_pieces(streams, counts))
+            return beside(pieces, ops.shape(streams[0])[:-1])
+
+        def side_by_side() -> Any:
+            return on_streams(gates, streams, counts)
+
+        # One matmul computes all gates of one stream, also on a TPU.
+        if len(full) > 1 and fits(gates, streams[0], training=False):
+            return _backend.on_tpu_or(in_turn, side_by_side)
+        return side_by_side()
 
     def gate_probabilities(
         self,

@@ -21,7 +21,7 @@ from keras import ops
 
 from keras_moe import _checks
 from keras_moe.initializers import independent
-from keras_moe.layers._mixture import GatedMixture, on_streams
+from keras_moe.layers._mixture import GatedMixture
 from keras_moe.layers._parts import layer_name
 
 
@@ -168,13 +168,12 @@ class AdaTT(GatedMixture):
         """Return the streams of the next level; after the last, the task outputs."""
         t, m, s = self._tasks.count, self.num_task_experts, self.num_shared_experts
         counts = [m] * t + [s] * (s > 0)
-        outputs = on_streams(
-            self.experts[level], streams[: len(counts)], counts, training
-        )
         gates = self._level_gates(level, streams, training)
         if self.residual:
             gates = gates + self._residual(level, gates)
-        return self.mixtures(gates, outputs)
+        return self.mix_experts(
+            gates, self.experts[level], streams[: len(counts)], counts, training
+        )
 
     def _level_gates(
         self, level: int, streams: Sequence[Any], training: bool | None

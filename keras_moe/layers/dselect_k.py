@@ -216,8 +216,10 @@ class DSelectK(Mixture):
         mask = given_or_attached(mask, inputs)
         weights, selected = self._gate(inputs, gate_inputs)
         self._add_losses(selected, None if self.static else mask)
-        expert_outputs = self.experts(inputs, training=training)  # (..., e, u)
-        return self._tasks.pack(self.mixtures(weights, expert_outputs))
+        counts = [self.num_experts]
+        return self._tasks.pack(
+            self.mix_experts(weights, self.experts, [inputs], counts, training)
+        )
 
     def gate_weights(self, inputs: Any, gate_inputs: Any = None) -> Any:
         """Return the gates, `(..., t, e)`.

@@ -19,7 +19,7 @@ import keras
 from keras import ops
 
 from keras_moe import _checks
-from keras_moe.layers._mixture import GatedMixture, on_streams, spread
+from keras_moe.layers._mixture import GatedMixture, spread
 from keras_moe.layers._parts import layer_name
 
 
@@ -152,7 +152,8 @@ class PLE(GatedMixture):
     ) -> list[Any]:
         """Return the streams of the next level; after the last, the task outputs."""
         t, m, s = self._tasks.count, self.num_task_experts, self.num_shared_experts
-        outputs = on_streams(self.experts[level], streams, [m] * t + [s], training)
+        shared_experts = range(t * m, t * m + s)
+        used = [[*range(i * m, i * m + m), *shared_experts] for i in range(t)]
         gates = self._task_gates(level, streams, training)  # (..., t, m + s)
         if m:
             own = spread(gates[..., :m], range(t), t)
@@ -161,7 +162,10 @@ class PLE(GatedMixture):
             logits = self.gate_logits(self.shared_gates[level], streams[-1])
             shared = self.gate_probabilities(logits, training)
             gates = ops.concatenate([gates, shared], axis=-2)
-        return self.mixtures(gates, outputs)
+            used.append([*range(t * m + s)])
+        return self.mix_experts(
+            gates, self.experts[level], streams, [m] * t + [s], training, used
+        )
 
     def _task_gates(
         self, level: int, streams: Sequence[Any], training: bool | None

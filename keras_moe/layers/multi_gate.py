@@ -210,11 +210,12 @@ class MMoE(HasDispatch, GatedMixture):
             self._add_balance_loss(logits, gates, given_or_attached(mask, inputs))
         dispatch = self._resolve_dispatch()
         if dispatch == "dense":
-            expert_outputs = self.experts(inputs, training=training)  # (..., e, u)
-            mixtures = self.mix(gates, expert_outputs)
+            counts = [self.num_experts]
+            mixtures = self.mix_experts(gates, self.experts, [inputs], counts, training)
         else:
-            mixtures = self._mix_chosen(inputs, gates, dispatch, training)
-        return self._outputs(ops.unstack(mixtures, axis=-2))
+            mixed = self._mix_chosen(inputs, gates, dispatch, training)
+            mixtures = list(ops.unstack(mixed, axis=-2))
+        return self._outputs(mixtures)
 
     def _outputs(self, mixtures: list[Any]) -> dict[str, Any] | list[Any]:
         """Return the mixture of each task's gate."""
