@@ -20,7 +20,12 @@ pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="TensorFlow exports"
 )
 # The other groups take longer: formats, mounts, processes.
-SHORT = {"`keras_moe.export.load`": 10, "data folders": 27, "results of": 15}
+SHORT = {
+    "`keras_moe.export.load`": 10,
+    "data folders": 27,
+    "results of": 15,
+    "backups of": 8,
+}
 
 
 @pytest.mark.parametrize("start", SHORT)
