@@ -5,21 +5,22 @@ every batch. The process is ended by SIGKILL at random moments of compilation, t
 and writes, and started again, until the training ends: its hash of all variables, and
 its history, must be those of a training that was never killed. It does so on
 TensorFlow, JAX and torch, and in two processes of JAX, of which either is killed.
-Run again with the same FILE, it goes on after the trainings that FILE has.
+Ended itself and run again with the same FILE, it goes on after the last kill: until all
+is done, what it knows is beside FILE.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.progress import Progress
@@ -33,7 +34,7 @@ OUTCOME = "bit-identical weights, optimizer, generators and history at the end"
 # A kill comes up to so many seconds after `fit` begins, which first compiles; after the
 # first batch that is trained; or after a write begins. And what share of the kills.
 MOMENTS = {"start": (4.0, 0.25), "batch": (0.4, 0.4), "write": (0.03, 0.35)}
-TIMEOUT = 600
+TIMEOUT = 1800
 # Backend, data, number of processes and share of the kills.
 CASES = {
     "TensorFlow, a shuffled `tf.data` pipeline": ("tensorflow", "tf", 1, 0.5),
@@ -62,18 +63,23 @@ def main() -> int:
     given = parser.parse_args()
     command = f"python -m tests.robustness.resume --kills {given.kills}"
     tried = _done(given.json, command)
+    work = given.json.with_name(f"{given.json.name}.unfinished")
     with Progress() as progress:
         for what, (backend, data, count, share) in CASES.items():
             if given.only not in what or what in (line.what for line in tried):
                 continue
             kills = round(given.kills * share)
             bar = progress.add_task(what, total=kills)
-            draws = random.Random(f"{given.seed} {what}")
-            with tempfile.TemporaryDirectory() as folder:
-                killed = Killed(Path(folder), Run(backend, data, count), draws)
-                line = killed.until(kills, what, lambda bar=bar: progress.advance(bar))
+            folder = work / str(list(CASES).index(what))
+            killed = Killed(folder, Run(backend, data, count), f"{given.seed} {what}")
+            line = killed.until(
+                kills, what, lambda done, bar=bar: progress.update(bar, completed=done)
+            )
             tried.append(line)
             results.write(given.json, "exact resume", command, tried)
+            shutil.rmtree(folder)
+    with contextlib.suppress(OSError):  # others are not done
+        work.rmdir()
     for line in tried:
         print(f"{line.survived} of {line.cases}: {line.what}. {line.note}")
     return int(any(line.survived < line.cases for line in tried))
@@ -140,55 +146,85 @@ class Run:
         )
 
 
+@dataclass
+class State:
+    """What is known after each kill.
+
+    Attributes:
+        expected: what the training that is not killed finds.
+        cases: kills.
+        judged: those of trainings that have ended.
+        right: those of trainings that ended as they must.
+        trainings: how many were begun.
+        moments: how many kills came when.
+        seconds: duration of all.
+    """
+
+    expected: dict | None = None
+    cases: int = 0
+    judged: int = 0
+    right: int = 0
+    trainings: int = 1
+    moments: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("writing", "training", "compiling"), 0)
+    )
+    seconds: float = 0.0
+
+
 class Killed:
     """A training that is killed again and again, and then another one."""
 
-    def __init__(self, folder: Path, run: Run, draws: random.Random) -> None:
-        self._folder, self._run, self._draws = folder, run, draws
-        self._count: Counter[str] = Counter()
+    def __init__(self, folder: Path, run: Run, seed: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._run, self._seed = folder, run, seed
+        self._path = folder / "state.json"
+        known = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._state = State(**known)
 
     def until(
-        self, kills: int, what: str, advance: Callable[[], None]
+        self, kills: int, what: str, report: Callable[[int], None]
     ) -> results.Tried:
         """Return the line of so many kills."""
-        expected = self._run(self._folder / "whole")
-        cases = right = trainings = 0
-        start = time.monotonic()
-        while cases < kills:
-            trainings += 1
-            before = cases
-            found: dict = {"killed": ""}
-            while "killed" in found:
-                kill = self._kill() if cases < kills else None
-                found = self._attempt(self._folder / f"backups-{trainings}", kill)
-                if "killed" in found:
-                    cases += 1
-                    advance()
-            right += cases - before if found == expected else 0
-        minutes = (time.monotonic() - start) / 60
+        state = self._state
+        if state.expected is None:
+            state.expected = self._timed(self._folder / "whole", None)
+        while state.judged < kills:
+            report(state.cases)
+            backups = self._folder / f"backups-{state.trainings}"
+            before = _partial(backups)
+            found = self._timed(backups, self._kill() if state.cases < kills else None)
+            if "killed" in found:
+                # The disk is the witness: a write that ends so leaves a hidden folder.
+                is_write = bool(_partial(backups) - before)
+                state.moments["writing" if is_write else found["killed"]] += 1
+                state.cases += 1
+            else:
+                state.right += (found == state.expected) * (state.cases - state.judged)
+                state.judged = state.cases
+                state.trainings += state.cases < kills
+            with _files.atomic_write(self._path, overwrite=True) as unfinished:
+                unfinished.write_text(json.dumps(asdict(state)))
         note = (
-            f"of the kills, {self._count['writing']} came during a write, "
-            f"{self._count['training']} between two writes, "
-            f"{self._count['compiling']} before the first batch that was trained; "
-            f"{trainings} trainings, {minutes:.0f} minutes"
+            f"of the kills, {state.moments['writing']} came during a write, "
+            f"{state.moments['training']} between two writes, "
+            f"{state.moments['compiling']} before the first batch that was trained; "
+            f"{state.trainings} trainings, {state.seconds / 60:.0f} minutes"
         )
-        return results.Tried(what, cases, right, OUTCOME, note)
+        return results.Tried(what, state.cases, state.right, OUTCOME, note)
+
+    def _timed(self, backups: Path, kill: Kill | None) -> dict:
+        start = time.monotonic()
+        found = self._run(backups, kill)
+        self._state.seconds += time.monotonic() - start
+        return found
 
     def _kill(self) -> Kill:
-        since, (seconds, _) = self._draws.choices(
+        draws = random.Random(f"{self._seed} {self._state.cases}")
+        since, (seconds, _) = draws.choices(
             [*MOMENTS.items()], [share for _, share in MOMENTS.values()]
         )[0]
-        process = self._draws.randrange(self._run.count)
-        return Kill(process, self._draws.uniform(0, seconds), since)
-
-    def _attempt(self, backups: Path, kill: Kill | None) -> dict:
-        before = _partial(backups)
-        found = self._run(backups, kill)
-        if "killed" in found:
-            # The disk is the witness: a write that was ended leaves its hidden folder.
-            is_write = bool(_partial(backups) - before)
-            self._count["writing" if is_write else found["killed"]] += 1
-        return found
+        process = draws.randrange(self._run.count)
+        return Kill(process, draws.uniform(0, seconds), since)
 
 
 def _partial(backups: Path) -> set[str]:
