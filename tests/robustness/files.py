@@ -210,7 +210,9 @@ def main(arguments: list[str] | None = None) -> int:
             command += f" --only '{given.only}'"
         elif given.unchecked:
             command += f" --unchecked {given.unchecked}"
-        write(given.json, "files", command, tried)
+        # A part has a section of its own, and leaves that of all as it is.
+        profile = f"files: {given.only}" if given.only else "files"
+        write(given.json, profile, command, tried)
     return int(any(line.survived < line.cases for line in tried[:checked]))
 
 
