@@ -18,7 +18,7 @@ from keras_moe.callbacks._epoch_data import EpochData
 from keras_moe.callbacks._skipped_batches import SkippedBatches
 
 _KEPT = 2
-_FORMAT = 1
+_FORMAT = 2
 
 
 class ExactBackup(keras.callbacks.Callback):
@@ -65,9 +65,10 @@ class ExactBackup(keras.callbacks.Callback):
 
     Raises:
         ValueError: if an argument is invalid; in `fit`, if the model is not built, if
-            the variables of the backup have other shapes, if it is of other callbacks,
-            more epochs, longer epochs or another number of processes, or if no backup
-            in the folder is whole.
+            the variables of the backup have other names or shapes, if it is of other
+            callbacks, more epochs, longer epochs or another number of processes, or if
+            no backup in the folder is whole. Numbers in names, by which Keras counts
+            them up, may differ: `dense_1`.
         TypeError: if `data` or `callbacks` are of the wrong type.
 
     Example:
@@ -207,8 +208,6 @@ class ExactBackup(keras.callbacks.Callback):
         }
         try:
             _state_file.write(self._path(used), state)
-            for path in self._own_files()[:-_KEPT]:
-                path.unlink()
         except OSError as error:
             # Better a run without a fresh backup than no run.
             warnings.warn(
@@ -216,6 +215,10 @@ class ExactBackup(keras.callbacks.Callback):
                 "the one before stays",
                 stacklevel=2,
             )
+            return
+        for path in self._own_files()[:-_KEPT]:
+            with suppress(OSError):  # such as: a folder of that name
+                path.unlink()
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._end_skipped()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import re
 from collections import deque
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
@@ -17,21 +18,24 @@ from keras_moe import _mesh
 from keras_moe.callbacks._state_file import is_plain
 
 _OF_KERAS = ("model", "_model", "params", "validation_data")
+# Also within a name: an optimizer has `dense_1_kernel_momentum`.
+_COUNTERS = re.compile(r"_\d+(?=[_/]|$)")
 
 
-def read_variables(model: keras.Model) -> dict[str, list[np.ndarray]]:
-    """Return the values of all variables: "variables" and "metrics"."""
+def read_variables(model: keras.Model) -> dict[str, list[Any]]:
+    """Return all variables: the values of "variables" and "metrics", their "paths"."""
     if keras.backend.backend() == "jax":
         model.jax_state_sync()
     variables, metrics = _variables(model)
     return {
         "variables": [_to_numpy(variable) for variable in variables],
         "metrics": [_to_numpy(variable) for variable in metrics],
+        "paths": [_path(variable) for variable in [*variables, *metrics]],
     }
 
 
 def assign_variables(
-    model: keras.Model, state: dict[str, list[np.ndarray]], with_metrics: bool
+    model: keras.Model, state: dict[str, list[Any]], with_metrics: bool
 ) -> None:
     """Assign the values of `read_variables`.
 
@@ -41,9 +45,11 @@ def assign_variables(
     if keras.backend.backend() == "jax":
         model.jax_state_sync()
     variables, metrics = _variables(model)
-    pairs = _paired(variables, state["variables"])
+    count = len(state["variables"])
+    paths = state["paths"]
+    pairs = _paired(variables, state["variables"], paths[:count])
     if with_metrics:
-        pairs += _paired(metrics, state["metrics"])
+        pairs += _paired(metrics, state["metrics"], paths[count:])
     for variable, value in pairs:
         variable.assign(value)
 
@@ -58,16 +64,18 @@ def _variables(model: keras.Model) -> tuple[list[Any], list[Any]]:
 
 
 def _paired(
-    variables: Sequence[Any], values: Sequence[np.ndarray]
+    variables: Sequence[Any], values: Sequence[np.ndarray], paths: Sequence[str]
 ) -> list[tuple[Any, np.ndarray]]:
     for i in range(max(len(variables), len(values))):
-        here = _described(variables[i]) if i < len(variables) else "no such variable"
-        there = _described(values[i]) if i < len(values) else "no such variable"
+        here = there = "no such variable"
+        if i < len(variables):
+            here = _described(variables[i], _path(variables[i]))
+        if i < len(values):
+            there = _described(values[i], paths[i])
         if here != there:
-            path = variables[i].path if i < len(variables) else f"variable {i}"
             raise ValueError(
                 "the model of `fit` must be that of the backup. "
-                f"Received: {path}: {here}; in the backup: {there}"
+                f"Received: variable {i}: {here}; in the backup: {there}"
             )
     return list(zip(variables, values, strict=True))
 
@@ -153,10 +161,14 @@ def _settings(callback: keras.callbacks.Callback) -> set[str]:
     return names
 
 
-def _described(variable: Any) -> str:
-    # Without the path: Keras counts names up in a process, as `dense_1`.
+def _path(variable: Any) -> str:
+    # Without the numbers by which Keras counts names up in a process, as `dense_1`.
+    return _COUNTERS.sub("", variable.path)
+
+
+def _described(variable: Any, path: str) -> str:
     dtype = keras.backend.standardize_dtype(variable.dtype)
-    return f"shape {tuple(variable.shape)} and dtype {dtype}"
+    return f"{path} of shape {tuple(variable.shape)} and dtype {dtype}"
 
 
 def _to_numpy(variable: Any) -> np.ndarray:

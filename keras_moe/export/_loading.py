@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from keras_moe._files import atomic_write
+
 # In the format of `sha256sum -c`. TensorFlow and its servers ignore other files here.
 CHECKSUMS = "assets.extra/sha256sums.txt"
 _NAMES = ("saved_model.pb", "saved_model.pbtxt", "saved_model.cpb")
@@ -43,14 +45,33 @@ def write_checksums(folder: str | Path) -> None:
     ...     keras_moe.export.write_checksums(f"{folder}/1")
     ...     loaded = keras_moe.export.load_saved_model(f"{folder}/1")
     """
+    path = os.fspath(folder)
+    try:
+        _check_exists(path)
+        lines = [f"{_sum(f'{path}/{name}')}  {name}\n" for name in _files(path)]
+        _replace(f"{path}/{CHECKSUMS}", "".join(lines))
+    except (_DamageError, OSError):
+        raise
+    except Exception as error:  # TensorFlow's errors of files
+        reason = str(error).strip().splitlines() or [repr(error)]
+        raise OSError(
+            f"the checksums of {path} cannot be written. TensorFlow says: "
+            f"{type(error).__name__}: {reason[0][:300]}"
+        ) from error
+
+
+def _replace(path: str, text: str) -> None:
+    """Write a file, whole or not at all."""
     import tensorflow as tf
 
-    path = os.fspath(folder)
-    _check_exists(path)
-    lines = [f"{_sum(f'{path}/{name}')}  {name}\n" for name in _files(path)]
-    tf.io.gfile.makedirs(f"{path}/{os.path.dirname(CHECKSUMS)}")
-    with tf.io.gfile.GFile(f"{path}/{CHECKSUMS}", "w") as file:
-        file.write("".join(lines))
+    if "://" not in path:
+        with atomic_write(path, overwrite=True) as unfinished:
+            unfinished.write_text(text)
+        return
+    # Stores of objects show a file when it is closed.
+    tf.io.gfile.makedirs(os.path.dirname(path))
+    with tf.io.gfile.GFile(path, "w") as file:
+        file.write(text)
 
 
 def load_saved_model(path: str | Path) -> Any:

@@ -122,6 +122,27 @@ def test_another_model_is_refused(tmp_path):
         model.fit(x, {"click": y["click"]}, callbacks=[backup], epochs=3, verbose=0)
 
 
+def test_a_model_with_other_layers_of_the_same_shapes_is_refused(tmp_path):
+    x, y = interrupted.rows()
+
+    def fit(names, interrupt=()):
+        inputs = keras.Input((6,))
+        hidden = inputs
+        for name in names:
+            hidden = keras.layers.Dense(6, name=name)(hidden)
+        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+        model.compile("adam", "mse")
+        backup = ExactBackup(tmp_path, delete_at_end=False)
+        model.fit(x, y["stars"], epochs=3, callbacks=[backup, *interrupt], verbose=0)
+
+    with pytest.raises(InterruptedError):
+        fit(["wide", None, "deep"], [Interrupt(5)])
+    with pytest.raises(ValueError, match=r"variable 0: deep/kernel.*backup: wide/ker"):
+        fit(["deep", None, "wide"])
+    # Keras counts on in this process: `dense_1` is another number.
+    fit(["wide", None, "deep"])
+
+
 def test_callbacks_go_on_with_their_states(tmp_path):
     """Keras flips the sign of `min_delta` in the first epoch."""
 

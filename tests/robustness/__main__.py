@@ -1,6 +1,11 @@
-"""The page of robustness: `python -m tests.robustness page FILE.json ...`."""
+"""The page of robustness: `python -m tests.robustness page FILE.json ...`.
+
+The section of each file's profile is written anew, the others stay as they are.
+"""
 
 import argparse
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.robustness.results import Tried, read
@@ -10,7 +15,7 @@ HEAD = """# Robustness
 
 This page was written by `python -m tests.robustness page FILE.json ...`, from what the
 commands below found. Not on it yet, because they have not been run whole on this
-version: `tests.robustness.arguments`, `resume` and `bad_data`.
+version: `tests.robustness.arguments`, and `resume` on JAX and torch.
 """
 
 
@@ -19,8 +24,19 @@ def main() -> None:
     parser.add_argument("page", choices=["page"])
     parser.add_argument("files", nargs="+", type=Path)
     given = parser.parse_args()
-    PAGE.write_text(HEAD + "".join(_section(path) for path in given.files))
+    write_page(PAGE, given.files)
     print(PAGE)
+
+
+def write_page(page: Path, files: Sequence[Path]) -> None:
+    """Write the sections of the files; keep those that the page has of others."""
+    sections = {}
+    for text in re.split(r"\n(?=## )", page.read_text() if page.exists() else "")[1:]:
+        sections[text.splitlines()[0]] = f"\n{text.rstrip()}\n"
+    for path in files:
+        text = _section(path)
+        sections[text.splitlines()[1]] = text
+    page.write_text(HEAD + "".join(sections.values()))
 
 
 def _section(path: Path) -> str:

@@ -4,7 +4,8 @@
 are infinite or NaN, in each place and with each router; on empty batches, batches of
 one row, labels of one class, histories that are all padding; with a router that sends
 every row to one expert, and with learning rates of a million. `--cost` measures a step
-with and without `FiniteGuard`, alternating in one process.
+with and without `FiniteGuard`, alternating in one process. `--only TEXT` runs the lines
+of FILE that have the text again, and keeps the others.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from rich.progress import track
 from keras_moe.callbacks import FiniteGuard
 from keras_moe.layers import MMoE, MoE, Tower
 from keras_moe.multitask import MultiTaskModel
-from tests.robustness.results import Tried, write
+from tests.robustness.results import Tried, read, write
 
 ROUTERS = ("top_k", "noisy_top_k", "bias_balanced", "expert_choice", "sinkhorn")
 VALUES = (float("inf"), -float("inf"), float("nan"))
@@ -69,7 +70,7 @@ def names_the_feature(value, router, jit_compile, place):
         model.fit(x, y, 16, shuffle=False, callbacks=[FiniteGuard()], verbose=0)
     except FloatingPointError as error:
         expected = (
-            f"batch {place // 16}: feature 'age' is not finite in row {place % 16}"
+            f"batch {place // 16 + 1}: feature 'age' is not finite in row {place % 16}"
         )
         return expected in str(error) and is_finite(model)
     return False
@@ -140,9 +141,10 @@ def trains_when_collapsed(router):
     layer.router.kernel.assign(kernel)
     x, y = rows()
     x = {name: np.abs(value) for name, value in x.items()}
-    losses = model.fit(x, y, 16, epochs=5, callbacks=[FiniteGuard()], verbose=0)
-    losses = losses.history["loss"]
-    return is_finite(model) and losses[-1] < losses[0]
+    # Without the noise of routers, which is larger than what an epoch changes.
+    before = model.evaluate(x, y, verbose=0)
+    model.fit(x, y, 16, epochs=5, callbacks=[FiniteGuard()], verbose=0)
+    return is_finite(model) and model.evaluate(x, y, verbose=0) < before
 
 
 def cases():
@@ -248,27 +250,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--only", default="", metavar="TEXT")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    tried = []
+    found: dict[str, Tried] = {}
+    command = "python -m tests.robustness.bad_data"
+    if given.only and given.json.exists():
+        _, command, known = read(given.json)
+        found = {line.what: line for line in known}
     for what, outcome, function, arguments in cases():
+        if given.only not in what:
+            continue
         failed = [case for case in track(arguments, what) if not function(*case)]
         note = f"not right: {failed}" if failed else ""
         right = len(arguments) - len(failed)
-        tried.append(Tried(what, len(arguments), right, outcome, note))
-    command = "python -m tests.robustness.bad_data"
+        found[what] = Tried(what, len(arguments), right, outcome, note)
     if given.cost:
-        command += " --cost"
+        command = "python -m tests.robustness.bad_data --cost"
         for name, (median, low, high) in cost().items():
-            tried.append(
-                Tried(
-                    f"a step of {name} with `FiniteGuard`",
-                    1,
-                    int(median <= 1.02),
-                    "at most 1.02 times the time",
-                    f"{median:.3f} times, quartiles {low:.3f} and {high:.3f}",
-                )
+            what = f"a step of {name} with `FiniteGuard`"
+            found[what] = Tried(
+                what,
+                1,
+                int(median <= 1.02),
+                "at most 1.02 times the time",
+                f"{median:.3f} times, quartiles {low:.3f} and {high:.3f}",
             )
+    tried = list(found.values())
     write(given.json, "bad data", command, tried)
     for line in tried:
         print(f"{line.survived} of {line.cases}: {line.what}. {line.note}")

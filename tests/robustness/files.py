@@ -22,7 +22,13 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 from rich.progress import Progress
 
-from tests.robustness import damage, read_cases, unchecked_cases, write_cases
+from tests.robustness import (
+    backup_cases,
+    damage,
+    read_cases,
+    unchecked_cases,
+    write_cases,
+)
 from tests.robustness.read_cases import Case
 from tests.robustness.results import Tried, write
 
@@ -76,6 +82,13 @@ GROUPS = (
         f"{_NAMED}, or the same values",
         read_cases.results,
         0.12,
+    ),
+    Group(
+        "backups of `ExactBackup`: one of two, or the only one, is damaged or of "
+        "another version",
+        f"bit-identical from the backup before, or {_NAMED}",
+        backup_cases.backups,
+        0.08,
     ),
     Group(
         "each write of a run, a study and an export, with room for a part",
@@ -193,7 +206,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{line.survived} of {line.cases}: {line.what}. {line.note}")
     if given.json:
         command = f"python -m tests.robustness.files --cases {given.cases}"
-        write(given.json, "files", command, tried)
+        if given.only:
+            command += f" --only '{given.only}'"
+        elif given.unchecked:
+            command += f" --unchecked {given.unchecked}"
+        # A part has a section of its own, and leaves that of all as it is.
+        profile = f"files: {given.only}" if given.only else "files"
+        write(given.json, profile, command, tried)
     return int(any(line.survived < line.cases for line in tried[:checked]))
 
 

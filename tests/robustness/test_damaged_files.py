@@ -3,6 +3,7 @@
 import contextlib
 import random
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +14,18 @@ import pytest
 from keras_moe import export
 from recsys_examples.movielens.__main__ import main
 from tests.robustness import files, read_cases
-from tests.robustness.damage import KINDS, copied, damage, without_root
+from tests.robustness.damage import KINDS, copied, damage, room, without_root
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="TensorFlow exports"
 )
 # The other groups take longer: formats, mounts, processes.
-SHORT = {"`keras_moe.export.load`": 10, "data folders": 27, "results of": 15}
+SHORT = {
+    "`keras_moe.export.load`": 10,
+    "data folders": 27,
+    "results of": 15,
+    "backups of": 8,
+}
 
 
 @pytest.mark.parametrize("start", SHORT)
@@ -107,6 +113,29 @@ def test_without_checksums_it_is_loaded(folder):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match="cannot be loaded"):
         read_cases.read_saved_model("mixture", folder)
+
+
+class TestWriteChecksums:
+    """It was TensorFlow's error, and a file cut short."""
+
+    def test_a_file_that_may_not_be_read(self, folder):
+        (folder / "fingerprint.pb").chmod(0)
+        with without_root(), pytest.raises(OSError, match="Permission denied") as error:
+            export.write_checksums(folder)
+        assert f"the checksums of {folder} cannot be written" in str(error.value)
+        assert "\n" not in str(error.value)
+
+    def test_a_full_disk(self, folder):
+        (folder / export._loading.CHECKSUMS).write_text("before")
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            with room(10), pytest.raises(OSError, match="File too large") as error:
+                export.write_checksums(folder)
+        finally:
+            signal.signal(signal.SIGXFSZ, handler)
+        assert str(folder / export._loading.CHECKSUMS) in str(error.value)
+        (name,) = (folder / "assets.extra").iterdir()
+        assert name.read_text() == "before"
 
 
 def test_an_operation_of_a_later_version(folder):

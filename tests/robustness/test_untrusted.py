@@ -56,6 +56,39 @@ def test_code_is_seen_where_safe_mode_is_off(watch):
     assert "marshal.loads" in wrong
 
 
+@pytest.mark.parametrize("what", ["write", "read", "remove", "change"])
+def test_what_a_load_does_outside_is_seen(watch, what, monkeypatch, tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("a")
+    found = {}
+
+    def load(file, safe_mode):
+        secret = found["target"].secret
+        if what == "write":
+            kept.write_text("b")
+        elif what == "read":
+            secret.read_text()
+        elif what == "remove":
+            kept.unlink()
+        else:  # as C does it, which Python does not report: of the same length
+            with watch.unseen():
+                secret.write_text(secret.read_text()[::-1])
+
+    def write(file, target):
+        found["target"] = target
+
+    monkeypatch.setattr(keras.saving, "load_model", load)
+    outcome, wrong = untrusted.attempt(("a case", write), watch)
+    assert outcome == "loaded"
+    expected = {
+        "write": f"open of {kept}",
+        "read": f"open of {found['target'].secret}",
+        "remove": f"os.remove of {kept}",
+        "change": "wrote ['private/secret.txt']",
+    }
+    assert expected[what] in wrong
+
+
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "enable_unsafe_deserialization"}
 
 

@@ -9,7 +9,6 @@ raises an error or it loads, and no code of it runs, no file outside is written 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import io
 import json
@@ -34,14 +33,9 @@ import keras_moe
 from keras_moe import experts, layers, metrics, multitask, optimizers, routers
 from tests.robustness import results
 from tests.robustness.payloads import CHANGES, PAYLOADS, SECRET, Target
+from tests.robustness.watch import Watch, temporary_files_in, tree
 
 OUTCOME = "an error, or a model; no code runs, no file outside is written or read"
-# What an audit hook of Python reports if code runs.
-_EVENTS = (
-    *("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen"),
-    *("pickle.find_class", "marshal.loads", "socket.connect", "urllib.Request"),
-    *("os.symlink", "shutil.rmtree.outside", "ctypes.dlopen"),
-)
 
 
 def models() -> dict[str, keras.Model]:
@@ -262,70 +256,42 @@ def _external(weights: bytes, kind: str, target: Target) -> bytes:
     return buffer.getvalue()
 
 
-class Watch:
-    """Notes what an audit hook reports while a file is loaded."""
-
-    def __init__(self) -> None:
-        self.on = False
-        self.seen: list[str] = []
-        sys.addaudithook(self._hook)
-
-    def _hook(self, event: str, details: Any) -> None:
-        if self.on and event in _EVENTS and not _is_import():
-            self.seen.append(event)
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[list[str]]:
-        self.seen, self.on = [], True
-        try:
-            yield self.seen
-        finally:
-            self.on = False
-
-
-def _is_import() -> bool:
-    """Whether Python itself reads a module."""
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
-
-
 def attempt(case: Case, watch: Watch, safe_mode: bool = True) -> tuple[str, str | None]:
     """Load one crafted file; return "refused" or "loaded", and what is wrong."""
     _name, write = case
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        target = Target(Path(folder).resolve() / "private")
+        root = Path(folder).resolve()
+        target = Target(root / "private")
         target.folder.mkdir()
         target.secret.write_text(SECRET)
-        inner = Path(folder).resolve() / "a" / "b" / "c"
+        inner = root / "a" / "b" / "c"
         inner.mkdir(parents=True)
+        scratch = root / "scratch"
+        scratch.mkdir()
         file = inner / "model.keras"
         write(file, target)
-        before = _tree(Path(folder))
+        before = tree(root, but=scratch)
         outcome, model = "loaded", None
-        with watch.watching() as events:
+        with (
+            temporary_files_in(scratch),
+            watch.watching(target.folder, scratch) as events,
+        ):
             try:
                 model = keras.saving.load_model(file, safe_mode=safe_mode)
             except Exception:
                 outcome = "refused"
         wrong = None
         if events:
-            wrong = f"ran {sorted({*events})}"
-        elif _tree(Path(folder)) != before:
-            wrong = f"wrote {sorted(_tree(Path(folder)) - before)}"
+            wrong = f"did {sorted({*events})}"
+        elif (after := tree(root, but=scratch)) != before:
+            changed = after.items() ^ before.items()
+            wrong = f"wrote {sorted({path for path, _ in changed})}"
         elif keras.src.saving.serialization_lib.in_safe_mode() is False:
             wrong = "switched safe mode off"
         elif model is not None and _holds_secret(model):
             wrong = "read a file outside"
         return outcome, wrong
-
-
-def _tree(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def _holds_secret(model: keras.Model) -> bool:

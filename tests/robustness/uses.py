@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -158,13 +158,42 @@ def use_head(head: Any) -> Any:
     return [np.array(head.output_units), head.valid(np.zeros((3, 1)))]
 
 
+class _Entries(keras.callbacks.Callback):
+    """Adds entries to the logs, as metrics do."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self._names = names
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        logs.update(dict.fromkeys(self._names, 0.5))
+
+
 def use_callback(callback: Any) -> Any:
-    if not isinstance(callback, keras_moe.callbacks.CombinedMonitor):
-        return []  # Used in `fit` alone.
-    logs = {name: 0.5 for name in callback.weights}
-    callback.on_train_begin()
-    callback.on_epoch_end(0, logs)
-    return [np.array(logs[callback.name])]
+    """Fit a model on three batches; for a guard, the second is not finite."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", run_eagerly=True)
+    x, used = X.copy(), [callback]
+    is_guard = isinstance(callback, keras_moe.callbacks.FiniteGuard)
+    if is_guard:
+        x[1, 2] = np.nan
+    if isinstance(callback, keras_moe.callbacks.CombinedMonitor):
+        used = [_Entries(callback.weights), callback]
+    before = model.get_weights()[0]
+    history, stopped = {}, ""
+    try:
+        fitted = model.fit(x, x[:, :1], 1, shuffle=False, callbacks=used, verbose=0)
+        history = fitted.history
+    except FloatingPointError as error:
+        stopped = str(error)
+    if is_guard and (callback.action == "stop" or callback.max_in_a_row == 1):
+        assert "batch 2: feature" in stopped, stopped
+    elif is_guard:
+        assert history["skipped_batches"] == [1], history
+    assert not np.array_equal(model.get_weights()[0], before), "nothing was trained"
+    entry = getattr(callback, "name", None)
+    return [*model.get_weights(), *([np.array(history[entry])] if entry else [])]
 
 
 USES: list[tuple[type, Callable[[Any], Any]]] = [

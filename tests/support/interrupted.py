@@ -2,8 +2,8 @@
 
 `python -m tests.support.interrupted FOLDER --data tf` trains, with backups in FOLDER,
 and prints a hash of all final variables and the history as JSON. `--kill SECONDS` ends
-the process by SIGKILL so long after the first batch. With `--processes` and `--address`
-it is one of several processes of JAX.
+the process by SIGKILL so long after the first batch, or `--since` the start of `fit` or
+of a write. With `--processes` and `--address` it is one of several processes of JAX.
 """
 
 import argparse
@@ -17,9 +17,10 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_moe.callbacks import DatasetPosition, ExactBackup
+from keras_moe.callbacks import DatasetPosition, ExactBackup, _state_file
 
 ROWS, BATCH = 96, 16
+MOMENTS = ("start", "batch", "write")
 DATA = ("arrays", "tf", "repeated", "py_dataset", "fixed_order")
 
 
@@ -120,26 +121,52 @@ def train(folder, data="arrays", epochs=4, callbacks=(), model=None, **backup):
 
 
 class KillAfter(keras.callbacks.Callback):
-    """Ends the process by SIGKILL, some seconds after the first batch that it trains.
+    """Ends the process by SIGKILL, and prints what it did: "compiling", "training".
 
-    The first of two: a program that goes on passes over batches before, and compiles
-    the step with the first one.
+    Args:
+        seconds: so long after the moment.
+        since: "start" of `fit`, the first "batch" that it trains, or the "write" after
+            it. The first batch of two in an epoch: a program that goes on passes over
+            batches before, and compiles the step with the first one.
     """
 
-    def __init__(self, seconds):
+    def __init__(self, seconds, since="batch"):
         super().__init__()
-        self._seconds, self._last, self._is_started = seconds, None, False
+        self._seconds, self._since, self._last = seconds, since, None
+        self._is_trained = False
+
+    def on_train_begin(self, logs=None):
+        if self._since == "start":
+            self._start()
 
     def on_train_batch_end(self, batch, logs=None):
         is_trained = logs != self._last  # The logs of those passed over are the same.
         self._last = dict(logs)
-        if is_trained and batch and not self._is_started:
-            self._is_started = True
-            kill = threading.Timer(
-                self._seconds, os.kill, (os.getpid(), signal.SIGKILL)
-            )
-            kill.daemon = True
-            kill.start()
+        if is_trained and batch and not self._is_trained:
+            self._is_trained = True
+            if self._since == "batch":
+                self._start()
+            if self._since == "write":
+                self._start_with_a_write()
+
+    def _start_with_a_write(self):
+        write = _state_file.write
+
+        def started(path, tree):
+            self._start()
+            write(path, tree)
+
+        _state_file.write = started
+
+    def _start(self):
+        kill = threading.Timer(self._seconds, self._kill)
+        kill.daemon = True
+        kill.start()
+
+    def _kill(self):
+        line = json.dumps({"killed": "training" if self._is_trained else "compiling"})
+        os.write(1, f"{line}\n".encode())
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main():
@@ -149,6 +176,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--every-steps", type=int)
     parser.add_argument("--kill", type=float)
+    parser.add_argument("--since", choices=MOMENTS, default="batch")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--process", type=int, default=0)
     parser.add_argument("--address")
@@ -156,7 +184,7 @@ def main():
     if given.processes > 1:
         keras.distribution.initialize(given.address, given.processes, given.process)
         keras.distribution.set_distribution(keras.distribution.DataParallel())
-    killed = [] if given.kill is None else [KillAfter(given.kill)]
+    killed = [] if given.kill is None else [KillAfter(given.kill, given.since)]
     digest, history = train(
         given.folder,
         given.data,
