@@ -12,7 +12,7 @@ Parts:  `keras_moe.routers` (assign tokens to experts), `keras_moe.experts` (exp
         rows).
 Models: `keras_moe.multitask` (MultiTaskModel, UncertaintyWeighting),
         `keras_moe.upcycling` (convert a trained MLP to a MoE, add experts),
-        `keras_moe.export`
+        `keras_moe.convert` (sparse blocks of KerasHub as MoE), `keras_moe.export`
         (SavedModel with one signature per task, ONNX, LiteRT, OpenVINO).
 Plots:  `keras_moe.plots` (gate heatmap, expert usage), not imported by default because
         it needs matplotlib.
@@ -20,6 +20,7 @@ Plots:  `keras_moe.plots` (gate heatmap, expert usage), not imported by default 
 
 from keras_moe import (
     callbacks,
+    convert,
     distribution,
     experts,
     export,
@@ -37,6 +38,7 @@ from keras_moe._version import __version__
 __all__ = [
     "__version__",
     "callbacks",
+    "convert",
     "distribution",
     "experts",
     "export",

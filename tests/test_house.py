@@ -30,6 +30,7 @@ LEVELS = {
     "export": 6,
     "plots": 6,
     "tfrs": 6,
+    "convert": 6,
     "upcycling": 6,
     "distribution": 6,
 }
@@ -43,6 +44,7 @@ PACKAGES = [
     "callbacks",
     "optimizers",
     "export",
+    "convert",
     "upcycling",
     "distribution",
 ]

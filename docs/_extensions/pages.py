@@ -40,6 +40,7 @@ MODULES = (
     "optimizers",
     "initializers",
     "upcycling",
+    "convert",
     "distribution",
     "export",
     "plots",
