@@ -36,6 +36,7 @@ LEVELS = {
 }
 PACKAGES = [
     "_checks",
+    "losses",
     "routing",
     "routers",
     "experts",
