@@ -99,16 +99,28 @@ class LocalExperts(keras.Model):
         return self.error(y / NOISE, outputs / NOISE, weights)
 
 
-def train(error, seed):
-    keras.utils.set_random_seed(seed)
+def train(error):
+    """Return the outputs and weights on the grid for each seed."""
     model = LocalExperts(error)
     model.compile(keras.optimizers.Adam(0.05), steps_per_execution=4)
-    model.fit(*draw(1024, seed), batch_size=256, epochs=EPOCHS, verbose=0)
-    outputs, weights = (x.numpy() for x in model(grid))
-    return outputs[..., 0], weights  # (inputs, e) both
+    model(grid)
+    model.optimizer.build(model.trainable_variables)
+    start, found = {}, []
+    model.optimizer.save_own_variables(start)
+    for seed in range(SEEDS):
+        # New weights in the same model, whose training step is traced only once.
+        keras.utils.set_random_seed(seed)
+        fresh = LocalExperts(error)
+        fresh(grid)
+        model.set_weights(fresh.get_weights())
+        model.optimizer.load_own_variables(start)
+        model.fit(*draw(1024, seed), batch_size=256, epochs=EPOCHS, verbose=0)
+        outputs, weights = (x.numpy() for x in model(grid))
+        found.append((outputs[..., 0], weights))  # (inputs, e) both
+    return found
 
 
-runs = {name: [train(e, seed) for seed in range(SEEDS)] for name, e in ERRORS.items()}
+runs = {name: train(error) for name, error in ERRORS.items()}
 
 # %% [markdown]
 """
@@ -196,5 +208,18 @@ plt.show()
 # %% [markdown]
 """
 ## Results
-TODO
+
+Mean and standard deviation of five seeds:
+
+- **1.1 cooperates.** The expert with the largest weight is wrong alone: an error of
+  0.97 ± 0.14, where the mixture has 0.42 ± 0.13.
+- **1.3 localises.** One expert is nearly as good as the mixture, 0.32 ± 0.03 against
+  0.27 ± 0.02, and all four are in use for every seed.
+- **1.2 localises too**, with the largest weights, 0.98 ± 0.01, but it loses experts:
+  2.80 ± 0.40 are in use, and the error is 0.55 ± 0.06. The claim that 1.3 works better
+  holds here: an expert with little weight learns little under 1.2, but much under 1.3
+  if it is the best one for an example.
+- **The largest weight alone does not tell** cooperation from localisation: 0.84 ± 0.04
+  under 1.1 and 0.88 ± 0.01 under 1.3. Small weights on large outputs are enough to
+  cooperate. The error of one expert does tell.
 """
