@@ -13,7 +13,7 @@ Parts:  `keras_moe.routers` (assign tokens to experts), `keras_moe.experts` (exp
         rows).
 Models: `keras_moe.multitask` (MultiTaskModel, UncertaintyWeighting),
         `keras_moe.upcycling` (convert a trained MLP to a MoE, add experts),
-        `keras_moe.export`
+        `keras_moe.convert` (sparse blocks of KerasHub as MoE), `keras_moe.export`
         (SavedModel with one signature per task, ONNX, LiteRT, OpenVINO).
 Plots:  `keras_moe.plots` (gates, experts, conflicts), not imported by default because
         it needs matplotlib; `keras_moe.report` writes a page about a run.
@@ -21,6 +21,7 @@ Plots:  `keras_moe.plots` (gates, experts, conflicts), not imported by default b
 
 from keras_moe import (
     callbacks,
+    convert,
     distribution,
     experts,
     export,
@@ -40,6 +41,7 @@ from keras_moe.report import report
 __all__ = [
     "__version__",
     "callbacks",
+    "convert",
     "distribution",
     "experts",
     "export",

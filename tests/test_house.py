@@ -29,6 +29,7 @@ LEVELS = {
     "export": 6,
     "plots": 6,
     "tfrs": 6,
+    "convert": 6,
     "upcycling": 6,
     "distribution": 6,
     "telemetry": 6,
@@ -37,6 +38,7 @@ LEVELS = {
 }
 PACKAGES = [
     "_checks",
+    "losses",
     "routing",
     "routers",
     "experts",
@@ -45,6 +47,7 @@ PACKAGES = [
     "callbacks",
     "optimizers",
     "export",
+    "convert",
     "upcycling",
     "distribution",
     "telemetry",

@@ -240,8 +240,27 @@ LEGAL = {
     "router_z_loss": {"router_logits": PROBS, "mask": MASK},
     "entropy_loss": {"router_probs": PROBS, "mask": MASK},
     "cv_squared": {"values": PROBS[0]},
+    **{
+        name: {
+            "targets": PROBS[:, :2],
+            "expert_outputs": np.stack([PROBS, -PROBS], axis=-1),
+            "gate_weights": PROBS,
+            "mask": MASK,
+        }
+        for name in (
+            "local_experts_loss",
+            "expected_squared_error",
+            "mixture_squared_error",
+        )
+    },
 }
-AXES = {"expert_indices": "(n, k)", "mask": "(n,)", "values": "(e,)"}
+AXES = {
+    "expert_indices": "(n, k)",
+    "mask": "(n,)",
+    "values": "(e,)",
+    "targets": "(n, u)",
+    "expert_outputs": "(n, e, u)",
+}
 ARGUMENTS = [(name, argument) for name in LEGAL for argument in LEGAL[name]]
 OF_SEVERAL_GATES = "multi_gate_load_balancing_loss"
 MASKED = [name for name in LEGAL if "mask" in LEGAL[name]]
@@ -267,11 +286,7 @@ def test_entropy_of_any_leading_axes():
 
 
 def test_every_public_loss_is_tested_for_its_shapes():
-    public = {
-        name
-        for name, function in inspect.getmembers(losses, inspect.isfunction)
-        if function.__module__ == losses.__name__ and not name.startswith("_")
-    }
+    public = set(losses.__all__)
     # One takes a record, one any leading axes.
     assert public == {*LEGAL, "auxiliary_losses", "entropy"}
     for name in LEGAL:

@@ -24,8 +24,8 @@ def _printed(notebook):
     return "".join(output.get("text", "") for output in _outputs(notebook))
 
 
-def test_there_are_four():
-    assert [path.name[:2] for path in build.scripts()] == ["01", "02", "03", "04"]
+def test_there_are_five():
+    assert [path.name[:2] for path in build.scripts()] == ["01", "02", "03", "04", "05"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

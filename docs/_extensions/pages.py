@@ -41,6 +41,7 @@ MODULES = (
     "optimizers",
     "initializers",
     "upcycling",
+    "convert",
     "distribution",
     "export",
     "plots",

@@ -12,7 +12,7 @@ import numpy as np
 import keras_moe
 from keras_moe import losses, metrics, multitask, routers, routing, upcycling
 from keras_moe.multitask import gradients, heads, weighting
-from tests.support import routing_oracles, task_oracles
+from tests.support import local_experts_oracles, routing_oracles, task_oracles
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,38 @@ _importance = _masked(routing_oracles.cv_squared_of_sums)
 _z = _masked(routing_oracles.router_z_loss)
 _entropy = _masked(routing_oracles.entropy_loss)
 
+_LOCAL_EXPERTS = {
+    "targets": ["F(3, 2)", "F(3, 2).tolist()"],
+    "expert_outputs": ["F(3, 4, 2)"],
+    "gate_weights": _PROBS,
+    "mask": _MASK,
+}
+_local_experts = _masked(local_experts_oracles.local_experts_loss)
+_expected_error = _masked(local_experts_oracles.expected_squared_error)
+_mixture_error = _masked(local_experts_oracles.mixture_squared_error)
+
 FUNCTIONS: dict[str, Subject] = {
+    "losses.local_experts_loss": Subject(
+        losses.local_experts_loss,
+        _LOCAL_EXPERTS,
+        lambda targets, expert_outputs, gate_weights, mask: _local_experts(
+            targets, expert_outputs, gate_weights, mask=mask
+        ),
+    ),
+    "losses.expected_squared_error": Subject(
+        losses.expected_squared_error,
+        _LOCAL_EXPERTS,
+        lambda targets, expert_outputs, gate_weights, mask: _expected_error(
+            targets, expert_outputs, gate_weights, mask=mask
+        ),
+    ),
+    "losses.mixture_squared_error": Subject(
+        losses.mixture_squared_error,
+        _LOCAL_EXPERTS,
+        lambda targets, expert_outputs, gate_weights, mask: _mixture_error(
+            targets, expert_outputs, gate_weights, mask=mask
+        ),
+    ),
     "losses.load_balancing_loss": Subject(
         losses.load_balancing_loss,
         {"router_probs": _PROBS, "expert_indices": _INDICES, "mask": _MASK},

@@ -22,6 +22,8 @@ EXEMPT = {
     "__version__": "a string",
     "callbacks.DatasetPosition": "its argument is a dataset",
     "callbacks.ExactBackup": "files have a profile of their own",
+    "convert.from_keras_hub": "its argument is a block of KerasHub",
+    "convert.replace_keras_hub_blocks": "its argument is a model of KerasHub",
     "distribution.ExpertParallel": "made by expert_parallel",
     "distribution.Plan": "a record that plan returns",
     "distribution.VariablePlacement": "a record that expert_parallel returns",

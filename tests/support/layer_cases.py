@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_moe.convert._gated_shared_moe import GatedSharedMoE
 from keras_moe.experts import GLUExperts, LayerExperts, MLPExperts
 from keras_moe.layers import (
     CGC,
@@ -458,6 +459,12 @@ CASES = [
             router=TopKRouter(4, 2, score_function="sigmoid"),
             experts=GLUExperts(4, 8, 5),
             **kwargs,
+        ),
+    ),
+    Case(
+        "GatedSharedMoE",
+        lambda **kwargs: GatedSharedMoE(
+            shared_hidden_units=7, experts=GLUExperts(4, 8), **kwargs
         ),
     ),
     Case(

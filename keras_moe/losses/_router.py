@@ -2,10 +2,7 @@
 
 Axis letters: n tokens, e experts, k choices per token.
 
-Pure functions of the tensors in a routing record. Each returns a scalar, computed in
-float32 (float64 for float64 tensors). Tokens outside the mask are ignored, even if
-their rows hold NaN; if no token is left, a loss is 0. A mask may also be numeric: 0 is
-False, any other number True.
+Pure functions of the tensors in a routing record.
 """
 
 from __future__ import annotations
@@ -13,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from keras import backend, ops
+from keras import ops
 
 from keras_moe import _checks
+from keras_moe.losses._masked import as_float, bool_mask, masked, mean, number_of_tokens
 from keras_moe.routing import Record, expert_counts, gates
 
 
@@ -59,10 +57,10 @@ def load_balancing_loss(
         mask=(mask, "n?"),
     )
     _checks.integers(expert_indices=expert_indices)
-    expert_indices, mask = ops.convert_to_tensor(expert_indices), _bool_mask(mask)
-    probs = _masked(router_probs, mask)
+    expert_indices, mask = ops.convert_to_tensor(expert_indices), bool_mask(mask)
+    probs = masked(router_probs, mask)
     num_experts, top_k = probs.shape[-1], expert_indices.shape[-1]
-    tokens = _number_of_tokens(probs, mask)
+    tokens = number_of_tokens(probs, mask)
     choices = expert_counts(expert_indices, num_experts, mask, probs.dtype)
     chosen_share = choices / (tokens * top_k)  # f
     mean_probs = ops.sum(probs, axis=0) / tokens  # P
@@ -110,15 +108,15 @@ def multi_gate_load_balancing_loss(
         gate_weights=(gate_weights, "nte"),
         mask=(mask, "n?"),
     )
-    mask = _bool_mask(mask)
+    mask = bool_mask(mask)
     probs = ops.convert_to_tensor(gate_probs)
     num_gates, num_experts = probs.shape[-2:]
     # NaN counts as chosen, as in `routing.union`.
     chosen = ops.any(ops.convert_to_tensor(gate_weights) != 0, axis=1)  # (n, e)
-    probs = _masked(ops.sum(probs, axis=1) / num_gates, mask)  # (n, e)
-    counts = ops.sum(_masked(ops.cast(chosen, probs.dtype), mask), axis=0)  # c
+    probs = masked(ops.sum(probs, axis=1) / num_gates, mask)  # (n, e)
+    counts = ops.sum(masked(ops.cast(chosen, probs.dtype), mask), axis=0)  # c
     share = counts / ops.maximum(ops.sum(counts), 1.0)  # f
-    mean_probs = ops.sum(probs, axis=0) / _number_of_tokens(probs, mask)  # P
+    mean_probs = ops.sum(probs, axis=0) / number_of_tokens(probs, mask)  # P
     return num_experts * ops.sum(share * mean_probs)
 
 
@@ -148,8 +146,8 @@ def importance_loss(gate_weights: Any, mask: Any = None) -> Any:
           Mixture-of-Experts Layer](https://arxiv.org/abs/1701.06538)
     """
     _checks.axes(gate_weights=(gate_weights, "ne"), mask=(mask, "n?"))
-    mask = _bool_mask(mask)
-    return cv_squared(ops.sum(_masked(gate_weights, mask), axis=0))
+    mask = bool_mask(mask)
+    return cv_squared(ops.sum(masked(gate_weights, mask), axis=0))
 
 
 def load_loss(choice_probs: Any, mask: Any = None) -> Any:
@@ -179,8 +177,8 @@ def load_loss(choice_probs: Any, mask: Any = None) -> Any:
           Mixture-of-Experts Layer](https://arxiv.org/abs/1701.06538)
     """
     _checks.axes(choice_probs=(choice_probs, "ne"), mask=(mask, "n?"))
-    mask = _bool_mask(mask)
-    return cv_squared(ops.sum(_masked(choice_probs, mask), axis=0))
+    mask = bool_mask(mask)
+    return cv_squared(ops.sum(masked(choice_probs, mask), axis=0))
 
 
 def router_z_loss(router_logits: Any, mask: Any = None) -> Any:
@@ -209,9 +207,9 @@ def router_z_loss(router_logits: Any, mask: Any = None) -> Any:
           Models](https://arxiv.org/abs/2202.08906)
     """
     _checks.axes(router_logits=(router_logits, "ne"), mask=(mask, "n?"))
-    mask = _bool_mask(mask)
-    logits = _masked(router_logits, mask)
-    return _mean(ops.square(ops.logsumexp(logits, axis=-1)), mask)
+    mask = bool_mask(mask)
+    logits = masked(router_logits, mask)
+    return mean(ops.square(ops.logsumexp(logits, axis=-1)), mask)
 
 
 def entropy_loss(router_probs: Any, mask: Any = None) -> Any:
@@ -241,9 +239,9 @@ def entropy_loss(router_probs: Any, mask: Any = None) -> Any:
           Minimization](https://papers.nips.cc/paper/2740)
     """
     _checks.axes(router_probs=(router_probs, "ne"), mask=(mask, "n?"))
-    mask = _bool_mask(mask)
-    probs = _masked(router_probs, mask)
-    return _mean(entropy(probs), mask)
+    mask = bool_mask(mask)
+    probs = masked(router_probs, mask)
+    return mean(entropy(probs), mask)
 
 
 def entropy(probs: Any) -> Any:
@@ -253,7 +251,7 @@ def entropy(probs: Any) -> Any:
     True
     """
     _checks.axes(probs=(probs, "...e"))
-    probs = _as_float(probs)
+    probs = as_float(probs)
     # About the smallest normal float32. At p = 0 the entropy is exact, and its
     # gradient, infinite in theory, is large and finite.
     return -ops.sum(probs * ops.log(ops.maximum(probs, 1e-37)), axis=-1)
@@ -338,47 +336,9 @@ def cv_squared(values: Any) -> Any:
     0.25
     """
     _checks.axes(values=(values, "e"))
-    values = _as_float(values)
+    values = as_float(values)
     # `ops.mean` would round to float32 on JAX.
     mean = ops.sum(values) / values.shape[0]
     variance = ops.sum(ops.square(values - mean)) / values.shape[0]
     # 1e-18 at least: JAX squares the divisor in the gradient, which must not be 0.
     return variance / (ops.square(mean) + 1e-18)
-
-
-def _as_float(values: Any) -> Any:
-    values = _checks.tensor("values", values)
-    wide = backend.standardize_dtype(values.dtype) == "float64"
-    return ops.cast(values, "float64" if wide else "float32")
-
-
-def _bool_mask(mask: Any) -> Any:
-    return None if mask is None else ops.cast(mask, "bool")
-
-
-def _masked(values: Any, mask: Any) -> Any:
-    """Return `values` with zeros in the masked rows.
-
-    Multiplying by the mask would keep a NaN of a padded row.
-    """
-    values = _as_float(values)
-    if mask is None:
-        return values
-    return ops.where(ops.expand_dims(mask, -1), values, ops.zeros_like(values))
-
-
-def _number_of_tokens(values: Any, mask: Any) -> Any:
-    """Return the number of tokens in the mask, at least 1, as a divisor."""
-    if mask is None:
-        count = ops.cast(ops.shape(values)[0], values.dtype)
-    else:
-        count = ops.sum(ops.cast(mask, values.dtype))
-    return ops.maximum(count, 1.0)
-
-
-def _mean(values: Any, mask: Any) -> Any:
-    """(n,) -> the mean over the tokens in the mask."""
-    tokens = _number_of_tokens(values, mask)
-    if mask is not None:
-        values = ops.where(mask, values, ops.zeros_like(values))
-    return ops.sum(values) / tokens
