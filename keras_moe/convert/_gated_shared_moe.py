@@ -54,7 +54,7 @@ class GatedSharedMoE(MoE):
     Example:
 
     >>> experts = keras_moe.experts.GLUExperts(num_experts=8, hidden_units=32)
-    >>> moe = keras_moe.convert.GatedSharedMoE(shared_hidden_units=64, experts=experts)
+    >>> moe = GatedSharedMoE(shared_hidden_units=64, experts=experts)
     >>> moe(np.ones((4, 16))).shape == (4, 16)
     True
 
