@@ -208,7 +208,7 @@ class Killed:
             f"of the kills, {state.moments['writing']} came during a write, "
             f"{state.moments['training']} between two writes, "
             f"{state.moments['compiling']} before the first batch that was trained; "
-            f"{state.trainings} trainings, {state.seconds / 60:.0f} minutes"
+            f"trainings: {state.trainings}, minutes: {state.seconds / 60:.0f}"
         )
         return results.Tried(what, state.cases, state.right, OUTCOME, note)
 
