@@ -25,9 +25,7 @@ def output_similarity(experts: Any, rows: Any) -> np.ndarray:
         experts: a layer of `keras_moe.experts`, called on every row.
         rows: tensor of shape `(n, d)`.
     """
-    outputs = _array(experts(rows))  # (n, e, u)
-    outputs = outputs - outputs.mean(axis=0)
-    return _cosines(outputs.transpose(1, 0, 2).reshape(outputs.shape[1], -1))
+    return similarity_of(outputs_and_zeros(experts, rows)[0])
 
 
 def kernel_similarity(experts: Any) -> np.ndarray | None:
@@ -64,8 +62,13 @@ def zero_activations(experts: Any, rows: Any) -> np.ndarray | None:
         experts: a layer of `keras_moe.experts`.
         rows: tensor of shape `(n, d)`.
     """
-    if not isinstance(experts, StackedDense) or experts.num_matmuls < 2:
-        return None
+    return outputs_and_zeros(experts, rows)[1]
+
+
+def outputs_and_zeros(experts: Any, rows: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the outputs `(e, n, u)`, and `zero_activations`, from one pass."""
+    if not isinstance(experts, StackedDense):
+        return _array(experts(rows)).swapaxes(0, 1), None
     zeros: list[np.ndarray] = []
 
     def matmul(rows: Any, kernel: Any, bias: Any = None, prologue: Any = None) -> Any:
@@ -75,17 +78,23 @@ def zero_activations(experts: Any, rows: Any) -> np.ndarray | None:
         rows = ops.matmul(rows, kernel)
         return rows if bias is None else rows + ops.expand_dims(bias, 1)
 
+    rows = ops.cast(rows, experts.compute_dtype)
     slots = ops.repeat(ops.expand_dims(rows, 0), experts.num_experts, axis=0)
-    experts.on_rows(slots, matmul)
-    return np.mean(zeros, axis=0) if zeros else None
+    outputs = _array(experts.on_rows(slots, matmul))
+    return outputs, np.mean(zeros, axis=0) if zeros else None
+
+
+def similarity_of(outputs: np.ndarray) -> np.ndarray:
+    """`output_similarity` of outputs `(e, n, u)`."""
+    centred = outputs - outputs.mean(axis=1, keepdims=True)
+    return _cosines(centred.reshape(len(outputs), -1))
 
 
 def _cosines(rows: np.ndarray) -> np.ndarray:
     """(e, m) -> (e, e); 0 for rows of zeros."""
-    rows = rows.astype("float64")
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     units = rows / np.where(lengths > 0, lengths, 1.0)
-    return np.clip(units @ units.T, -1.0, 1.0)
+    return np.clip(units @ units.T, -1.0, 1.0).astype("float64")
 
 
 def _array(tensor: Any) -> np.ndarray:

@@ -11,8 +11,8 @@ import numpy as np
 
 from keras_moe.telemetry._experts import (
     kernel_similarity,
-    output_similarity,
-    zero_activations,
+    outputs_and_zeros,
+    similarity_of,
 )
 from keras_moe.telemetry._mixtures import Mixture
 
@@ -82,8 +82,9 @@ def summarise(mixture: Mixture) -> dict[str, Any]:
         figures["kernel_similarity"] = kernel_similarity(mixture.experts)
     if mixture.experts is not None and mixture.rows is not None:
         rows = mixture.rows[:_ROWS_OF_EXPERTS]
-        figures["output_similarity"] = output_similarity(mixture.experts, rows)
-        figures["zero_activations"] = zero_activations(mixture.experts, rows)
+        outputs, zeros = outputs_and_zeros(mixture.experts, rows)
+        figures["output_similarity"] = similarity_of(outputs)
+        figures["zero_activations"] = zeros
     return figures
 
 
