@@ -21,11 +21,13 @@ OTHERS = (
     "metrics",
     "multitask",
     "routers",
+    "telemetry",
     "test_experts.py",
     "test_grow.py",
     "test_initializers.py",
     "test_losses.py",
     "test_remat.py",
+    "test_revive.py",
     "test_routing.py",
     "test_upcycling.py",
 )

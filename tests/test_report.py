@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from html.parser import HTMLParser
 
 import keras
@@ -119,9 +118,9 @@ def test_the_command(run, tmp_path):
         ("metrics.json", "{"),
         ("metrics.json", "[]"),
         ("metrics.json", "\xff"),
-        ("experts.jsonl", '{"epoch": 0'),
+        ("experts.jsonl", '{"epoch": 0\n'),
         ("experts.jsonl", "{}\n"),
-        ("experts.jsonl", '{"epoch":0,"step":1,"mixtures":{"moe":{"usage":1}}}'),
+        ("experts.jsonl", '{"epoch":0,"step":1,"mixtures":{"moe":{"usage":1}}}\n'),
     ],
 )
 def test_damaged_files_are_named(name, content, tmp_path):
@@ -145,4 +144,25 @@ def test_without_matplotlib(run, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         keras_moe.report(run)
-    assert "matplotlib" in sys.modules
+
+
+def test_results_of_other_forms(tmp_path):
+    for results, shown in (
+        ({"PLE": {"auc": [0.7, 0.8], "by": {"age": 1}}}, "[0.7, 0.8]"),
+        ({"auc": 0.71}, "0.71"),
+        ([{"auc": 0.72}], "0.72"),
+    ):
+        (tmp_path / "metrics.json").write_text(json.dumps({"results": results}))
+        assert shown in Page(keras_moe.report(tmp_path).read_text()).text
+
+
+def test_half_a_line_and_an_earlier_model(run, tmp_path):
+    """A process was killed while it wrote; before, a model of three experts."""
+    lines = (run / "experts.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    for name in ("usage", "relative_usage", "load"):
+        value = np.array(first["mixtures"]["moe"][name])
+        first["mixtures"]["moe"][name] = value[..., :3].tolist()
+    text = "\n".join([json.dumps(first), *lines, lines[-1][:40]])
+    (tmp_path / "experts.jsonl").write_text(text)
+    assert "load of the experts" in keras_moe.report(tmp_path).read_text()

@@ -55,6 +55,31 @@ def test_weights_router_and_slots(make):
         np.testing.assert_array_equal(array(weight)[[0, 2]], was[[0, 2]])
 
 
+def test_averages_of_weights_are_the_new_weights():
+    moe = layers.MoE(4, (8, 6))
+    model = trained(moe, keras.optimizers.Adam(0.01, use_ema=True))
+    upcycling.revive(moe, np.int64(1), source=0, optimizer=model.optimizer)
+    kernel = moe.experts.kernels[0]
+    index = model.optimizer._get_variable_index(kernel)
+    average = model.optimizer._model_variables_moving_average[index]
+    np.testing.assert_array_equal(array(average)[1], array(kernel)[1])
+    assert (array(model.optimizer._momentums[index])[1] == 0).all()
+
+
+def test_another_layer_of_the_same_name_keeps_its_slots():
+    inputs = keras.Input((6,))
+    moes = [layers.MoE(4, 6, name="moe") for _ in range(2)]
+    towers = [keras.Model(inputs, moe(inputs)) for moe in moes]
+    model = keras.Model(inputs, keras.layers.Add()([tower(inputs) for tower in towers]))
+    model.compile("adam", "mse")
+    model.fit(X, X, epochs=1, verbose=0)
+    slots = model.optimizer._momentums
+    other = slots[model.optimizer._get_variable_index(moes[1].experts.kernels[0])]
+    before = array(other)
+    upcycling.revive(moes[0], 1, source=0, optimizer=model.optimizer)
+    np.testing.assert_array_equal(array(other), before)
+
+
 def test_gates_of_mmoe():
     mmoe = layers.MMoE(4, (8, 6), ["a", "b"], gate_use_bias=True)
     trained(mmoe, "adam")
@@ -86,6 +111,8 @@ def test_what_is_wrong_is_named():
     other(X)
     with pytest.raises(ValueError, match="stacked kernels"):
         upcycling.revive(other, 1, source=0)
+    with pytest.raises(ValueError, match=r"`optimizer` must have slots.*Ftrl"):
+        upcycling.revive(moe, 1, source=0, optimizer=keras.optimizers.Ftrl())
     hashed = layers.MoE(3, 4, router="hash")
     hashed(X, router_inputs=np.arange(32))
     with pytest.raises(ValueError, match=r"`layer.router` must have a kernel"):

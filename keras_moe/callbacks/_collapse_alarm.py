@@ -11,9 +11,10 @@ import numpy as np
 from keras_moe import _checks
 from keras_moe.callbacks._expert_monitor import ExpertMonitor
 from keras_moe.telemetry import Sign, signs_of_collapse
-from keras_moe.upcycling import revive
+from keras_moe.upcycling._revive import can_revive, revive
 
 _ACTIONS = ("warn", "stop", "revive")
+_Key = tuple[str, str, int | None]
 _SHARES = ("dead_share", "dominant_share", "silent_share", "alike")
 
 
@@ -44,10 +45,11 @@ class CollapseAlarm(keras.callbacks.Callback):
         action: what an alarm does:
 
             - "warn": a UserWarning.
-            - "stop": also ends the training after the epoch.
+            - "stop": also ends the training.
             - "revive": also gives dead experts of a `MoE` or `MMoE` the weights of the
               most used expert, with noise, by `keras_moe.upcycling.revive`; their part
               in the state of the optimizer starts from 0. Each expert at most once.
+              Layers that it does not support get the warning alone.
         patience: int, observations in a row with the same sign.
         noise: float > 0, the noise of "revive", see there.
         seed: int, the seed of the noise.
@@ -58,7 +60,8 @@ class CollapseAlarm(keras.callbacks.Callback):
         alarms: list of `Alarm`, in order.
 
     Raises:
-        ValueError: if an argument is invalid.
+        ValueError: if an argument is invalid; in `fit`, if the monitor is not among the
+            callbacks before it.
         TypeError: if `monitor` is not an `ExpertMonitor`.
 
     Example:
@@ -91,21 +94,22 @@ class CollapseAlarm(keras.callbacks.Callback):
         self._noise = _checks.positive_number("noise", noise)
         self._seed = _checks.seed(seed)
         self._shares = {
-            _checks.one_of(
-                "shares",
-                name,
-                ("dead_share", "dominant_share", "silent_share", "alike"),
-            ): _checks.rate(name, value)
+            _checks.one_of("shares", name, _SHARES): _checks.rate(name, value)
             for name, value in shares.items()
         }
         self.alarms: list[Alarm] = []
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Start with no sign."""
+        if not self._monitor.is_in_fit or self._monitor.model is not self.model:
+            raise ValueError(
+                "`monitor` must come before the alarm in the callbacks of `fit`. "
+                "Received: a monitor that does not observe this model yet"
+            )
         self.alarms = []
-        self._in_a_row: dict[tuple[str, str], int] = {}
+        self._in_a_row: dict[_Key, int] = {}
         self._read = 0
-        self._given: set[tuple[str, str]] = set()
+        self._given: set[_Key] = set()
         self._revived: set[tuple[str, int]] = set()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -125,38 +129,40 @@ class CollapseAlarm(keras.callbacks.Callback):
                     name, figures["gates"], figures, figures["top_k"], **self._shares
                 )
             ]
-            keys = {(sign.kind, sign.mixture) for sign in signs}
+            keys = {key for sign in signs for key in _keys(sign)}
             self._in_a_row = {key: self._in_a_row.get(key, 0) + 1 for key in keys}
             for sign in signs:
-                if self._in_a_row[sign.kind, sign.mixture] >= self.patience:
+                lasting = [
+                    key for key in _keys(sign) if self._in_a_row[key] >= self.patience
+                ]
+                if lasting:
                     self._alarm(sign, seen)
+                    self._act(sign, seen, [expert for _, _, expert in lasting])
         self._read = len(self._monitor.observations)
 
     def _alarm(self, sign: Sign, seen: dict[str, Any]) -> None:
-        key = (sign.kind, sign.mixture)
-        if key not in self._given:
-            self._given.add(key)
-            self.alarms.append(Alarm(seen["epoch"], seen["step"], sign))
-            warnings.warn(
-                f"epoch {seen['epoch'] + 1}, {sign.kind}: {sign.text}", stacklevel=2
-            )
+        about = sign.experts[0] if sign.kind == "polarized gate" else None
+        key = (sign.kind, sign.mixture, about)
+        if key in self._given:
+            return
+        self._given.add(key)
+        self.alarms.append(Alarm(seen["epoch"], seen["step"], sign))
+        warnings.warn(
+            f"epoch {seen['epoch'] + 1}, {sign.kind}: {sign.text}", stacklevel=2
+        )
+
+    def _act(self, sign: Sign, seen: dict[str, Any], experts: list[Any]) -> None:
         if self.action == "stop":
             self.model.stop_training = True
-        if self.action == "revive" and sign.kind == "dead expert":
-            self._revive(sign, seen)
-
-    def _revive(self, sign: Sign, seen: dict[str, Any]) -> None:
-        dead = [k for k in sign.experts if (sign.mixture, k) not in self._revived]
+        layer = self._monitor.layer_of(sign.mixture)
+        is_dead = sign.kind == "dead expert" and can_revive(layer)
+        if self.action != "revive" or not is_dead:
+            return
+        dead = [k for k in experts if (sign.mixture, k) not in self._revived]
         if not dead:
             return
         self._revived |= {(sign.mixture, k) for k in dead}
-        self._in_a_row.pop((sign.kind, sign.mixture), None)
         load = np.asarray(seen["mixtures"][sign.mixture]["load"])
-        layer = next(
-            layer
-            for layer in self.model._flatten_layers(include_self=False)
-            if layer.path == sign.mixture
-        )
         revive(
             layer,
             dead,
@@ -165,3 +171,8 @@ class CollapseAlarm(keras.callbacks.Callback):
             seed=_checks.next_seed(self._seed, seen["step"]),
             optimizer=self.model.optimizer,
         )
+
+
+def _keys(sign: Sign) -> list[_Key]:
+    """What is counted: each expert that a sign is about, or the sign itself."""
+    return [(sign.kind, sign.mixture, expert) for expert in sign.experts or (None,)]

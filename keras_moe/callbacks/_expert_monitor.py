@@ -13,6 +13,7 @@ import numpy as np
 from keras_moe import _backend, _checks, telemetry
 from keras_moe.callbacks._tensorboard import TensorBoardWriter
 from keras_moe.multitask import MultiTaskModel
+from keras_moe.telemetry._conflict import check_rows
 
 
 class ExpertMonitor(keras.callbacks.Callback):
@@ -53,6 +54,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         observations: list of dicts with "epoch", "step", "mixtures" (a dict from the
             name to its figures, "gates" and "top_k"), "gradient_cosines" and "tasks".
         seconds: float, the time that all observations have taken.
+        is_in_fit: bool, whether a `fit` has begun that has not ended.
 
     Place it before the callbacks that read its figures.
 
@@ -88,7 +90,11 @@ class ExpertMonitor(keras.callbacks.Callback):
         log_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
-        _check_rows(x)
+        check_rows(x=x, y=y, sample_weight=sample_weight)
+        if sample_weight is not None and y is None:
+            raise ValueError(
+                "`sample_weight` must be None without `y`. Received: a sample_weight"
+            )
         self._x, self._y, self._sample_weight = x, y, sample_weight
         if every_steps is not None:
             every_steps = _checks.positive_int("every_steps", every_steps)
@@ -99,6 +105,12 @@ class ExpertMonitor(keras.callbacks.Callback):
             self._board = TensorBoardWriter(_checks.path("log_dir", log_dir))
         self.observations: list[dict[str, Any]] = []
         self.seconds = 0.0
+        self.is_in_fit = False
+        self._layers: dict[str, Any] = {}
+
+    def layer_of(self, mixture: str) -> keras.layers.Layer:
+        """Return the layer of a mixture of the last observation."""
+        return self._layers[mixture]
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Check the model."""
@@ -112,8 +124,11 @@ class ExpertMonitor(keras.callbacks.Callback):
             )
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
+        # At once, not after the first epoch, if it cannot be observed.
+        telemetry.observe(self.model, self._x)
         self.observations, self.seconds = [], 0.0
-        self._step = self._epoch = 0
+        self._step = self._before = self._epoch = 0
+        self.is_in_fit = True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Remember the epoch."""
@@ -121,12 +136,15 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Observe, if it is time to."""
-        self._step += 1
-        if self._every_steps is not None and self._step % self._every_steps == 0:
+        last = self._step
+        self._step = self._before + batch + 1  # Several with `steps_per_execution`.
+        every = self._every_steps
+        if every is not None and self._step // every > last // every:
             self._observe()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Observe, and add the figures to the logs."""
+        self._before = self._step
         if self._every_steps is None:
             self._observe()
         if logs is not None and self.observations:
@@ -134,6 +152,7 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Any = None) -> None:
         """Write what TensorBoard has not yet."""
+        self.is_in_fit = False
         if self._board is not None:
             self._board.flush()
 
@@ -142,6 +161,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         if _backend.name() == "jax":
             self.model.jax_state_sync()
         mixtures = telemetry.observe(self.model, self._x)
+        self._layers = {mixture.name: mixture.layer for mixture in mixtures}
         seen: dict[str, Any] = {
             "epoch": self._epoch,
             "step": self._step,
@@ -177,13 +197,14 @@ def _scalars(seen: dict[str, Any]) -> dict[str, float]:
             "load_cv": figures["load_cv"],
             "least_used": figures["relative_usage"].min(),
             "largest_weight": figures["largest_weight"].mean(),
-            "entropy": figures["entropy"].mean(),
+            "entropy": _mean(figures["entropy"][~np.isnan(figures["entropy"])]),
             "dropped": figures["dropped"] if figures["gates"] == ("router",) else None,
             "zero_activations": _mean(figures["zero_activations"]),
             "output_similarity": _mean_of_pairs(figures["output_similarity"]),
         }
         for figure, value in shown.items():
-            if value is not None and not np.isnan(value):
+            is_left_out = figure == "load_cv" and not figures["readable"].all()
+            if value is not None and not is_left_out:
                 found[f"{prefix}_{figure}"] = float(value)
     cosines = seen.get("gradient_cosines")
     if cosines is not None:
@@ -194,7 +215,7 @@ def _scalars(seen: dict[str, Any]) -> dict[str, float]:
 
 
 def _mean(values: Any) -> float | None:
-    return None if values is None else float(np.mean(values))
+    return None if values is None or not len(values) else float(np.mean(values))
 
 
 def _mean_of_pairs(similarity: Any) -> float | None:
@@ -211,14 +232,6 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     if isinstance(value, float | np.floating):
         return round(float(value), 6) if np.isfinite(value) else None
+    if isinstance(value, np.bool_):
+        return bool(value)
     return int(value) if isinstance(value, np.integer) else value
-
-
-def _check_rows(x: Any) -> None:
-    parts = keras.tree.flatten(x)
-    sizes = [len(part) if np.ndim(part) else -1 for part in parts]
-    if not sizes or min(sizes) < 1 or len(set(sizes)) > 1:
-        raise ValueError(
-            "`x` must be an array, or a list or dict of arrays, of one row or more and "
-            f"equal numbers of rows. Received: rows {sizes}"
-        )

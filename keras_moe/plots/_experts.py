@@ -79,9 +79,15 @@ def load_over_time(
             f"Received: mixture={mixture!r}"
         )
     ax = axes(ax)
-    steps = [seen["step"] for seen in observations]
-    loads = np.stack([seen["mixtures"][mixture]["load"] for seen in observations])
-    e = loads.shape[1]
+    found = [
+        (seen["step"], seen["mixtures"][mixture]["load"])
+        for seen in observations
+        if mixture in seen["mixtures"]
+    ]
+    # A file may have those of an earlier model first.
+    e = len(found[-1][1])
+    steps = [step for step, load in found if len(load) == e]
+    loads = np.stack([load for _, load in found if len(load) == e])
     if e <= 12:
         for k in range(e):
             ax.plot(steps, loads[:, k], label=f"expert {k}", **line(k))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from keras_moe import _checks
 from keras_moe.plots._style import COLOURS, SEQUENTIAL, axes, matrix
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def who_goes_where(
             "`weights` must have the shape (rows, experts), with one of `values` a "
             f"row. Received: shape {weights.shape} and {len(kinds)} values"
         )
+    most = _checks.positive_int("most", most)
     ax = axes(ax)
     found, counts = np.unique(kinds, return_counts=True)
     shown = found[np.argsort(-counts, kind="stable")[:most]]

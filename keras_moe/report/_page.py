@@ -103,8 +103,10 @@ def _page(title: str, sections: Iterator[tuple[str, str]]) -> str:
 def _sections(run: Run) -> Iterator[tuple[str, str]]:
     record = run.record
     results = record.get("results")
-    if isinstance(results, dict):
-        yield "Results", _results(results)
+    has_table = isinstance(results, dict) and all(
+        isinstance(of_model, dict) for of_model in results.values()
+    )
+    yield "Results", _results(results or {}) if has_table else ""
     warned = record.get("warnings") or []
     yield "Warnings", "".join(_alarm(str(text)) for text in warned)
     if run.observations:
@@ -117,16 +119,16 @@ def _sections(run: Run) -> Iterator[tuple[str, str]]:
             for path in run.pictures
         ),
     )
-    settings = {k: v for k, v in record.items() if k not in ("results", "curves")}
+    elsewhere = ("results", "curves") if has_table else ("curves",)
+    settings = {k: v for k, v in record.items() if k not in elsewhere}
     yield "Settings", _settings(settings)
     yield "Versions of this page", _table(_versions())
 
 
 def _results(results: dict[str, Any]) -> str:
-    rows = {name: v for name, v in results.items() if isinstance(v, dict)}
-    columns = list(dict.fromkeys(key for v in rows.values() for key in v))
+    columns = list(dict.fromkeys(key for v in results.values() for key in v))
     return _table(
-        [[name, *(v.get(column) for column in columns)] for name, v in rows.items()],
+        [[name, *(v.get(column) for column in columns)] for name, v in results.items()],
         ["", *columns],
     )
 
@@ -215,10 +217,12 @@ def _table(rows: list[list[Any]], head: list[str] | None = None) -> str:
 
 
 def _cell(value: Any) -> str:
-    if value is None or value != value:  # None or NaN
+    if value is None or (isinstance(value, float) and value != value):
         return "<td>-</td>"
     if isinstance(value, bool | str):
         return f"<td>{escape(str(value))}</td>"
+    if not isinstance(value, int | float):
+        return f"<td>{escape(json.dumps(value, default=str))}</td>"
     text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     return f'<td class="number">{escape(text)}</td>'
 

@@ -22,8 +22,8 @@ def of_experts(observations: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     """Yield captions and pictures: load over time, gates, similarity, conflict."""
     last = observations[-1]
     for name, figures in last["mixtures"].items():
-        if len(observations) > 1:
-            seen = [o for o in observations if name in o["mixtures"]]
+        seen = [o for o in observations if name in o["mixtures"]]
+        if len(seen) > 1:
             yield (
                 f"{name}: load of the experts over the training",
                 _drawn(plots.load_over_time, seen, name),

@@ -50,7 +50,9 @@ def read_run(folder: Path) -> Run:
     found = _json(record, record.read_bytes()) if record.exists() else {}
     if not isinstance(found, dict):
         raise ValueError(f"{record}: not the results of a run. Delete it and run again")
-    lines = observations.read_bytes().splitlines() if observations.exists() else []
+    content = observations.read_bytes() if observations.exists() else b""
+    # A process that was killed may have left a part of a line.
+    lines = content[: content.rfind(b"\n") + 1].splitlines()
     pictures = [p for p in sorted(folder.iterdir()) if p.suffix in _PICTURES]
     seen = [_observation(observations, _json(observations, line)) for line in lines]
     return Run(folder, found, seen, pictures)

@@ -8,6 +8,8 @@ from typing import Any
 
 import keras
 
+from keras_moe import _backend
+
 
 def call_arguments(
     model: keras.Model, x: Any, layers: Sequence[keras.layers.Layer]
@@ -16,17 +18,28 @@ def call_arguments(
 
     The model is called eagerly and in inference. Of a layer that is called more than
     once, the first call counts; None stands for a layer that is not called.
+
+    Raises:
+        ValueError: if a layer is called in a program that JAX compiles.
     """
     found: dict[int, dict[str, Any]] = {}
+    before = [vars(layer).get("call") for layer in layers]
+    metrics = [getattr(layer, "routing_metrics", None) for layer in layers]
+    active = [metric for metric in metrics if metric is not None and metric.active]
     try:
+        for metric in active:
+            metric.active = False  # They are those of `fit`.
         for layer in layers:
             # Not by `layer.call = `: Keras tracks what is assigned.
             object.__setattr__(layer, "call", _recording(layer, found))
-        # Without `training`: with False, routers would update the metrics of `fit`.
         model(x)
     finally:
-        for layer in layers:
+        for layer, own in zip(layers, before, strict=True):
             vars(layer).pop("call", None)
+            if own is not None:
+                object.__setattr__(layer, "call", own)
+        for metric in active:
+            metric.active = True
     return [found.get(id(layer)) for layer in layers]
 
 
@@ -39,6 +52,12 @@ def _recording(
     def recording(*args: Any, **kwargs: Any) -> Any:
         given = dict(signature.bind(*args, **kwargs).arguments)
         given.pop("training", None)
+        if any(_backend.is_traced_by_jax(part) for part in keras.tree.flatten(given)):
+            raise ValueError(
+                f"{layer.path} cannot be observed: it is called in a program that JAX "
+                "compiles, such as `keras.remat`, `keras.RematScope` or `ops.map`. "
+                f"Received: layer {layer.name!r} of {type(layer).__name__}"
+            )
         found.setdefault(id(layer), given)
         return call(*args, **kwargs)
 

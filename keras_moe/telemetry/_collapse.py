@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_moe import _checks
 
-# Below so many expected choices an expert may be without one by chance.
+# Below so many rows, or expected choices of an expert, chance alone gives signs.
 _EXPECTED = 20
 
 
@@ -19,8 +19,8 @@ class Sign(NamedTuple):
     """One thing that looks wrong.
 
     Attributes:
-        kind: "dead expert", "dominant expert", "polarized gate", "gates alike",
-            "experts alike" or "silent units".
+        kind: "not finite", "dead expert", "dominant expert", "polarized gate", "gates
+            alike", "experts alike" or "silent units".
         mixture: str, the name of the mixture.
         experts: tuple of the experts it is about; empty for a sign of gates.
         figure: float, what was seen.
@@ -53,11 +53,11 @@ def signs_of_collapse(
         figures: dict, of `summarise`.
         top_k: int, the choices of a router for a row; None for gates.
         dead_share: float. An expert is dead if every gate gives it less than this share
-            of an even part. Routers are not checked on samples of fewer than 20
-            expected choices an expert.
+            of an even part. Nothing is looked for in fewer than 20 rows, and no dead
+            experts of a router in fewer than 20 expected choices an expert.
         dominant_share: float. An expert is dominant if it has at least this share of
-            what one expert can have, in every gate; a gate is polarized if one expert
-            has this share of its weight.
+            what one expert can have, in every gate, and rows have at most half of the
+            experts; a gate is polarized if one expert has this share of its weight.
         silent_share: float. The units of an expert are silent if at least this share
             of its hidden activations is zero.
         alike: float. Experts are alike if the outputs of all have at least this
@@ -84,13 +84,25 @@ def signs_of_collapse(
     e = usage.shape[1]
     is_router = gates == ("router",)
     signs: list[Sign] = []
-    if e < 2:
+    readable = np.asarray(figures.get("readable", np.ones_like(usage)), bool)
+    if e < 2 or figures["rows"] < _EXPECTED:
         return signs
 
     def add(kind: str, experts: Any, figure: float, text: str) -> None:
         found = tuple(int(k) for k in experts)
         signs.append(Sign(kind, name, found, float(figure), f"{name}: {text}"))
 
+    finite = figures.get("finite_rows")
+    if finite is not None and finite < 1:
+        add(
+            "not finite",
+            (),
+            finite,
+            f"the weights of {1 - finite:.0%} of the rows are infinite or NaN. "
+            "`keras_moe.callbacks.FiniteGuard` names the batch and the feature",
+        )
+    if not usage.any():
+        return signs
     relative = figures.get("relative_usage")
     relative = (usage * e).max(axis=0) if relative is None else np.asarray(relative)
     expected = figures["rows"] * (top_k or 1) / e
@@ -106,7 +118,9 @@ def signs_of_collapse(
         )
     most = usage * (top_k or 1)
     everywhere = most.min(axis=0)
-    if everywhere.max() >= dominant_share and (top_k or 1) < e:
+    chosen = readable.sum(axis=1) > 1  # Other gates have no choice.
+    can_dominate = chosen.all() and 2 * (top_k or 1) <= e
+    if everywhere.max() >= dominant_share and can_dominate:
         k = int(everywhere.argmax())
         what = "of the rows" if is_router else "of the weight in every gate"
         add(
@@ -117,7 +131,7 @@ def signs_of_collapse(
             f"Try {_MORE_BALANCE if is_router else _OPEN_GATES}",
         )
     elif not is_router:
-        for i in np.flatnonzero(usage.max(axis=1) >= dominant_share):
+        for i in np.flatnonzero((usage.max(axis=1) >= dominant_share) & chosen):
             k = int(usage[i].argmax())
             add(
                 "polarized gate",
@@ -167,7 +181,10 @@ _MORE_BALANCE = (
     'a larger `load_balancing_loss_weight`, the router "bias_balanced" or a larger '
     "`top_k`"
 )
-_OPEN_GATES = "`gate_dropout`, a larger `gate_temperature` or normalized gate inputs"
+_OPEN_GATES = (
+    "normalized gate inputs, or `gate_dropout` and a larger `gate_temperature` if the "
+    "layer has them"
+)
 
 
 def _named(experts: np.ndarray) -> str:

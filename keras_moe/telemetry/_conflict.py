@@ -39,7 +39,7 @@ def gradient_conflict(
 
     Raises:
         TypeError: if `model` is not a `MultiTaskModel`.
-        ValueError: if it is not compiled, or has one task.
+        ValueError: if it is not compiled, has one task, or the numbers of rows differ.
 
     Example:
 
@@ -67,10 +67,30 @@ def gradient_conflict(
         raise ValueError(
             f"`model` must have two tasks or more. Received: tasks={model.tasks}"
         )
+    check_rows(x=x, y=y, sample_weight=sample_weight)
     x, y = keras.tree.map_structure(ops.convert_to_tensor, (x, y))
     sample_weight = model.complete_weights(y, sample_weight)
     gradients = _GRADIENTS[_backend.name()](model, x, y, sample_weight)
     return _cosines(gradients)
+
+
+def check_rows(**given: Any) -> None:
+    """Raise ValueError unless the arrays have equal numbers of rows, at least one.
+
+    Each argument is an array, or a list or dict of arrays; None passes.
+    """
+    first: int | None = None
+    for name, value in given.items():
+        if value is None:
+            continue
+        sizes = [len(p) if np.ndim(p) else 0 for p in keras.tree.flatten(value)]
+        first = sizes[0] if first is None and sizes else first
+        if not sizes or min(sizes) < 1 or {*sizes} != {first}:
+            beside = "" if name == "x" else f", as many as `x`: {first}"
+            raise ValueError(
+                f"`{name}` must be an array, or a list or dict of arrays, of one row "
+                f"or more and equal numbers of rows{beside}. Received: rows {sizes}"
+            )
 
 
 def _losses(model: Any, x: Any, y: Any, sample_weight: Any) -> list[Any]:

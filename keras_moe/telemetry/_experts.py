@@ -36,16 +36,16 @@ def kernel_similarity(experts: Any) -> np.ndarray | None:
     """
     if isinstance(experts, LayerExperts):
         kernels = [
-            [_array(w).ravel() for w in layer.trainable_variables if len(w.shape) > 1]
+            [_array(w).ravel() for w in layer.weights if len(w.shape) > 1]
             for layer in experts.layers
         ]
         flat = [np.concatenate(own) if own else np.zeros(0) for own in kernels]
         sizes = {part.size for part in flat}
         return _cosines(np.stack(flat)) if len(sizes) == 1 and sizes != {0} else None
-    e = experts.num_experts
+    e = getattr(experts, "num_experts", None)
     stacked = [
         _array(w).reshape(e, -1)
-        for w in experts.trainable_variables
+        for w in experts.weights
         if len(w.shape) > 2 and w.shape[0] == e
     ]
     return _cosines(np.concatenate(stacked, axis=1)) if stacked else None

@@ -48,6 +48,11 @@ def summarise(mixture: Mixture) -> dict[str, Any]:
           `keras_moe.telemetry`; None if they do not exist.
         - `"zero_activations"`: `(e,)`, the share of zeros in hidden units; or None.
         - `"rows"`: int, n.
+        - `"readable"`: bool `(g, e)`, whether a gate can choose the expert.
+        - `"finite_rows"`: float, the share of rows whose weights are finite. Rows of
+          other weights are in no other figure.
+
+        Similarities and zeros are of the first 256 rows.
 
     Example:
 
@@ -59,6 +64,11 @@ def summarise(mixture: Mixture) -> dict[str, Any]:
     >>> float(figures["load"].sum()), figures["kernel_similarity"].shape
     (1.0, (3, 3))
     """
+    finite = np.isfinite(mixture.weights).all(axis=(1, 2))
+    share = float(finite.mean()) if len(finite) else 0.0
+    rows = len(mixture.weights)
+    if finite.any():
+        mixture = mixture._replace(weights=mixture.weights[finite])
     usage, readable = mixture.usage, mixture.readable
     sizes = readable.sum(axis=1, keepdims=True)
     load = usage.sum(axis=0) / max(float(usage.sum()), 1e-12)
@@ -74,15 +84,17 @@ def summarise(mixture: Mixture) -> dict[str, Any]:
         "output_similarity": None,
         "kernel_similarity": None,
         "zero_activations": None,
-        "rows": len(mixture.weights),
+        "rows": rows,
+        "readable": readable,
+        "finite_rows": share,
     }
     if not readable.all():
         figures["load_cv"] = float("nan")
     if mixture.experts is not None:
         figures["kernel_similarity"] = kernel_similarity(mixture.experts)
     if mixture.experts is not None and mixture.rows is not None:
-        rows = mixture.rows[:_ROWS_OF_EXPERTS]
-        outputs, zeros = outputs_and_zeros(mixture.experts, rows)
+        first = mixture.rows[:_ROWS_OF_EXPERTS]
+        outputs, zeros = outputs_and_zeros(mixture.experts, first)
         figures["output_similarity"] = similarity_of(outputs)
         figures["zero_activations"] = zeros
     return figures

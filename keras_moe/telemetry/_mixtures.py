@@ -23,7 +23,8 @@ class Mixture(NamedTuple):
     """One mixture of a model (of a layer with several levels, one level) on a sample.
 
     Attributes:
-        name: str, the path of the layer, with `/level_1` and so on for its levels.
+        name: str, the path of the layer, with `/level_1` and so on for its levels. If
+            several layers have the same path, their number follows: `moe`, `moe_1`.
         gates: the g names: those of the tasks, or "router".
         weights: float32 `(n, g, e)`, the weight of each expert for each row.
         usage: float32 `(g, e)`, the share of each expert: of a router's choices, or of
@@ -36,6 +37,7 @@ class Mixture(NamedTuple):
         experts: the layer of the experts; None if it has no such attribute.
         rows: tensor `(n, d)`, what each of these experts reads; None if they read
             different streams.
+        layer: the layer.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Mixture(NamedTuple):
     routing: dict[str, float]
     experts: Any
     rows: Any
+    layer: Any
 
 
 def find_mixtures(model: keras.Model) -> list[keras.layers.Layer]:
@@ -69,7 +72,7 @@ def find_mixtures(model: keras.Model) -> list[keras.layers.Layer]:
     found = [
         layer
         for layer in model._flatten_layers(include_self=False)
-        if hasattr(layer, "gate_weights") or isinstance(layer, MoE)
+        if callable(getattr(layer, "gate_weights", None)) or isinstance(layer, MoE)
     ]
     if not found:
         raise ValueError(
@@ -83,7 +86,8 @@ def find_mixtures(model: keras.Model) -> list[keras.layers.Layer]:
 def observe(model: keras.Model, x: Any) -> list[Mixture]:
     """Return what each mixture of a model does with `x`, in inference.
 
-    The model is called once, without XLA, on all of `x`: pass a sample.
+    The model is called once, without XLA, on all of `x`: pass a sample. Of a layer that
+    a model calls several times, the first call counts.
 
     Args:
         model: a built Keras model on any backend, compiled or not.
@@ -94,7 +98,8 @@ def observe(model: keras.Model, x: Any) -> list[Mixture]:
 
     Raises:
         TypeError: if `model` is not a Keras model.
-        ValueError: if it is not built, or has no mixture.
+        ValueError: if it is not built, or has no mixture; on JAX, if a mixture is in a
+            part that is compiled by itself, such as `keras.remat`.
 
     Example:
 
@@ -111,7 +116,13 @@ def observe(model: keras.Model, x: Any) -> list[Mixture]:
         if given is not None:
             read = _of_router if isinstance(layer, MoE) else _of_gates
             found += read(layer, given)
-    return found
+    counts: dict[str, int] = {}
+    named = []
+    for mixture in found:
+        count = counts[mixture.name] = counts.get(mixture.name, -1) + 1
+        name = f"{mixture.name}_{count}" if count else mixture.name
+        named.append(mixture._replace(name=name))
+    return named
 
 
 def _of_router(layer: MoE, given: dict[str, Any]) -> list[Mixture]:
@@ -142,6 +153,7 @@ def _of_router(layer: MoE, given: dict[str, Any]) -> list[Mixture]:
             {name.removeprefix("router_"): value for name, value in figures.items()},
             layer.experts,
             rows,
+            layer,
         )
     ]
 
@@ -153,27 +165,41 @@ def _of_gates(layer: Any, given: dict[str, Any]) -> list[Mixture]:
     experts = getattr(layer, "experts", None)
     of_level = experts if isinstance(experts, list | tuple) else [experts]
     inputs = next(iter(given.values()))
-    reads_inputs = "task_inputs" not in given and not isinstance(layer, SoftMoE)
+    # The experts of `HoME` read the inputs times their feature gates.
+    apart = isinstance(layer, SoftMoE | HoME) or "task_inputs" in given
     mixtures = []
     for i, gates in enumerate(levels):
         weights, readable = on_all_experts(layer, i, _by_row(_array(gates), layer))
         rows = None
-        if i == 0 and reads_inputs:
+        if i == 0 and not apart:
             rows = ops.reshape(inputs, (-1, inputs.shape[-1]))
         mixtures.append(
             Mixture(
                 f"{layer.path}/level_{i}" if len(levels) > 1 else layer.path,
                 _gate_names(layer, i, weights.shape[1]),
                 weights,
-                weights.mean(axis=0),
+                _mean_of_finite(weights),
                 readable,
                 None,
                 {},
-                of_level[i] if i < len(of_level) else None,
+                _experts_of_gates(of_level, i, weights.shape[-1]),
                 rows,
+                layer,
             )
         )
     return mixtures
+
+
+def _experts_of_gates(of_level: Any, level: int, number: int) -> Any:
+    """Return the experts that the gates weight; None if there are others beside."""
+    experts = of_level[level] if level < len(of_level) else None
+    # `M3oE` has further experts, without a gate.
+    return experts if getattr(experts, "num_experts", number) == number else None
+
+
+def _mean_of_finite(weights: np.ndarray) -> np.ndarray:
+    finite = weights[np.isfinite(weights).all(axis=(1, 2))]
+    return finite.mean(axis=0) if len(finite) else np.zeros(weights.shape[1:])
 
 
 def _by_row(gates: np.ndarray, layer: keras.layers.Layer) -> np.ndarray:
@@ -186,7 +212,7 @@ def _by_row(gates: np.ndarray, layer: keras.layers.Layer) -> np.ndarray:
 def _gate_names(layer: Any, level: int, gates: int) -> tuple[str, ...]:
     names = tuple(map(str, getattr(layer, "tasks", None) or ()))
     if isinstance(layer, SoftMoE):
-        return ("router",)
+        return ("slots",)
     if isinstance(layer, HoME) and level == 0:
         return tuple(f"group_{i}" for i in range(gates))
     if isinstance(layer, OMoE):

@@ -5,6 +5,7 @@ Axis letters: d input features, e experts, g gates.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,7 +42,9 @@ def revive(
             weight of the source is added to its copies.
         seed: int, the seed of the noise.
         optimizer: the optimizer of the model. Its slots (momentums and so on) of the
-            replaced weights become 0.
+            replaced weights become 0, and averages of weights (`use_ema`) the weights.
+            Not Ftrl, whose slots are the weights, or Adafactor, whose slots are of all
+            experts together.
 
     Raises:
         TypeError: if `layer` is of another class.
@@ -57,7 +60,7 @@ def revive(
     >>> bool(np.allclose(kernel[2], kernel[0], atol=1e-3))
     True
     """
-    replaced = _checked(layer, experts, source)
+    replaced = _checked(layer, experts, source, optimizer)
     noise = _checks.positive_number("noise", noise)
     rng = np.random.default_rng(_checks.seed(seed))
     for weight, axis in _by_expert(layer):
@@ -67,10 +70,11 @@ def revive(
             draws = rng.normal(size=value[source].shape)
             value[k] = value[source] + (spread * draws).astype(value.dtype)
         weight.assign(np.moveaxis(value, 0, axis))
-        for slot in _slots(optimizer, weight):
-            value = np.moveaxis(np.array(ops.convert_to_numpy(slot)), axis, 0)
-            value[replaced] = 0.0
-            slot.assign(np.moveaxis(value, 0, axis))
+        for name, slot in _slots(optimizer, weight):
+            part = np.moveaxis(np.array(ops.convert_to_numpy(slot)), axis, 0)
+            is_average = name == "_model_variables_moving_average"
+            part[replaced] = value[replaced] if is_average else 0.0
+            slot.assign(np.moveaxis(part, 0, axis))
 
 
 def _by_expert(layer: Any) -> Iterator[tuple[Any, int]]:
@@ -88,19 +92,32 @@ def _by_expert(layer: Any) -> Iterator[tuple[Any, int]]:
         yield bias, 1
 
 
-def _slots(optimizer: Any, weight: Any) -> list[Any]:
-    """Return the variables of the optimizer that belong to `weight`, of its shape."""
-    if optimizer is None:
+def _slots(optimizer: Any, weight: Any) -> list[tuple[str, Any]]:
+    """Return the slots of `weight` that have its shape, by the name of their list."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    trained = [] if optimizer is None else optimizer._trainable_variables
+    index = next((i for i, own in enumerate(trained) if own is weight), None)
+    if index is None:
         return []
-    prefix = f"{weight.path.replace('/', '_')}_"
+    lists = {k: v for k, v in vars(optimizer).items() if isinstance(v, list)}
+    found = [(k, v[index]) for k, v in lists.items() if len(v) == len(trained)]
     return [
-        slot
-        for slot in optimizer.variables
-        if slot.name.startswith(prefix) and slot.shape == weight.shape
+        (name, slot)
+        for name, slot in found
+        if slot is not weight and getattr(slot, "shape", None) == weight.shape
     ]
 
 
-def _checked(layer: Any, experts: Any, source: Any) -> list[int]:
+def can_revive(layer: Any) -> bool:
+    """Whether `revive` supports a built layer."""
+    try:
+        _check_layer(layer)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _check_layer(layer: Any) -> None:
     if not isinstance(layer, MoE | MMoE):
         raise TypeError(
             f"`layer` must be a MoE or an MMoE. Received: layer={layer!r} of type "
@@ -127,7 +144,18 @@ def _checked(layer: Any, experts: Any, source: Any) -> list[int]:
                 "such as TopKRouter. "
                 f"Received: layer.router={layer.router!r}"
             )
-    given = [experts] if isinstance(experts, int) else experts
+
+
+def _checked(layer: Any, experts: Any, source: Any, optimizer: Any) -> list[int]:
+    _check_layer(layer)
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if isinstance(inner, keras.optimizers.Ftrl | keras.optimizers.Adafactor):
+        raise ValueError(
+            "`optimizer` must have slots that can start from 0 for one expert. "
+            f"Received: optimizer of type {type(inner).__name__}"
+        )
+    e = layer.num_experts
+    given = [experts] if isinstance(experts, numbers.Integral) else experts
     replaced = [
         _checks.count("experts", k)
         for k in _checks.items("experts", given, "expert indices")

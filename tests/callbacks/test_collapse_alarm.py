@@ -46,7 +46,7 @@ def alarms(model, y, epochs=3, **options):
     return alarm, said, history
 
 
-def test_huge_router_logits():
+def test_a_router_with_one_expert():
     model, moe = sparse(top_k=1, load_balancing_loss_weight=0.0)
     kernel = np.zeros((6, 4), "float32")
     moe.router.kernel.assign(kernel)
@@ -80,7 +80,7 @@ def test_gates_alike_and_polarized():
     mmoe.gates.biases[-1].assign(bias)
     alarm, said, _ = alarms(model, LABELS)
     kinds = [one.sign.kind for one in alarm.alarms]
-    assert kinds == ["dead expert", "polarized gate"]
+    assert kinds == ["dead expert", "polarized gate", "polarized gate"]
     assert "the gate of click gives expert 1 100%" in " ".join(said)
 
 
@@ -147,6 +147,59 @@ def test_healthy_trainings_give_no_alarm():
         model.compile(keras.optimizers.Adam(0.003), "mse")
         alarm, said, _ = alarms(model, LABELS, epochs=3)
         assert not alarm.alarms, (seed, said)
+
+
+class Alternating(CollapseAlarm):
+    """Sees one dead expert in each observation, each time another."""
+
+    def _read_new(self):
+        for seen in self._monitor.observations[self._read :]:
+            figures = seen["mixtures"]["moe"]
+            usage = np.full((1, 4), 1 / 3)
+            usage[0, seen["epoch"]] = 0.0
+            figures |= {"usage": usage, "relative_usage": usage[0] * 4}
+        super()._read_new()
+
+
+def test_patience_is_that_of_each_expert():
+    model, _ = sparse()
+    monitor = ExpertMonitor(X)
+    alarm = Alternating(monitor, patience=2)
+    model.fit(X, Y, epochs=3, callbacks=[monitor, alarm], verbose=0)
+    assert not alarm.alarms
+
+
+def test_layers_that_cannot_be_revived_get_the_warning():
+    ple = layers.PLE(2, 2, 1, (8, 4), TASKS, name="ple", gate_use_bias=True)
+    model = gated(ple)
+    ple.gates[0].trainable = False
+    model.compile("adam", "mse")
+    for variable in ple.gates[0].weights:
+        variable.assign(np.zeros(variable.shape, "float32"))
+    bias = np.zeros((2, 3), "float32")
+    bias[:, 2] = -1000.0
+    ple.gates[0].biases[-1].assign(bias)
+    alarm, _, _ = alarms(model, LABELS, action="revive", patience=1)
+    signs = [one.sign for one in alarm.alarms if one.sign.kind == "dead expert"]
+    assert [(sign.mixture, sign.experts) for sign in signs] == [("ple/level_0", (3,))]
+
+
+def test_values_that_are_not_finite():
+    model, moe = sparse()
+    moe.trainable = False
+    model.compile("adam", "mse")
+    moe.router.kernel.assign(np.full((6, 4), np.nan, "float32"))
+    alarm, said, _ = alarms(model, np.zeros_like(Y), action="revive")
+    assert [one.sign.kind for one in alarm.alarms] == ["not finite"]
+    assert "FiniteGuard" in said[0]
+
+
+def test_the_monitor_must_come_first():
+    model, _ = sparse()
+    monitor = ExpertMonitor(X)
+    for callbacks in ([CollapseAlarm(monitor)], [CollapseAlarm(monitor), monitor]):
+        with pytest.raises(ValueError, match="`monitor` must come before the alarm"):
+            model.fit(X, Y, callbacks=callbacks, verbose=0)
 
 
 def test_bad_arguments_are_named():

@@ -104,6 +104,14 @@ def test_every_steps():
     assert len(history.history["moe_load_cv"]) == 2
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch has one step")
+def test_several_steps_an_execution():
+    monitor = ExpertMonitor(X, every_steps=4)
+    model = two_tasks(steps_per_execution=3)
+    model.fit(X, Y, batch_size=8, epochs=1, callbacks=[monitor], verbose=0)
+    assert [seen["step"] for seen in monitor.observations] == [6, 9, 12]
+
+
 def test_training_is_the_same_with_a_monitor():
     found = []
     for callbacks in ([], [ExpertMonitor(X, Y)]):
@@ -137,6 +145,10 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
             ExpertMonitor(wrong)
     with pytest.raises(ValueError, match="`every_steps`"):
         ExpertMonitor(X, every_steps=0)
+    with pytest.raises(ValueError, match=r"`y` must be.*as many as `x`: 96"):
+        ExpertMonitor(X, {task: labels[:5] for task, labels in Y.items()})
+    with pytest.raises(ValueError, match="`sample_weight` must be None without `y`"):
+        ExpertMonitor(X, None, X[:, 0])
     inputs = keras.Input((6,))
     dense = keras.Model(inputs, keras.layers.Dense(1)(inputs))
     dense.compile("sgd", "mse")

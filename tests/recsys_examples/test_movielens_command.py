@@ -420,7 +420,7 @@ class TestInterruption:
         assert err.startswith(
             "interrupted: unfinished results were discarded; --resume"
         )
-        assert set(written) == {"model.keras", "saved_model"}
+        assert set(written) == {"experts.jsonl", "model.keras", "saved_model"}
         assert not out.exists()
 
 

@@ -80,11 +80,9 @@ def two_tasks(kernel):
 
 @pytest.mark.parametrize(("sign", "cosine"), [(1.0, 1.0), (-1.0, -1.0)])
 def test_conflict_by_hand(sign, cosine):
-    """Head b is `sign` times head a; labels 0: the losses (w h)^2 are the same.
+    """Both heads are 1; the residuals h - y are 1 for a and `sign` for b.
 
-    The gradient by h of (w h - y)^2 is 2 w (w h - y). With y_b such that its residual
-    is `sign` times that of a divided by the sign of its weight, gradients are equal or
-    opposite.
+    The gradient of (h - y)^2 by h is 2 (h - y): both are equal or opposite.
     """
     model = two_tasks(np.array([[1.0], [0.5]], "float32"))
     for task in ("a", "b"):
@@ -128,6 +126,16 @@ def test_conflict_in_mixtures_leaves_out_what_one_task_has():
     assert found.shape == (2, 2)
     assert -1 <= found[0, 1] <= 1
     np.testing.assert_allclose(np.diag(found), 1.0)
+
+
+def test_rows_that_differ_are_named():
+    model = two_tasks(np.ones((2, 1)))
+    model.compile("sgd", "mse")
+    x, y = X[:8, :2], {"a": X[:8, :1], "b": X[:3, :1]}
+    with pytest.raises(ValueError, match=r"`y` must be.*rows \[8, 3\]"):
+        telemetry.gradient_conflict(model, x, y)
+    with pytest.raises(ValueError, match=r"`y` must be.*as many as `x`: 8.*\[1, 1\]"):
+        telemetry.gradient_conflict(model, x, {"a": X[:1, :1], "b": X[:1, :1]})
 
 
 def test_conflict_names_what_is_wrong():

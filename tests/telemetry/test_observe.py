@@ -16,7 +16,23 @@ def model_of(layer, inputs=None):
 
 
 def observed(layer, x=X):
-    return telemetry.observe(model_of(layer), x)
+    found = telemetry.observe(model_of(layer), x)
+    check(found)
+    return found
+
+
+def check(found):
+    """The figures of every mixture can be computed, and a fresh one has no sign."""
+    for mixture in found:
+        figures = telemetry.summarise(mixture)
+        assert figures["finite_rows"] == 1.0
+        similarity = figures["output_similarity"]
+        experts = mixture.weights.shape[-1]
+        assert similarity is None or similarity.shape == (experts, experts)
+        signs = telemetry.signs_of_collapse(
+            mixture.name, mixture.gates, figures, mixture.top_k
+        )
+        assert not signs
 
 
 def test_a_router_by_hand():
@@ -148,6 +164,7 @@ def test_further_inputs():
     model = keras.Model([inputs, scenario], layer(inputs, scenario))
     (mixture,) = telemetry.observe(model, [X, np.arange(60) % 3])
     assert mixture.weights.shape == (60, 2, 2)
+    check([mixture])
 
 
 class Nested(keras.Model):
@@ -179,6 +196,59 @@ def test_the_model_stays_as_it_is():
         np.testing.assert_array_equal(old, new)
     assert "call" not in vars(moe)
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(model(X)), outputs)
+
+
+class Inference(keras.Model):
+    """Calls its layers with training=False by default."""
+
+    def __init__(self):
+        super().__init__()
+        self.moe = layers.MoE(4, 6, routing_metrics=("load_cv",))
+
+    def call(self, inputs, training=False):
+        return self.moe(inputs, training=training)
+
+
+def test_metrics_of_fit_are_not_updated():
+    model = Inference()
+    model(X)
+    before = [keras.ops.convert_to_numpy(s) for s in model.moe.routing_metrics.sums]
+    telemetry.observe(model, X)
+    after = [keras.ops.convert_to_numpy(s) for s in model.moe.routing_metrics.sums]
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert model.moe.routing_metrics.active
+
+
+def test_layers_of_the_same_name():
+    inputs = keras.Input((6,))
+    towers = [
+        keras.Model(inputs, layers.MoE(4, 6, name="moe")(inputs)) for _ in range(2)
+    ]
+    model = keras.Model(inputs, [tower(inputs) for tower in towers])
+    names = [mixture.name for mixture in telemetry.observe(model, X)]
+    assert names == ["moe", "moe_1"]
+
+
+class AnyExperts(keras.layers.Layer):
+    """Experts of a user, with no more than a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(12)
+
+    def call(self, inputs):
+        return keras.ops.reshape(self.dense(inputs), (-1, 3, 4))
+
+
+def test_experts_of_a_user():
+    (mixture,) = observed(layers.MMoE(3, None, TASKS, experts=AnyExperts()))
+    assert telemetry.summarise(mixture)["kernel_similarity"] is None
+
+
+def test_gates_without_a_choice_have_no_sign():
+    observed(layers.CGC(0, 1, 5, TASKS))
+    observed(layers.MoE(8, 6, top_k=7))
 
 
 def test_bad_models_are_named():
