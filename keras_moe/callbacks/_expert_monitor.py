@@ -68,7 +68,7 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     >>> x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
     >>> inputs = keras.Input((4,))
-    >>> hidden = keras_moe.layers.MoE(num_experts=4, expert_units=(8, 8))(inputs)
+    >>> hidden = keras_moe.layers.MoE(4, (8, 8), name="moe")(inputs)
     >>> model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
     >>> model.compile("adam", "mse")
     >>> monitor = keras_moe.callbacks.ExpertMonitor(x)

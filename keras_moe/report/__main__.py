@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from keras_moe.report import report
+from keras_moe.report._page import report
 
 
 def main(arguments: list[str] | None = None) -> int:
