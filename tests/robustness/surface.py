@@ -20,8 +20,11 @@ FURTHER = ("keras_moe.routing", "keras_moe.multitask.entire_space")
 # Not fuzzed, and why.
 EXEMPT = {
     "__version__": "a string",
+    "callbacks.Alarm": "a record that CollapseAlarm makes",
+    "callbacks.CollapseAlarm": "its argument is an ExpertMonitor",
     "callbacks.DatasetPosition": "its argument is a dataset",
     "callbacks.ExactBackup": "files have a profile of their own",
+    "callbacks.ExpertMonitor": "its argument is a sample of data",
     "convert.from_keras_hub": "its argument is a block of KerasHub",
     "convert.replace_keras_hub_blocks": "its argument is a model of KerasHub",
     "distribution.ExpertParallel": "made by expert_parallel",
@@ -39,6 +42,7 @@ EXEMPT = {
     "export.load_saved_model": "files have a profile of their own",
     "export.write_checksums": "files have a profile of their own",
     "multitask.Rows": "a record",
+    "report": "files have a profile of their own",
     "routing.DenseRouting": "a record",
     "routing.ExpertChoiceRouting": "a record",
     "routing.Record": "a record",
@@ -46,6 +50,17 @@ EXEMPT = {
     "routing.Runs": "a record",
     "routing.Slots": "a record",
     "routing.SortedChoices": "a record",
+    "telemetry.Mixture": "a record that observe returns",
+    "telemetry.Sign": "a record that signs_of_collapse returns",
+    "telemetry.find_mixtures": "its argument is a model",
+    "telemetry.gradient_conflict": "its argument is a model",
+    "telemetry.kernel_similarity": "its argument is a layer",
+    "telemetry.observe": "its argument is a model",
+    "telemetry.output_similarity": "its argument is a layer",
+    "telemetry.signs_of_collapse": "its argument is what summarise returns",
+    "telemetry.summarise": "its argument is what observe returns",
+    "telemetry.zero_activations": "its argument is a layer",
+    "upcycling.revive": "it changes a built layer in place",
 }
 
 
