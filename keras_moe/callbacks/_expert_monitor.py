@@ -114,7 +114,6 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Check the model."""
-        telemetry.find_mixtures(self.model)
         is_multi_task = isinstance(self.model, MultiTaskModel)
         if self._y is not None and not (is_multi_task and len(self.model.tasks) > 1):
             raise ValueError(

@@ -36,7 +36,7 @@ def kernel_similarity(experts: Any) -> np.ndarray | None:
     """
     if isinstance(experts, LayerExperts):
         kernels = [
-            [_array(w).ravel() for w in layer.weights if len(w.shape) > 1]
+            [array(w).ravel() for w in layer.weights if len(w.shape) > 1]
             for layer in experts.layers
         ]
         flat = [np.concatenate(own) if own else np.zeros(0) for own in kernels]
@@ -44,7 +44,7 @@ def kernel_similarity(experts: Any) -> np.ndarray | None:
         return _cosines(np.stack(flat)) if len(sizes) == 1 and sizes != {0} else None
     e = getattr(experts, "num_experts", None)
     stacked = [
-        _array(w).reshape(e, -1)
+        array(w).reshape(e, -1)
         for w in experts.weights
         if len(w.shape) > 2 and w.shape[0] == e
     ]
@@ -68,19 +68,19 @@ def zero_activations(experts: Any, rows: Any) -> np.ndarray | None:
 def outputs_and_zeros(experts: Any, rows: Any) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the outputs `(e, n, u)`, and `zero_activations`, from one pass."""
     if not isinstance(experts, StackedDense):
-        return _array(experts(rows)).swapaxes(0, 1), None
+        return array(experts(rows)).swapaxes(0, 1), None
     zeros: list[np.ndarray] = []
 
     def matmul(rows: Any, kernel: Any, bias: Any = None, prologue: Any = None) -> Any:
         rows = apply_prologue(prologue, rows)
         if prologue is not None:
-            zeros.append((_array(rows) == 0.0).mean(axis=(1, 2)))
+            zeros.append((array(rows) == 0.0).mean(axis=(1, 2)))
         rows = ops.matmul(rows, kernel)
         return rows if bias is None else rows + ops.expand_dims(bias, 1)
 
     rows = ops.cast(rows, experts.compute_dtype)
     slots = ops.repeat(ops.expand_dims(rows, 0), experts.num_experts, axis=0)
-    outputs = _array(experts.on_rows(slots, matmul))
+    outputs = array(experts.on_rows(slots, matmul))
     return outputs, np.mean(zeros, axis=0) if zeros else None
 
 
@@ -97,5 +97,6 @@ def _cosines(rows: np.ndarray) -> np.ndarray:
     return np.clip(units @ units.T, -1.0, 1.0).astype("float64")
 
 
-def _array(tensor: Any) -> np.ndarray:
+def array(tensor: Any) -> np.ndarray:
+    """Return a tensor in float32."""
     return np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))

@@ -16,6 +16,7 @@ from keras_moe import routing as routing_lib
 from keras_moe.layers import HoME, MoE, OMoE, SoftMoE
 from keras_moe.metrics import RoutingMetrics
 from keras_moe.telemetry._calls import call_arguments
+from keras_moe.telemetry._experts import array
 from keras_moe.telemetry._layouts import on_all_experts
 
 
@@ -138,10 +139,10 @@ def _of_router(layer: MoE, given: dict[str, Any]) -> list[Mixture]:
     metric.update_state(record, kept)
     figures = {name: float(value) for name, value in metric.result().items()}
     load = [figures.pop(f"router_expert_load_{k}") for k in range(e)]
-    weights = _array(routing_lib.gates(record, e, rows.shape[0]))[:, None]
+    weights = array(routing_lib.gates(record, e, rows.shape[0]))[:, None]
     if record.mask is not None:
         kept_rows = np.asarray(ops.convert_to_numpy(record.mask))
-        weights, rows = weights[kept_rows], _array(rows)[kept_rows]
+        weights, rows = weights[kept_rows], array(rows)[kept_rows]
     return [
         Mixture(
             layer.path,
@@ -169,7 +170,7 @@ def _of_gates(layer: Any, given: dict[str, Any]) -> list[Mixture]:
     apart = isinstance(layer, SoftMoE | HoME) or "task_inputs" in given
     mixtures = []
     for i, gates in enumerate(levels):
-        weights, readable = on_all_experts(layer, i, _by_row(_array(gates), layer))
+        weights, readable = on_all_experts(layer, i, _by_row(array(gates), layer))
         rows = None
         if i == 0 and not apart:
             rows = ops.reshape(inputs, (-1, inputs.shape[-1]))
@@ -218,7 +219,3 @@ def _gate_names(layer: Any, level: int, gates: int) -> tuple[str, ...]:
     if isinstance(layer, OMoE):
         return ("all tasks",)
     return names if len(names) == gates else (*names, "shared")
-
-
-def _array(tensor: Any) -> np.ndarray:
-    return np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))
