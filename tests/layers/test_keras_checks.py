@@ -10,6 +10,7 @@ import keras_moe.experts
 import keras_moe.layers
 import keras_moe.multitask
 from keras_moe import routers
+from keras_moe.convert import _gated_shared_moe
 from keras_moe.multitask import weighting
 from tests.contracts import ROWS, Case
 from tests.support.layer_cases import CASES
@@ -122,6 +123,7 @@ def test_every_public_layer_is_checked():
             keras_moe.routers,
             keras_moe.multitask,
             weighting,
+            _gated_shared_moe,
         )
         for name, value in vars(module).items()
         if isinstance(value, type)

@@ -4,6 +4,7 @@ import contextlib
 import random
 import re
 import signal
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,10 +42,16 @@ def saved_models(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(saved_models, tmp_path):
-    for parent in (*tmp_path.parents[:2], tmp_path):
-        parent.chmod(0o755)
-    with copied(saved_models["mixture"], tmp_path) as copy:
+def scratch():
+    """A folder that every user may enter, unlike pytest's `tmp_path`."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def folder(saved_models, scratch):
+    with copied(saved_models["mixture"], scratch) as copy:
         yield copy
 
 
@@ -154,11 +161,9 @@ def test_an_operation_of_a_later_version(folder):
 
 
 @pytest.mark.parametrize("kind", [*dict.fromkeys(KINDS)])
-def test_recommend_with_a_damaged_run(tmp_path, kind, capfd):
+def test_recommend_with_a_damaged_run(scratch, kind, capfd):
     """The command prints one line and returns 2."""
-    for parent in (*tmp_path.parents[:2], tmp_path):
-        parent.chmod(0o755)
-    run = tmp_path / "run"
+    run = scratch / "run"
     read_cases.write_recommender(run)
     path = run / "saved_model" / "saved_model.pb"
     arguments = ["recommend", "--user", "3", "--model", str(run)]

@@ -106,7 +106,7 @@ def test_gates_of_mmoe():
 
 def test_ple_has_its_experts_in_one_order():
     """Own experts of the first task, of the second, shared: 2 + 2 + 1."""
-    ple = layers.PLE(2, 1, 2, (5, 3), TASKS)
+    ple = layers.PLE(2, 1, 2, (5, 3), TASKS, name="ple")
     first, second = observed(ple)
     assert (first.name, second.name) == ("ple/level_0", "ple/level_1")
     expected = [[True, True, False, False, True], [False, False, True, True, True]]
