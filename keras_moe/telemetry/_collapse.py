@@ -80,101 +80,146 @@ def signs_of_collapse(
     dominant_share = _checks.rate("dominant_share", dominant_share)
     silent_share = _checks.rate("silent_share", silent_share)
     alike = _checks.rate("alike", alike)
-    usage = np.asarray(figures["usage"])
-    e = usage.shape[1]
-    is_router = gates == ("router",)
-    signs: list[Sign] = []
-    readable = np.asarray(figures.get("readable", np.ones_like(usage)), bool)
-    if e < 2 or figures["rows"] < _EXPECTED:
-        return signs
-
-    def add(kind: str, experts: Any, figure: float, text: str) -> None:
-        found = tuple(int(k) for k in experts)
-        signs.append(Sign(kind, name, found, float(figure), f"{name}: {text}"))
-
-    finite = figures.get("finite_rows")
-    if finite is not None and finite < 1:
-        add(
-            "not finite",
-            (),
-            finite,
-            f"the weights of {1 - finite:.0%} of the rows are infinite or NaN. "
-            "`keras_moe.callbacks.FiniteGuard` names the batch and the feature",
+    seen = _Seen(name, gates, figures, top_k)
+    if seen.num_experts < 2 or seen.rows < _EXPECTED:
+        return []
+    signs = [*_not_finite(seen)]
+    if seen.usage.any():
+        signs += _dead_experts(seen, dead_share)
+        signs += _dominant_expert(seen, dominant_share) or _polarized_gates(
+            seen, dominant_share
         )
-    if not usage.any():
-        return signs
-    relative = figures.get("relative_usage")
-    relative = (usage * e).max(axis=0) if relative is None else np.asarray(relative)
-    expected = figures["rows"] * (top_k or 1) / e
-    dead = np.flatnonzero(relative < dead_share)
-    if dead.size and (not is_router or expected >= _EXPECTED):
-        what = "choices" if is_router else "weight"
-        add(
-            "dead expert",
-            dead,
-            relative[dead].max(),
-            f"{_named(dead)} {_have(dead)} less than {dead_share:.0%} of an even share "
-            f"of the {what}. Try {_MORE_BALANCE if is_router else _OPEN_GATES}",
-        )
-    most = usage * (top_k or 1)
-    everywhere = most.min(axis=0)
-    chosen = readable.sum(axis=1) > 1  # Other gates have no choice.
-    can_dominate = chosen.all() and 2 * (top_k or 1) <= e
-    if everywhere.max() >= dominant_share and can_dominate:
-        k = int(everywhere.argmax())
-        what = "of the rows" if is_router else "of the weight in every gate"
-        add(
-            "dominant expert",
-            [k],
-            everywhere[k],
-            f"expert {k} has {everywhere[k]:.0%} {what}. "
-            f"Try {_MORE_BALANCE if is_router else _OPEN_GATES}",
-        )
-    elif not is_router:
-        for i in np.flatnonzero((usage.max(axis=1) >= dominant_share) & chosen):
-            k = int(usage[i].argmax())
-            add(
-                "polarized gate",
-                [k],
-                usage[i, k],
-                f"the gate of {gates[i]} gives expert {k} {usage[i, k]:.0%} of its "
-                f"weight. Try {_OPEN_GATES}",
-            )
-    distance = figures.get("gate_distance")
-    if distance is not None and distance <= 1 - alike:
-        add(
-            "gates alike",
-            (),
-            distance,
-            f"the gates of all tasks give the same weights (distance {distance:.3g}). "
-            "If the tasks are alike, `SharedBottom` costs less; else try other "
-            "`gate_inputs` or `PLE`",
-        )
-    similarity = figures.get("output_similarity")
-    if similarity is not None:
-        apart = np.asarray(similarity)[~np.eye(e, dtype=bool)].min()
-        if apart >= alike:
-            add(
-                "experts alike",
-                range(e),
-                apart,
-                f"the outputs of all experts have a correlation of at least "
-                f"{apart:.3f}: they compute the same. Try another initializer (each "
-                "expert needs draws of its own) or `dropout`",
-            )
-    zeros = figures.get("zero_activations")
-    if zeros is not None:
-        silent = np.flatnonzero(np.asarray(zeros) >= silent_share)
-        if silent.size:
-            add(
-                "silent units",
-                silent,
-                np.asarray(zeros)[silent].min(),
-                f"{_named(silent)} {_have(silent)} hidden activations of 0 for nearly "
-                "all rows, without gradients. Try a smaller learning rate, normalized "
-                'inputs or the activation "gelu"',
-            )
+        signs += _gates_alike(seen, alike)
+        signs += _experts_alike(seen, alike)
+        signs += _silent_units(seen, silent_share)
     return signs
+
+
+class _Seen:
+    """The figures of a mixture, as the signs read them."""
+
+    def __init__(
+        self,
+        name: str,
+        gates: tuple[str, ...],
+        figures: dict[str, Any],
+        top_k: int | None,
+    ) -> None:
+        self.name, self.gates, self.figures = name, gates, figures
+        self.usage = np.asarray(figures["usage"])  # (g, e)
+        self.num_experts = self.usage.shape[1]
+        self.rows = figures["rows"]
+        self.is_router = gates == ("router",)
+        self.choices = top_k or 1  # of one row
+        self.remedy = _MORE_BALANCE if self.is_router else _OPEN_GATES
+
+    def get(self, figure: str) -> Any:
+        return self.figures.get(figure)
+
+    def has_choice(self) -> np.ndarray:
+        """Return bool (g,): whether a gate can have more than one expert."""
+        readable = np.asarray(self.figures.get("readable", np.ones_like(self.usage)))
+        return readable.astype(bool).sum(axis=1) > 1
+
+    def sign(self, kind: str, experts: Any, figure: float, text: str) -> Sign:
+        found = tuple(int(k) for k in experts)
+        return Sign(kind, self.name, found, float(figure), f"{self.name}: {text}")
+
+
+def _not_finite(seen: _Seen) -> list[Sign]:
+    finite = seen.get("finite_rows")
+    if finite is None or not finite < 1:
+        return []
+    text = (
+        f"the weights of {1 - finite:.0%} of the rows are infinite or NaN. "
+        "`keras_moe.callbacks.FiniteGuard` names the batch and the feature"
+    )
+    return [seen.sign("not finite", (), finite, text)]
+
+
+def _dead_experts(seen: _Seen, share: float) -> list[Sign]:
+    relative = seen.get("relative_usage")
+    if relative is None:
+        relative = (seen.usage * seen.num_experts).max(axis=0)
+    relative = np.asarray(relative)
+    dead = np.flatnonzero(relative < share)
+    expected = seen.rows * seen.choices / seen.num_experts
+    if not dead.size or (seen.is_router and expected < _EXPECTED):
+        return []
+    what = "choices" if seen.is_router else "weight"
+    text = (
+        f"{_named(dead)} {_have(dead)} less than {share:.0%} of an even share of the "
+        f"{what}. Try {seen.remedy}"
+    )
+    return [seen.sign("dead expert", dead, relative[dead].max(), text)]
+
+
+def _dominant_expert(seen: _Seen, share: float) -> list[Sign]:
+    everywhere = (seen.usage * seen.choices).min(axis=0)
+    can_dominate = seen.has_choice().all() and 2 * seen.choices <= seen.num_experts
+    if not (can_dominate and everywhere.max() >= share):
+        return []
+    k = int(everywhere.argmax())
+    what = "of the rows" if seen.is_router else "of the weight in every gate"
+    text = f"expert {k} has {everywhere[k]:.0%} {what}. Try {seen.remedy}"
+    return [seen.sign("dominant expert", [k], everywhere[k], text)]
+
+
+def _polarized_gates(seen: _Seen, share: float) -> list[Sign]:
+    if seen.is_router:
+        return []
+    signs = []
+    for i in np.flatnonzero((seen.usage.max(axis=1) >= share) & seen.has_choice()):
+        k = int(seen.usage[i].argmax())
+        text = (
+            f"the gate of {seen.gates[i]} gives expert {k} {seen.usage[i, k]:.0%} of "
+            f"its weight. Try {seen.remedy}"
+        )
+        signs.append(seen.sign("polarized gate", [k], seen.usage[i, k], text))
+    return signs
+
+
+def _gates_alike(seen: _Seen, alike: float) -> list[Sign]:
+    distance = seen.get("gate_distance")
+    if distance is None or not distance <= 1 - alike:
+        return []
+    text = (
+        f"the gates of all tasks give the same weights (distance {distance:.3g}). If "
+        "the tasks are alike, `SharedBottom` costs less; else try other `gate_inputs` "
+        "or `PLE`"
+    )
+    return [seen.sign("gates alike", (), distance, text)]
+
+
+def _experts_alike(seen: _Seen, alike: float) -> list[Sign]:
+    similarity = seen.get("output_similarity")
+    if similarity is None:
+        return []
+    e = seen.num_experts
+    apart = np.asarray(similarity)[~np.eye(e, dtype=bool)].min()
+    if not apart >= alike:
+        return []
+    text = (
+        f"the outputs of all experts have a correlation of at least {apart:.3f}: they "
+        "compute the same. Try another initializer (each expert needs draws of its "
+        "own) or `dropout`"
+    )
+    return [seen.sign("experts alike", range(e), apart, text)]
+
+
+def _silent_units(seen: _Seen, share: float) -> list[Sign]:
+    zeros = seen.get("zero_activations")
+    if zeros is None:
+        return []
+    silent = np.flatnonzero(np.asarray(zeros) >= share)
+    if not silent.size:
+        return []
+    text = (
+        f"{_named(silent)} {_have(silent)} hidden activations of 0 for nearly all "
+        "rows, without gradients. Try a smaller learning rate, normalized inputs or "
+        'the activation "gelu"'
+    )
+    return [seen.sign("silent units", silent, np.asarray(zeros)[silent].min(), text)]
 
 
 _MORE_BALANCE = (

@@ -5,12 +5,13 @@ Axis letters: n rows, g gates, e experts, m experts of one task, s shared expert
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from keras import ops
 
 from keras_moe.layers import PLE, HoME
+from keras_moe.layers._mixture import spread
 
 
 def on_all_experts(
@@ -34,18 +35,9 @@ def on_all_experts(
     parts, readable, start = [], [], 0
     for owners, num_blocks, m in blocks:
         own = weights[..., start : start + m]
-        parts.append(_spread(own, owners, num_blocks))
-        readable.append(_spread(np.ones((1, g, m)), owners, num_blocks)[0])
+        for rows, found in ((own, parts), (np.ones((1, g, m)), readable)):
+            found.append(ops.convert_to_numpy(spread(rows, owners, num_blocks)))
         start += m
     parts.append(weights[..., start:])
-    readable.append(np.ones((g, weights.shape[-1] - start)))
-    return np.concatenate(parts, -1), np.concatenate(readable, -1) > 0
-
-
-def _spread(own: np.ndarray, owners: Sequence[int], num_blocks: int) -> np.ndarray:
-    """(n, g, m) -> (n, g, num_blocks * m), 0 but in the block of each gate."""
-    n, g, m = own.shape
-    found = np.zeros((n, g, num_blocks, m), own.dtype)
-    for gate, owner in enumerate(owners):
-        found[:, gate, owner] = own[:, gate]
-    return found.reshape(n, g, num_blocks * m)
+    readable.append(np.ones((1, g, weights.shape[-1] - start)))
+    return np.concatenate(parts, -1), np.concatenate(readable, -1)[0] > 0
