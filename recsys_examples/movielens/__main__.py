@@ -28,6 +28,7 @@ from recsys_examples.errors import InputError
 from recsys_examples.movielens.command import (
     add_recommend,
     add_run_arguments,
+    depends_on,
     print_list,
     print_order_warnings,
     read_data,
@@ -77,7 +78,7 @@ def train(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     console = make_console()
     with (
-        backup_folder(options.out, _depends_on(options), options.resume) as backups,
+        backup_folder(options.out, depends_on(options), options.resume) as backups,
         run_folder(options.out) as (folder, final),
     ):
         # TensorFlow is imported only after the data was read and the output folder
@@ -124,17 +125,6 @@ def train(options: argparse.Namespace) -> None:
         f"Try: python -m recsys_examples.movielens recommend --user "
         f"{windows.before_test.user_ids[-1]} --model {final}"
     )
-
-
-def _depends_on(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what a training depends on, for its backups."""
-    from recsys_examples.runs import versions
-
-    given = {k: v for k, v in vars(options).items() if k not in ("run", "resume")}
-    return {
-        **{k: str(v) if isinstance(v, Path) else v for k, v in given.items()},
-        "versions": versions("keras-moe", "keras", "tensorflow", "numpy"),
-    }
 
 
 def _baseline_results(

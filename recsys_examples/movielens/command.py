@@ -104,16 +104,21 @@ def print_order_warnings(console: Console, data: MovieLens) -> list[str]:
     return warnings
 
 
+def depends_on(options: argparse.Namespace, *packages: str) -> dict[str, Any]:
+    """Return what a training depends on, for its backups: options and versions."""
+    return {
+        **_arguments(options, without=("run", "resume")),
+        "versions": versions("keras-moe", "keras", "tensorflow", "numpy", *packages),
+    }
+
+
 def run_metadata(
     options: argparse.Namespace, data: str, settings: Any, *packages: str
 ) -> dict[str, Any]:
     """Return the data, arguments, settings and versions that the results depend on."""
-    given = {k: v for k, v in vars(options).items() if k != "run"}
     return {
         "data": data,
-        "arguments": {
-            k: str(v) if isinstance(v, Path) else v for k, v in given.items()
-        },
+        "arguments": _arguments(options, without=("run",)),
         "seed": options.seed,
         "settings": asdict(settings),
         "versions": {
@@ -121,6 +126,11 @@ def run_metadata(
             **versions("keras-moe", "keras", "tensorflow", "numpy", *packages),
         },
     }
+
+
+def _arguments(options: argparse.Namespace, without: tuple[str, ...]) -> dict[str, Any]:
+    given = {k: v for k, v in vars(options).items() if k not in without}
+    return {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
 
 
 def print_list(user: int, answer: dict[str, Any], most: int) -> None:

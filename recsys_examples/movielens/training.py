@@ -8,6 +8,7 @@ Axis letters: b batch, i movies of the catalogue, c movies watched next.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,25 @@ class RankingOnValidation(keras.callbacks.Callback):
             logs["val_ndcg@10"] = rank(self._scorer, self._task)["ndcg@10"]
 
 
+def exact_backup(
+    folder: Path, callbacks: Sequence[keras.callbacks.Callback], data: Any = None
+) -> ExactBackup:
+    """Return the backup of one `fit` of a run, whose folder is deleted by the run.
+
+    Args:
+        folder: the folder of the backups.
+        callbacks: the other callbacks of `fit`.
+        data: what `fit` reads, if it has a state, see `ExactBackup`.
+    """
+    return ExactBackup(
+        folder,
+        every_seconds=_SECONDS_BETWEEN_BACKUPS,
+        data=data,
+        callbacks=callbacks,
+        delete_at_end=False,
+    )
+
+
 def fit_ranker(
     sequences: Sequences,
     catalogue: Catalogue,
@@ -167,14 +187,7 @@ def fit_ranker(
             scorer if "watch" in tasks else None, validation.task
         )
     if backup is not None:
-        saved = ExactBackup(
-            backup,
-            every_seconds=_SECONDS_BETWEEN_BACKUPS,
-            data=examples,
-            callbacks=callbacks,
-            delete_at_end=False,
-        )
-        callbacks = [saved, *callbacks]
+        callbacks = [exact_backup(backup, callbacks, examples), *callbacks]
     if experts is not None and settings.body != "shared_bottom":
         # The last ratings of each user, apart from the examples and their generator.
         last = np.maximum(sequences.lengths - settings.block, 1)

@@ -1,7 +1,7 @@
 """Two-stage recommendation: retrieval, then a multi-task ranker.
 
 python -m recsys_examples.two_stage                train, evaluate and export
-python -m recsys_examples.two_stage --study        over several seeds; see --resume
+python -m recsys_examples.two_stage --study        over several seeds
 python -m recsys_examples.two_stage latency        measure latency of exported models,
                                                    or by size of the catalogue
 python -m recsys_examples.two_stage recommend      recommend with an exported model
@@ -33,6 +33,7 @@ from recsys_examples.errors import InputError
 from recsys_examples.movielens.command import (
     add_recommend,
     add_run_arguments,
+    depends_on,
     print_list,
     print_order_warnings,
     read_data,
@@ -66,31 +67,43 @@ METRICS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = _parser().parse_args(arguments)
-    is_study = getattr(options, "study", False)
-    hint = "; --study --resume continues" if is_study else ""
+    hint = (
+        "finished seeds are kept, and --study --resume continues from them"
+        if getattr(options, "study", False)
+        else "unfinished results were discarded; --resume goes on from the last backup "
+        "of the training, if it had one"
+    )
     return run_command(
         lambda: options.run(options),
         needs="the pipeline (string features, SavedModel)",
-        interrupted=f"unfinished results were discarded{hint}",
+        interrupted=hint,
     )
 
 
 def train(options: argparse.Namespace) -> None:
     """Train the pipeline and the MovieLens example; write the run's folder."""
+    from recsys_examples.backups import backup_folder
     from recsys_examples.runs import run_folder
 
     started = time.perf_counter()
     console = make_console()
-    with run_folder(options.out) as (folder, final):
+    with (
+        backup_folder(
+            options.out, depends_on(options, "keras-rs"), options.resume
+        ) as backups,
+        run_folder(options.out) as (folder, final),
+    ):
         windows, settings, full, name, warnings = _prepare(options, console)
         from keras_moe import report
         from recsys_examples.runs import write_json
         from recsys_examples.tables import results_table
         from recsys_examples.two_stage import pictures
 
-        outcome = _train_pipeline(folder, windows, settings, options.seed, console)
+        outcome = _train_pipeline(
+            folder, windows, settings, options.seed, console, backups
+        )
         console.print("Training the MovieLens example's ranker, for comparison.")
-        compared = _train_full_ranker(folder, windows, full, options.seed)
+        compared = _train_full_ranker(folder, windows, full, options.seed, backups)
         _export_ranker_of_all(folder, outcome, len(windows.catalogue))
         pictures.draw(folder, outcome)
         results = {
@@ -120,14 +133,19 @@ def train(options: argparse.Namespace) -> None:
 
 
 def _train_pipeline(
-    folder: Path, windows: Windows, settings: Settings, seed: int, console: Console
+    folder: Path,
+    windows: Windows,
+    settings: Settings,
+    seed: int,
+    console: Console,
+    backups: Path,
 ) -> Outcome:
     """Train, evaluate and export both stages."""
     from recsys_examples.two_stage.pipeline import fit_first_stages, run_second_stage
     from recsys_examples.two_stage.serving import export_saved_model
 
-    stages = fit_first_stages(windows, settings, seed, console.print)
-    outcome = run_second_stage(windows, stages, settings, seed, console.print)
+    stages = fit_first_stages(windows, settings, seed, console.print, backups)
+    outcome = run_second_stage(windows, stages, settings, seed, console.print, backups)
     export_saved_model(
         outcome.stage,
         outcome.ranker,
@@ -138,13 +156,19 @@ def _train_pipeline(
 
 
 def _train_full_ranker(
-    folder: Path, windows: Windows, full: movielens.Settings, seed: int
+    folder: Path,
+    windows: Windows,
+    full: movielens.Settings,
+    seed: int,
+    backups: Path,
 ) -> movielens_pipeline.Outcome:
     """Train, evaluate and export the MovieLens example's ranker of all movies."""
     from recsys_examples.movielens.pipeline import run_ranker
     from recsys_examples.movielens.serving import export_saved_model
 
-    outcome = run_ranker(windows, full, seed=seed, verbose=0)
+    outcome = run_ranker(
+        windows, full, seed=seed, verbose=0, backups=backups / "full_catalogue"
+    )
     export_saved_model(
         outcome.fit.ranker,
         windows.before_test,
@@ -156,7 +180,7 @@ def _train_full_ranker(
 
 def _export_ranker_of_all(folder: Path, outcome: Outcome, num_movies: int) -> None:
     """Export the pipeline with all movies as candidates, for the latency benchmark."""
-    from recsys_examples.two_stage.pipeline import FirstStage
+    from recsys_examples.two_stage.first_stage import FirstStage
     from recsys_examples.two_stage.serving import export_saved_model
 
     stage = outcome.stage
@@ -244,7 +268,7 @@ def _prepare(
         _import_tfrs()
     from recsys_examples.movielens.model import Settings as FullSettings
     from recsys_examples.movielens.pipeline import make_windows
-    from recsys_examples.two_stage.pipeline import check_candidates
+    from recsys_examples.two_stage.first_stage import check_candidates
 
     settings = Settings(
         stack=options.stack, ranker=options.ranker, candidates=options.candidates
@@ -315,7 +339,10 @@ def _parser() -> argparse.ArgumentParser:
         help="number of movies that are retrieved (default: %(default)s)",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="continue an interrupted study"
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted study, or with the training of an interrupted "
+        "run with the same options (the retrieval of --stack tfrs starts again)",
     )
     commands = parser.add_subparsers(title="commands")
     add_recommend(commands, recommend, OUT, LIST_LENGTH)
@@ -324,8 +351,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train_or_study(options: argparse.Namespace) -> None:
-    if options.resume and not options.study:
-        raise InputError("--resume requires --study")
     if options.study and options.ranker != "mmoe":
         raise InputError("--ranker cannot be used with --study, which compares both")
     (study if options.study else train)(options)

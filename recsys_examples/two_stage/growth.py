@@ -22,8 +22,8 @@ from dataclasses import replace
 import numpy as np
 
 from recsys_examples.movielens.features import Catalogue
+from recsys_examples.two_stage.first_stage import FirstStage
 from recsys_examples.two_stage.pairs import PairFeatures
-from recsys_examples.two_stage.pipeline import FirstStage
 from recsys_examples.two_stage.retrieval import UnseenRetrieval
 from recsys_examples.two_stage.settings import Settings
 from recsys_examples.two_stage.statistics import Related, Statistics

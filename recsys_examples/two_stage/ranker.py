@@ -17,8 +17,9 @@ Axis letters: n examples, c candidates, p pair features, u user features, i movi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -29,7 +30,7 @@ from keras_moe.multitask import MultiTaskModel
 from recsys_examples.movielens import model as movielens
 from recsys_examples.movielens.features import Sequences
 from recsys_examples.movielens.ranking import LIKED
-from recsys_examples.movielens.training import compile_ranker
+from recsys_examples.movielens.training import compile_ranker, exact_backup
 from recsys_examples.two_stage.pairs import PAIR_FEATURES
 from recsys_examples.two_stage.settings import TASKS, Settings
 
@@ -190,8 +191,9 @@ def fit_ranker(
     *,
     seed: int,
     epochs: int | None = None,
-    callbacks: list[Any] | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
     verbose: int = 0,
+    backup: Path | None = None,
 ) -> tuple[MultiTaskModel, dict[str, list[float]]]:
     """Train a ranker; return it and its training curves.
 
@@ -202,6 +204,7 @@ def fit_ranker(
         epochs: number of epochs. Default: `settings.ranker_epochs`.
         callbacks: as in `keras.Model.fit`.
         verbose: as in `keras.Model.fit`.
+        backup: folder of backups, from which an interrupted fit goes on.
     """
     keras.utils.set_random_seed(seed)
     model = build_ranker(settings, examples.users)
@@ -214,13 +217,15 @@ def fit_ranker(
         level_weight=_LEVEL_WEIGHT,
     )
     compile_ranker(model, rates, TASKS, -(-len(examples.stars) // rates.batch_size))
+    if backup is not None:
+        callbacks = [exact_backup(backup, callbacks), *callbacks]
     history = model.fit(
         [examples.users, examples.pairs],
         examples.labels,
         sample_weight=examples.weights,
         batch_size=settings.batch_size,
         epochs=epochs or settings.ranker_epochs,
-        callbacks=callbacks,
+        callbacks=[*callbacks],
         verbose=verbose,
     )
     curves = {name: [float(v) for v in h] for name, h in history.history.items()}

@@ -9,7 +9,7 @@ Axis letters: b batch, i movies of the catalogue, c candidates, d dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -42,6 +42,7 @@ def fit_retrieval(
     validation: Validation | None = None,
     epochs: int | None = None,
     verbose: int = 0,
+    backup: Path | None = None,
 ) -> Retrieval:
     """Train the towers with the stack of the settings.
 
@@ -53,13 +54,15 @@ def fit_retrieval(
         validation: the window for early stopping.
         epochs: number of epochs, if it is not tuned.
         verbose: as in `keras.Model.fit`.
+        backup: folder of backups, from which an interrupted fit goes on. The stack
+            "tfrs" has none and starts again.
     """
-    fit: Callable[..., Retrieval] = _fit_with_keras
+    given = (sequences, catalogue, settings, seed, validation, epochs, verbose)
     if settings.stack == "tfrs":
         from recsys_examples.two_stage.tfrs_stack import fit_with_tfrs
 
-        fit = fit_with_tfrs
-    return fit(sequences, catalogue, settings, seed, validation, epochs, verbose)
+        return fit_with_tfrs(*given)
+    return _fit_with_keras(*given, backup)
 
 
 def _fit_with_keras(
@@ -70,6 +73,7 @@ def _fit_with_keras(
     validation: Validation | None,
     epochs: int | None,
     verbose: int,
+    backup: Path | None,
 ) -> Retrieval:
     fit = fit_ranker(
         sequences,
@@ -80,6 +84,7 @@ def _fit_with_keras(
         validation=validation,
         epochs=epochs,
         verbose=verbose,
+        backup=backup,
     )
     towers = fit.ranker.towers["watch"]
     return Retrieval(

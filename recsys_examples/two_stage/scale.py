@@ -51,7 +51,8 @@ class Trained:
     def __init__(self, windows: Windows, settings: Settings, seed: int = 0) -> None:
         from recsys_examples.movielens.model import Settings as FullSettings
         from recsys_examples.movielens.training import fit_ranker as fit_full
-        from recsys_examples.two_stage.pipeline import FirstStage, examples_of
+        from recsys_examples.two_stage.first_stage import FirstStage
+        from recsys_examples.two_stage.pipeline import examples_of
         from recsys_examples.two_stage.ranker import fit_ranker
         from recsys_examples.two_stage.retrieval import fit_retrieval
 

@@ -23,8 +23,8 @@ import tensorflow as tf
 import keras_moe
 from recsys_examples.movielens.features import HISTORY_LENGTH, NO_MOVIE
 from recsys_examples.movielens.serving import HIGHEST_RATING, KnownUsers, check_stars
+from recsys_examples.two_stage.first_stage import FirstStage
 from recsys_examples.two_stage.fusion import Fusion, diverse_top, fuse
-from recsys_examples.two_stage.pipeline import FirstStage
 from recsys_examples.two_stage.settings import LIST_LENGTH, TASKS
 from recsys_examples.two_stage.towers import MASKED_SCORE
 

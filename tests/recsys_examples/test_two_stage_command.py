@@ -244,8 +244,13 @@ class TestBadInput:
         assert status == 2
         assert err == f"error: {tmp_path / 'absent'}: the data folder does not exist\n"
 
-    def test_resume_without_study(self, command):
-        assert command("--resume")[::2] == (2, "error: --resume requires --study\n")
+    def test_resume_without_an_interrupted_run(self, data_dir, tmp_path, command):
+        out = tmp_path / "out"
+        arguments = ("--resume", *SMALL, "--data-dir", data_dir, "--out", out)
+        status, _, err = command(*arguments)
+        assert status == 2
+        assert err.startswith(f"error: {out}: no interrupted run with these options")
+        assert not out.exists()
 
     @pytest.mark.parametrize("verb", [["recommend", "--user", "7"], ["latency"]])
     def test_no_model(self, tmp_path, command, verb):

@@ -10,6 +10,7 @@ import tensorflow as tf
 from recsys_examples.errors import InputError
 from recsys_examples.movielens.features import Catalogue, Sequences
 from recsys_examples.two_stage import pairs
+from recsys_examples.two_stage.first_stage import check_candidates
 from recsys_examples.two_stage.fusion import (
     Fusion,
     diverse_top,
@@ -21,7 +22,7 @@ from recsys_examples.two_stage.pairs import (
     PairFeatures,
     sums_by_search,
 )
-from recsys_examples.two_stage.pipeline import check_candidates, cut_late
+from recsys_examples.two_stage.pipeline import cut_late
 from recsys_examples.two_stage.ranker import Examples, Moments
 from recsys_examples.two_stage.retrieval import (
     UnseenRetrieval,

@@ -13,13 +13,12 @@ from recsys_examples.movielens.ranking import RankingTask, rank
 from recsys_examples.two_stage import pipeline
 from recsys_examples.two_stage.fusion import Fusion
 from recsys_examples.two_stage.pipeline import (
-    Ranked,
-    as_scorer,
     cut_late,
     examples_of,
     fit_first_stages,
     run_second_stage,
 )
+from recsys_examples.two_stage.ranked import Ranked, as_scorer
 from recsys_examples.two_stage.serving import export_saved_model
 from recsys_examples.two_stage.settings import LIST_LENGTH, TASKS, Settings
 from tests.support import processes

@@ -18,7 +18,7 @@ from recsys_examples.two_stage import tfrs_stack
 import keras, numpy as np, tensorflow as tf, tensorflow_recommenders as tfrs, tf_keras
 from recsys_examples.movielens.data import load_movielens
 from recsys_examples.movielens.pipeline import make_windows
-from recsys_examples.two_stage import pipeline, serving
+from recsys_examples.two_stage import pipeline, ranked, serving
 from recsys_examples.two_stage.retrieval import UnseenRetrieval
 from recsys_examples.two_stage.settings import Settings
 
@@ -49,7 +49,7 @@ ours = tfrs_stack.UnseenIndex(movies, 10)((queries, seen))
 theirs = UnseenRetrieval(movies, k=10)((queries, seen))
 real = theirs[0] > -1e8
 
-ranked = pipeline.Ranked(outcome.stage, windows.test_task)
+ranked = ranked.Ranked(outcome.stage, windows.test_task)
 lists = ranked.lists(ranked.predict(outcome.ranker), outcome.fusion)
 expected = np.where(lists < 0, 0, windows.catalogue.movie_ids[lists])
 users = windows.before_test.user_ids[windows.test_task.users]
