@@ -45,7 +45,7 @@ def test_an_interrupted_run_goes_on(movielens, tmp_path, monkeypatch, command):
         assert "--resume goes on" in err
     (left,) = out.iterdir()
     backups = {path.parent.name for path in left.rglob("*.backup")}
-    assert {"retrieval_last", "ranker_on_validation"} <= backups
+    assert {"retrieval_trained", "ranker_on_validation"} <= backups
 
     status, _, err = command(*arguments, "--resume", "--out", out)
     assert status == 0, err
