@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from keras_moe import plots
+from keras_moe.plots import _style
 
 # Two rows, two tasks, three experts.
 GATES = np.array(
@@ -115,3 +116,9 @@ def test_calibration_by_hand(ax):
     np.testing.assert_allclose(line.get_ydata(), [0.5, 1.0])
     with pytest.raises(ValueError, match=r"one label for each.*'buy'"):
         plots.calibration({"buy": np.ones(3)}, labels, ax=ax)
+
+
+def test_lines_differ_in_colour_or_style():
+    """Experts 0 and 7 looked the same."""
+    styles = {tuple(_style.line(i).values()) for i in range(28)}
+    assert len(styles) == 28

@@ -32,7 +32,7 @@ def line(i: int) -> dict[str, Any]:
     """Return colour and line style of the i-th line."""
     return {
         "color": COLOURS[i % len(COLOURS)],
-        "linestyle": LINES[(i // len(COLOURS) + i) % len(LINES)],
+        "linestyle": LINES[(i + 2 * (i // len(COLOURS))) % len(LINES)],
     }
 
 
