@@ -52,6 +52,23 @@ def assign_variables(
         pairs += _paired(metrics, state["metrics"], paths[count:])
     for variable, value in pairs:
         variable.assign(value)
+    _renew_jax_state(model)
+
+
+def _renew_jax_state(model: keras.Model) -> None:
+    """Make the state that Keras keeps on JAX that of the variables.
+
+    Keras renews it with the next batch that it trains. If there is none, as at the end
+    of data of unknown length, it would give the variables what was before.
+    """
+    kept = getattr(model, "_jax_state", None)
+    if kept:
+        sources = {**dict.fromkeys(kept, model), "optimizer_variables": model.optimizer}
+        names = {"optimizer_variables": "variables"}
+        model._jax_state = {
+            name: [v.value for v in getattr(sources[name], names.get(name, name))]
+            for name in kept
+        }
 
 
 def _variables(model: keras.Model) -> tuple[list[Any], list[Any]]:

@@ -204,6 +204,43 @@ class TestAnotherFit:
             model.fit(x, y, epochs=3, callbacks=[backup], verbose=0)
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
+def test_the_end_of_an_epoch_of_unknown_length(tmp_path):
+    """On JAX the metrics of the epoch were lost: Keras gave the variables an old state.
+
+    Keras asks for a seventh batch, before which there is a backup.
+    """
+    if keras.backend.backend() == "torch":
+        pytest.skip("no data of unknown length")
+    import tensorflow as tf
+
+    class Interrupted(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            raise InterruptedError
+
+    def fit(folder, *others):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((6,))
+        model = keras.Model(inputs, keras.layers.Dense(1)(inputs))
+        model.compile("adam", "mse", metrics=["mae"])
+        x, y = interrupted.rows()
+        data = tf.data.Dataset.from_tensor_slices((x, y["stars"]))
+        data = data.filter(lambda *_: True).batch(16)
+        backup = ExactBackup(folder, every_steps=1)
+        options = {"epochs": 2, "shuffle": False, "verbose": 0}
+        history = model.fit(data, callbacks=[backup, *others], **options).history
+        return history, model.get_weights()
+
+    expected, weights = fit(tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "part", Interrupted())
+    assert (tmp_path / "part" / "batch-000000000006-process-0.backup").exists()
+    found, again = fit(tmp_path / "part")
+    assert found == expected
+    for one, other in zip(again, weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_later_fit_is_not_changed(tmp_path):
     _interrupt(tmp_path, "fixed_order", 7)
     model = interrupted.make_model()
