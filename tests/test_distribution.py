@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_moe.distribution import expert_parallel, save
+from keras_moe.distribution import _expert_parallel, expert_parallel, save
 from tests.support import processes
 
 ROOT = Path(__file__).parent.parent
@@ -172,7 +172,7 @@ def test_invalid_arguments(found, case):
     argument, rule, value = [
         ("mesh", "must not have more devices than there are, 8", "'expert': 4"),
         ("expert_axis", "must be an axis of `mesh`, one of ['batch']", "'expert'"),
-        ("mesh", "divides the number of experts", "num_experts=6"),
+        ("mesh", "divides the number of experts", "expert=4 for num_experts=6"),
         ("batch_size", "multiple of the size of the axis 'batch'", "batch_size=12"),
         ("model", "cannot be split", "LayerExperts"),
         ("model", "must be built", "Dense"),
@@ -184,6 +184,23 @@ def test_invalid_arguments(found, case):
     assert rule in message
     assert value in message
     assert "\n" not in message
+
+
+def test_experts_that_stay_whole_are_warned_of(found):
+    (message,) = found["whole"]
+    assert "the axis 'expert' of 4 devices does not divide them" in message
+    assert "5 experts are not a multiple of 4 devices" in message
+
+
+@pytest.mark.parametrize("path", ["item/embeddings", "moe/experts/kernel_0"])
+def test_a_pattern_is_of_the_whole_path(path):
+    """Keras 3.12 looks for it within a path, as `re.search` does."""
+    pattern = _expert_parallel._without_numbers(path)
+    name, weight = path.split("/", 1)
+    assert re.search(pattern, path)
+    assert re.search(pattern, f"{name}_3/{weight}")
+    assert not re.search(pattern, f"last_{path}")
+    assert not re.search(pattern, f"{path}_of_another")
 
 
 def test_other_backends_are_refused():
@@ -211,6 +228,13 @@ def test_save_replaces_a_file_by_a_complete_one(tmp_path, monkeypatch):
     assert [found.name for found in path.parent.iterdir()] == ["model.keras"]
     save(model, tmp_path / "model.weights.h5")
     _saveable().load_weights(tmp_path / "model.weights.h5")
+
+
+def test_a_model_without_its_weights_is_named(tmp_path):
+    model = _saveable()
+    model.layers[0].kernel._value = None  # As JAX leaves them after a failed step.
+    with pytest.raises(ValueError, match="JAX loses them when a step fails"):
+        save(model, tmp_path / "model.keras")
 
 
 def test_save_names_what_it_cannot_save(tmp_path):

@@ -121,7 +121,7 @@ def on_devices(
         return compute(tokens, routing, experts, training, **options)
     parts = place.size(place.batch)
     if n % parts:
-        # XLA's partitioner ends the process for some uneven divisions of the rows.
+        # `shard_map` needs even parts. Fewer rows are calls by hand, as in a build.
         if n > parts:
             warnings.warn(_UNEVEN.format(n, parts, place.batch), stacklevel=2)
         return compute(tokens, routing, experts, training, **options)

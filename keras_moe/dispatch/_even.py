@@ -6,8 +6,9 @@ token, c slots per expert, b rows per turn of the loop, m = n * k rows, r runs.
 c is a little above the mean load m / e, so e * c slots hold all rows. An expert's first
 c rows are in its own slots. The rows beyond them, the overflow, fill the slots that
 other experts leave empty, in the order of their experts. A batched matmul computes all
-slots, and a loop, whose number of turns depends on the overflow, computes it again
-with their own kernel. There is no copy of a kernel and no room for a worst case.
+slots, where the overflow meets kernels that are not its own. A loop, whose number of
+turns depends on the overflow, computes it again with its own kernel. There is no copy
+of a kernel and no room for a worst case.
 """
 
 from __future__ import annotations

@@ -42,7 +42,10 @@ class Share(NamedTuple):
         return self.runs._replace(starts=starts, ends=ends)
 
     def first_rows(self) -> tuple[SortedChoices, Any]:
-        """Return the same without other rows, and bool (n, k): the choices in it."""
+        """Return the runs of the first `rows` choices alone, and which are in them.
+
+        The second is bool (n, k).
+        """
         runs = self.first_runs()
         kept = runs.positions < runs.ends[-1]
         return runs._replace(

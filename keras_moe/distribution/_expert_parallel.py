@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from keras_moe import _backend, _checks
 from keras_moe.distribution._placements import (
     Axis,
     VariablePlacement,
+    has_experts,
     layers_with_experts,
     placements_of,
 )
@@ -81,6 +83,8 @@ def expert_parallel(
 
     Stacked experts are split along their first axis over `expert_axis`, tables of
     `keras.layers.Embedding` along their rows over `table_axis`; all else is replicated.
+    So are the experts of layers without a router (`PLE`, `SoftMoE`) if the axis does
+    not divide them, with a warning.
     Optimizer slots follow their variables. Batches are split over `batch_axis`. If this
     is also the axis of the experts, every device has a part of both.
 
@@ -123,8 +127,8 @@ def expert_parallel(
     Raises:
         ValueError: if the backend is not JAX, the model is not built or has experts
             that cannot be split, there are too few devices, an axis is unknown, or an
-            axis does not divide the number of experts or the batch; or if default names
-            cannot tell a variable that is split from one that is not.
+            axis does not divide the experts of a layer with a router or the batch; or
+            if default names cannot tell a variable that is split from one that is not.
 
     References:
         - [Lepikhin et al., 2020: GShard: Scaling Giant Models with Conditional
@@ -133,7 +137,8 @@ def expert_parallel(
     if _backend.name() != "jax":
         raise ValueError(
             "`expert_parallel` needs the JAX backend (KERAS_BACKEND=jax); on "
-            "TensorFlow use tf.distribute.MirroredStrategy. "
+            "TensorFlow use tf.distribute.MirroredStrategy, where every device has all "
+            "experts. "
             f"Received: keras.backend.backend()={_backend.name()!r}"
         )
     if not getattr(model, "built", False):
@@ -153,8 +158,8 @@ def expert_parallel(
     }.items():
         if not isinstance(axis, str) or axis not in sizes:
             raise ValueError(
-                f"`{argument}` must be an axis of `mesh`, one of {list(sizes)}. "
-                f"Received: {argument}={axis!r}"
+                f"`{argument}` must be an axis of `mesh`, one of {list(sizes)}: pass "
+                f"`{argument}` or name an axis so. Received: {argument}={axis!r}"
             )
     if batch_size is not None:
         _checks.positive_int("batch_size", batch_size)
@@ -164,11 +169,14 @@ def expert_parallel(
                 f"{batch_axis!r}: drop the remainder or pad it with sample weight 0. "
                 f"Received: batch_size={batch_size}, mesh={sizes}"
             )
+    embeddings = _checks.flag("embeddings", embeddings)
+    auto_shard_dataset = _checks.flag("auto_shard_dataset", auto_shard_dataset)
     table = (table_axis, sizes[table_axis]) if embeddings else None
     axis = expert_axis, sizes[expert_axis]
     for layer in layers_with_experts(model):
         _check_experts(layer, axis)
     placements = list(placements_of(model, axis, table))
+    _warn_of_replicated(model, placements, axis)
     layout_map = keras.distribution.LayoutMap(mesh)
     for pattern, axes in _patterns(placements, model).items():
         layout_map[pattern] = axes
@@ -185,10 +193,11 @@ def _checked_mesh(mesh: Any) -> Any:
     """Return a `DeviceMesh`, made of the first devices if `mesh` is a dict of sizes."""
     if isinstance(mesh, keras.distribution.DeviceMesh):
         return mesh
-    if not isinstance(mesh, Mapping) or not mesh:
+    named = isinstance(mesh, Mapping) and all(isinstance(axis, str) for axis in mesh)
+    if not named or not mesh:
         raise ValueError(
-            "`mesh` must be a keras.distribution.DeviceMesh or a dict of axis sizes, "
-            f"such as {{'batch': 2, 'expert': 4}}. Received: mesh={mesh!r}"
+            "`mesh` must be a keras.distribution.DeviceMesh or a dict from names to "
+            f"sizes, such as {{'batch': 2, 'expert': 4}}. Received: mesh={mesh!r}"
         )
     shape = tuple(_checks.positive_int(f"mesh[{a!r}]", n) for a, n in mesh.items())
     devices = keras.distribution.list_devices()
@@ -202,7 +211,7 @@ def _checked_mesh(mesh: Any) -> Any:
 
 
 def _check_experts(layer: Any, axis: Axis) -> None:
-    """Raise ValueError if a layer's experts cannot be split over the axis."""
+    """Raise ValueError if the experts of a routed layer cannot be split."""
     experts = layer.experts
     if not isinstance(experts, StackedKernels):
         raise ValueError(
@@ -213,9 +222,37 @@ def _check_experts(layer: Any, axis: Axis) -> None:
         )
     if experts.num_experts % axis[1]:
         raise ValueError(
-            "`mesh` must have an expert axis whose size divides the number of experts "
-            f"of the layer {layer.name!r}. Received: an axis of {axis[1]} devices for "
-            f"num_experts={experts.num_experts}"
+            f"`mesh` must have an axis {axis[0]!r} whose size divides the number of "
+            f"experts of the layer {layer.name!r}: {_divisors(experts.num_experts)}. "
+            f"Received: {axis[0]}={axis[1]} for num_experts={experts.num_experts}"
+        )
+
+
+def _divisors(count: int) -> list[int]:
+    return [size for size in range(1, count + 1) if count % size == 0]
+
+
+def _warn_of_replicated(
+    model: Any, placements: list[VariablePlacement], axis: Axis
+) -> None:
+    """Warn of experts that every device has, such as those of `PLE`."""
+    whole = {
+        variable.path
+        for layer in model._flatten_layers(include_self=True)
+        if has_experts(layer)
+        for variable in layer.weights
+    }
+    reasons = [
+        f"{place.path}: {place.reason}"
+        for place in placements
+        if place.path in whole and not any(place.axes)
+    ]
+    if reasons and axis[1] > 1:
+        warnings.warn(
+            f"Every device has all of the experts of {len(reasons)} variables, since "
+            f"the axis {axis[0]!r} of {axis[1]} devices does not divide them: "
+            f"{'; '.join(reasons[:3])}{'; ...' if len(reasons) > 3 else ''}",
+            stacklevel=3,
         )
 
 
@@ -245,14 +282,20 @@ def _patterns(
                 "numbers: name the layers, or make their sizes multiples of the axis. "
                 f"Received: {paths}"
             )
-        patterns |= {re.escape(place.path): place.axes for place in places}
+        patterns |= {_whole(re.escape(place.path)): place.axes for place in places}
     return {pattern: axes for pattern, axes in patterns.items() if any(axes)}
 
 
 def _without_numbers(path: str) -> str:
     """Return the pattern of a path, with any number after its names."""
     names = [re.sub(r"(_\d+)+$", "", name) for name in path.split("/")]
-    return "/".join(rf"{re.escape(name)}(_\d+)*" for name in names)
+    pattern = "/".join(rf"{re.escape(name)}(_\d+)*" for name in names)
+    return _whole(pattern)
+
+
+def _whole(pattern: str) -> str:
+    """Return a pattern of the whole path: Keras 3.12 also looks within a path."""
+    return f"^{pattern}$"
 
 
 def _notes(model: Any, axis: str, size: int) -> Iterator[str]:

@@ -89,17 +89,18 @@ def plan(
     Args:
         model: a built Keras model or layer.
         num_devices: int, p.
-        batch_size: int, rows of a global batch.
+        batch_size: int, rows of a global batch, a multiple of `num_devices`.
         bandwidth: float, bytes per second that a device sends.
         flops: float, floating-point operations per second of a device, as achieved.
-        expert_devices: int, a, a divisor of `num_devices` and of every layer's number
-            of experts. If it equals `num_devices`, experts share the axis of the batch,
-            else they have their own. Default: the largest divisor of both.
+        expert_devices: int, a, a divisor of `num_devices` and of the number of experts
+            of every layer with a router (other experts that it does not divide are
+            replicated). If it equals `num_devices`, experts share the axis of the
+            batch, else they have their own. Default: the largest divisor of both.
         optimizer_slots: int, variables of the optimizer per weight (2 for Adam).
         tokens_per_row: int, tokens of a row, such as the length of a sequence.
         ids_per_row: int, ids of a row that a table looks up.
-        table_rows: int, if given, every table is planned with so many rows, so that the
-            model itself can be small.
+        table_rows: number, if given, every table is planned with so many rows, so that
+            the model itself can be small.
 
     Returns:
         A list of three `Plan`.
@@ -128,10 +129,15 @@ def plan(
         )
     p = _checks.positive_int("num_devices", num_devices)
     rows = _checks.positive_int("batch_size", batch_size)
+    if rows % p:
+        raise ValueError(
+            "`batch_size` must be a multiple of `num_devices`. "
+            f"Received: batch_size={rows}, num_devices={p}"
+        )
     _checks.positive_number("bandwidth", bandwidth)
     _checks.positive_number("flops", flops)
     if table_rows is not None:
-        _checks.positive_int("table_rows", table_rows)
+        _checks.positive_number("table_rows", table_rows)
     slots = _checks.count("optimizer_slots", optimizer_slots)
     tokens = rows * _checks.positive_int("tokens_per_row", tokens_per_row)
     ids = rows * _checks.positive_int("ids_per_row", ids_per_row)

@@ -41,7 +41,8 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
             weights), which process 0 can write.
 
     Raises:
-        ValueError: if `path` has another suffix or the model is not built.
+        ValueError: if `path` has another suffix, the model is not built, or it lost its
+            weights in a step that failed.
         OSError: in every process, if process 0 cannot write the file.
 
     Example:
@@ -59,6 +60,12 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
         raise ValueError(
             "`model` must be built: call it once, or `model.build(input_shape)`. "
             f"Received: model={model!r}"
+        )
+    if any(v._value is None for v in model.variables):
+        raise ValueError(
+            "`model` must have its weights. JAX loses them when a step fails, such as "
+            "at a batch that the axis of the batch does not divide: load them from the "
+            f"last file. Received: model={model!r}, without values"
         )
     write = model.save if str(path).endswith(".keras") else model.save_weights
     if _backend.name() != "jax" or keras.distribution.distribution() is None:

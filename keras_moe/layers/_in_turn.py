@@ -24,7 +24,7 @@ from keras_moe.experts._mlp import StackedMLP
 def fits(experts: Any, inputs: Any, training: bool | None) -> bool:
     """Whether the program that is traced may compute `experts`, or gates, in turn.
 
-    Not if a call of them does more than to compute: the two forms are traced both, and
+    Not if a call of them does more than to compute: both forms are traced, and
     neither may change the state of a random generator or add a loss. Experts that are
     split over devices are computed side by side.
     """

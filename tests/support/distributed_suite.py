@@ -328,6 +328,17 @@ def errors() -> list[str]:
     return messages
 
 
+def whole_experts() -> list[str]:
+    """Return the warnings of a `PLE` whose experts the axis does not divide."""
+    ple = layers.PLE(1, 1, 2, UNITS, ["a", "b"])  # 2 * 2 + 1 experts
+    ple.build((None, FEATURES))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = expert_parallel(ple, {"batch": 2, "expert": 4})
+    assert not any(any(place.axes) for place in made.placements)
+    return [str(w.message) for w in caught]
+
+
 def split_dispatches(whole: bool) -> dict:
     """Return the differences of `split_dispatch` by mesh, dispatch and form."""
 
@@ -376,6 +387,7 @@ def main() -> None:
     for mesh in (None, *(MESHES if whole else ("shared", "2 x 4"))):
         found[f"fit, {mesh}"] = fitted(mesh)
     found |= {"capacity": capacity(), "dropout": dropout(), "errors": errors()}
+    found["whole"] = whole_experts()
     found["third axis"] = third_axis()
     found["planned"] = planned_steps.planned(MESHES)
     json.dump(found, sys.stdout)
