@@ -119,22 +119,27 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compile what is missing; keep each result at once."""
+    """Compile what is missing; keep each result at once. Return 1 if a case failed."""
     python = options.python or python_of("tpu")
     if python is None:
-        raise ValueError("needs `python -m tests.benchmarks setup tpu` first")
+        raise ValueError(
+            "no environment has libtpu: run `python -m tests.benchmarks setup tpu` "
+            "first, or pass --python"
+        )
+    chosen = {label(case): case for case in cases() if options.only in label(case)}
+    if not chosen:
+        raise ValueError(
+            f"--only must be a part of a case's name; got {options.only!r}"
+        )
     results = read(options.json)
-    for case in cases():
-        name = label(case)
-        if options.only not in name:
-            continue
+    for name, case in chosen.items():
         if name not in results or "error" in results[name]["figures"]:
             results[name] = {"case": case, "figures": compile_case(case, python)}
             kept = json.dumps(results, indent=1) + "\n"
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(kept)
         print(name, results[name]["figures"], flush=True)
-    return 0
+    return int(any("error" in results[name]["figures"] for name in chosen))
 
 
 def page(options: argparse.Namespace) -> int:
@@ -166,7 +171,14 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("run", help="compile (the default)")
     command.set_defaults(work=run)
     default = ROOT / ".benchmarks" / "accelerators.json"
-    command.add_argument("--json", type=Path, default=default, metavar="FILE")
+    command.add_argument(
+        "--json",
+        type=Path,
+        default=default,
+        metavar="FILE",
+        help="the results; what it has already is not compiled again "
+        "(default: %(default)s)",
+    )
     command.add_argument(
         "--only", default="", metavar="TEXT", help="cases with this text in their name"
     )
