@@ -206,6 +206,11 @@ def recommend(options: argparse.Namespace) -> None:
     from recsys_examples.runs import find_saved_model
 
     find_saved_model(options.model)
+    if options.explain:
+        from recsys_examples.movielens.explain_command import recommend_explained
+
+        recommend_explained(options)
+        return
     import tensorflow as tf
 
     from recsys_examples.movielens.serving import load_recommender
@@ -301,7 +306,11 @@ def _parser() -> argparse.ArgumentParser:
         "a study goes on by itself",
     )
     commands = parser.add_subparsers(title="commands")
-    add_recommend(commands, recommend, OUT, 2**31 - 1)
+    add_recommend(commands, recommend, OUT, 2**31 - 1).add_argument(
+        "--explain",
+        action="store_true",
+        help="also print what each expert contributes to the scores of each movie",
+    )
     return parser
 
 
