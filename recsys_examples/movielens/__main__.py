@@ -2,6 +2,7 @@
 
 python -m recsys_examples.movielens               train, evaluate and export
 python -m recsys_examples.movielens recommend     recommend with an exported model
+python -m recsys_examples.movielens serve         the same on a page
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from recsys_examples.movielens.command import (
     read_data,
     run_metadata,
 )
+from recsys_examples.movielens.serve_command import add_serve
 
 if TYPE_CHECKING:
     from recsys_examples.movielens.data import MovieLens
@@ -311,6 +313,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also print what each expert contributes to the scores of each movie",
     )
+    add_serve(commands, OUT)
     return parser
 
 

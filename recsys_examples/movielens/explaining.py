@@ -86,8 +86,8 @@ class Explainer(keras.layers.Layer):
     ) -> dict[str, Any]:
         """(b, l) movie ids and stars, the latest first, and k -> the lists, explained.
 
-        Histories are padded by zeros. Their movies are excluded from the lists; ids
-        that are not in the catalogue count as unknown movies.
+        Histories are padded by zeros. Their movies are excluded from the lists. Ids
+        that are not in the catalogue are False in `known_movie` (b, l), as padding is.
         """
         none = tf.zeros_like(history[:, 0])
         watched = tf.reduce_any(history != NO_MOVIE, axis=1)
@@ -102,7 +102,8 @@ class Explainer(keras.layers.Layer):
         seen = tf.stack([at[:, 0], tf.gather_nd(rows, at)], axis=1)
         ranked = self._recommender.rank(features, seen, k)
         unknown = tf.zeros_like(none, tf.bool)
-        return {**self._explained(ranked), "known_user": unknown}
+        explained = self._explained(ranked)
+        return {**explained, "known_user": unknown, "known_movie": rows >= 0}
 
     def _explained(self, ranked: Any) -> dict[str, Any]:
         gates, contributions, means = self._contributions(*ranked[1:])

@@ -6,7 +6,7 @@ Axis letters: t tasks, e experts, k length of a list.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,12 +71,14 @@ class Explained(NamedTuple):
         mean_contributions: for each task, the mean contribution of each expert over
             the catalogue.
         movies: the list, best first; shorter than k if fewer are unseen.
+        unknown_movies: ids of a newcomer's movies that are not in the catalogue.
     """
 
     known: bool
     gate_weights: dict[str, list[float]]
     mean_contributions: dict[str, list[float]]
     movies: list[Movie]
+    unknown_movies: tuple[int, ...] = ()
 
 
 class ExplainedModel:
@@ -121,7 +123,8 @@ class ExplainedModel:
             ValueError: if `k` is not from 1 to the size of the catalogue.
         """
         user = tf.constant([user_id], tf.int64)
-        return self._answer(lambda: self._explain(user_id=user, k=tf.constant(k)))
+        arrays = _call(self._explain, user_id=user, k=tf.constant(k))
+        return self._explained(arrays)
 
     def for_newcomer(self, movie_ids: Sequence[int], k: int) -> Explained:
         """Return the list of a newcomer who likes some movies, the latest first.
@@ -137,20 +140,17 @@ class ExplainedModel:
         history = np.zeros((1, HISTORY_LENGTH), "int64")
         history[0, : len(movie_ids)] = movie_ids
         stars = np.where(history != 0, TICKED_STARS, 0.0).astype("float32")
-        return self._answer(
-            lambda: self._explain_history(
-                history=tf.constant(history),
-                history_ratings=tf.constant(stars),
-                k=tf.constant(k),
-            )
+        arrays = _call(
+            self._explain_history,
+            history=tf.constant(history),
+            history_ratings=tf.constant(stars),
+            k=tf.constant(k),
         )
+        given = arrays["known_movie"][: len(movie_ids)]
+        unknown = (m for m, known in zip(movie_ids, given, strict=True) if not known)
+        return self._explained(arrays)._replace(unknown_movies=tuple(unknown))
 
-    def _answer(self, call: Callable[[], dict[str, Any]]) -> Explained:
-        try:
-            found = {name: value.numpy()[0] for name, value in call().items()}
-        except tf.errors.InvalidArgumentError as error:
-            reason = re.search(r"\bk`? (must [^.:\]]*)", error.message)
-            raise ValueError(f"k {reason[1]}" if reason else error.message) from error
+    def _explained(self, found: dict[str, np.ndarray]) -> Explained:
         tasks = self.profile.tasks
 
         def by_task(values: np.ndarray) -> dict[str, list[float]]:
@@ -173,6 +173,19 @@ class ExplainedModel:
             by_task(found["mean_contributions"]),
             movies,
         )
+
+
+def _call(signature: Any, **inputs: Any) -> dict[str, np.ndarray]:
+    """Return the outputs of a signature for one user.
+
+    Raises:
+        ValueError: if the signature refuses `k`.
+    """
+    try:
+        return {name: value.numpy()[0] for name, value in signature(**inputs).items()}
+    except tf.errors.InvalidArgumentError as error:
+        reason = re.search(r"\bk`? (must [^.:\]]*)", error.message)
+        raise ValueError(f"k {reason[1]}" if reason else error.message) from error
 
 
 def _profile(answer: dict[str, Any]) -> Profile:
