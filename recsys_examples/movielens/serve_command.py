@@ -44,9 +44,7 @@ def serve(options: argparse.Namespace) -> None:
     """
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
-            raise InputError(
-                f"serve needs {package}: run `pip install 'keras-moe[serve]'`"
-            )
+            raise InputError(f'serve needs {package}: run `pip install ".[serve]"`')
     find_saved_model(options.model)
     try:
         with _listening(options.host, options.port) as listener:

@@ -380,9 +380,7 @@ class TestCommand:
         )
         status, _, err = command("serve", "--model", exported)
         assert status == 2
-        assert err == (
-            f"error: serve needs {package}: run `pip install 'keras-moe[serve]'`\n"
-        )
+        assert err == (f'error: serve needs {package}: run `pip install ".[serve]"`\n')
 
     def test_no_model(self, command, tmp_path):
         status, _, err = command("serve", "--model", tmp_path, "--port", "0")
