@@ -12,6 +12,14 @@ import keras_moe
 from keras_moe import layers, multitask
 from keras_moe.callbacks import ExpertMonitor
 from tests.support import processes
+from tests.support.browser import (
+    DESK,
+    PHONE,
+    browser,
+    needs_browser,
+    overflow,
+    page_of,
+)
 
 TASKS = ["click", "stars"]
 RECORD = {
@@ -86,6 +94,26 @@ def test_the_page(run):
     assert "script" not in page.tags
     assert not re.search(r"https?://", text)
     assert 'name="viewport"' in text
+
+
+@needs_browser
+def test_the_page_in_a_browser(run, tmp_path):
+    address = keras_moe.report(run, tmp_path / "report.html").as_uri()
+    with browser() as started:
+        for size in (PHONE, DESK):
+            with page_of(started, size) as page:
+                page.goto(address)
+                assert overflow(page) <= 0
+                assert page.get_by_role("heading", level=2).count() >= 4
+                assert "a <run>" in page.title()
+                pictures = page.locator("img").all()
+                # The last is an SVG without a size.
+                assert len(pictures) > 5
+                for picture in pictures[:-1]:
+                    assert picture.evaluate("image => image.naturalWidth") > 100
+                    assert picture.bounding_box()["width"] <= size[0]
+                remote = [url for url in page.requested if not url.startswith("data:")]
+                assert remote == [address]
 
 
 def test_signs_of_collapse_are_on_it(run, tmp_path):

@@ -2,6 +2,7 @@
 
 python -m recsys_examples.movielens               train, evaluate and export
 python -m recsys_examples.movielens recommend     recommend with an exported model
+python -m recsys_examples.movielens serve         the same on a page
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from recsys_examples.movielens.command import (
     read_data,
     run_metadata,
 )
+from recsys_examples.movielens.serve_command import add_serve
 
 if TYPE_CHECKING:
     from recsys_examples.movielens.data import MovieLens
@@ -206,6 +208,11 @@ def recommend(options: argparse.Namespace) -> None:
     from recsys_examples.runs import find_saved_model
 
     find_saved_model(options.model)
+    if options.explain:
+        from recsys_examples.movielens.explain_command import recommend_explained
+
+        recommend_explained(options)
+        return
     import tensorflow as tf
 
     from recsys_examples.movielens.serving import load_recommender
@@ -301,7 +308,12 @@ def _parser() -> argparse.ArgumentParser:
         "a study goes on by itself",
     )
     commands = parser.add_subparsers(title="commands")
-    add_recommend(commands, recommend, OUT, 2**31 - 1)
+    add_recommend(commands, recommend, OUT, 2**31 - 1).add_argument(
+        "--explain",
+        action="store_true",
+        help="also print what each expert contributes to the scores of each movie",
+    )
+    add_serve(commands, OUT)
     return parser
 
 

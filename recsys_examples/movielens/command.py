@@ -63,8 +63,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, out: str, study: str) -> 
 
 def add_recommend(
     commands: Any, run: Callable[[argparse.Namespace], None], out: str, most: int
-) -> None:
-    """Add the command that prints at most `most` movies of an exported model."""
+) -> argparse.ArgumentParser:
+    """Add and return the command that prints at most `most` movies of a SavedModel."""
     parser = commands.add_parser("recommend", help="recommend movies to a user")
     parser.set_defaults(run=run)
     add_model(parser, out)
@@ -77,6 +77,7 @@ def add_recommend(
         default=10,
         help="number of movies (default: %(default)s)",
     )
+    return parser
 
 
 def add_model(parser: argparse.ArgumentParser, out: str) -> None:

@@ -16,7 +16,7 @@ from keras import layers, ops
 
 from recsys_examples.movielens.features import NO_MOVIE, Catalogue
 
-_FIRST_MOVIE = 2  # IntegerLookup maps padding to 0 and unknown movies to 1
+FIRST_MOVIE = 2  # IntegerLookup maps padding to 0 and unknown movies to 1
 _YEARS = tuple(range(1920, 2030, 3))
 
 
@@ -72,7 +72,7 @@ class MovieEncoder:
         )
         bias.build((None,))
         values = np.broadcast_to(initial, num_movies)
-        unknown = np.full(_FIRST_MOVIE, values.min())
+        unknown = np.full(FIRST_MOVIE, values.min())
         bias.set_weights([np.concatenate([unknown, values])[:, None]])
         return bias
 
@@ -117,7 +117,7 @@ class CatalogueScores(layers.Layer):
         super().__init__(name=name)
         self.vectors, self.project, self.biases = vectors, project, biases
         self.content = ops.convert_to_tensor(content)
-        self.rows = np.arange(len(content)) + _FIRST_MOVIE
+        self.rows = np.arange(len(content)) + FIRST_MOVIE
 
     def call(self, users: Any) -> Any:
         vectors, biases = self.all_movies()

@@ -1,4 +1,4 @@
-"""Plots of a run: learning curves, gates, expert usage, calibration."""
+"""Plots of a run: learning curves, gates, experts, calibration."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from keras_moe.layers import MMoE
 from recsys_examples.movielens.evaluation import Rows
 from recsys_examples.movielens.features import Catalogue, Sequences
 from recsys_examples.movielens.model import TASKS, Ranker
+from recsys_examples.movielens.profiles import KINDS, Profile, profile_experts
 from recsys_examples.movielens.ranking import LIKED
 
 
@@ -45,7 +46,30 @@ def draw(
         figure, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
         plots.expert_usage(gates, TASKS, ax)
         figure.savefig(folder / "expert_usage.png", dpi=120)
+    profile = profile_experts(ranker, sequences, catalogue)
+    if profile.num_experts:
+        _lifts(profile).savefig(folder / "expert_lifts.png", dpi=120)
     plt.close("all")
+
+
+def _lifts(profile: Profile) -> plt.Figure:
+    """What each expert's users have more (or less) of than the average user."""
+    figure, axes = plt.subplots(
+        len(KINDS), 1, figsize=(7, 2.4 * len(KINDS)), layout="constrained"
+    )
+    changes = [100 * (getattr(profile, kind).values - 1) for kind in KINDS]
+    largest = max(np.abs(change).max(initial=1.0) for change in changes)
+    for ax, kind, change in zip(axes, KINDS, changes, strict=True):
+        names = getattr(profile, kind).names
+        image = ax.imshow(
+            change, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto"
+        )
+        ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        ax.set_yticks(range(profile.num_experts))
+        ax.set_ylabel("expert")
+    axes[0].set_title("what an expert's users have more of than the average user, %")
+    figure.colorbar(image, ax=axes, shrink=0.5)
+    return figure
 
 
 def _learning_curves(curves: dict[str, list[float]]) -> plt.Figure:

@@ -4,28 +4,45 @@ Signatures:
     serving_default  raw features of users and movies -> one named output per task
     recommend        user ids and k -> unseen movies, sorted by `score`: the fused
                      score of `fusion.fuse`, which uses uncalibrated watch scores
+    explain, explain_history, experts, movies: see `explaining`
 
-Axis letters: b batch, u known users, i movies, k length of a list.
+Axis letters: b batch, u known users, i movies, d dimensions of a vector, k length of a
+list.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 import keras_moe
-from recsys_examples.errors import InputError
-from recsys_examples.movielens.command import PRINTED
+from recsys_examples.movielens.explaining import add_signatures
 from recsys_examples.movielens.features import NO_MOVIE, Catalogue, Sequences
 from recsys_examples.movielens.fusion import fuse
+from recsys_examples.movielens.loading import load_recommender as load_recommender
 from recsys_examples.movielens.model import Ranker, prediction
-from recsys_examples.runs import find_saved_model
 
 HIGHEST_RATING = 5.0
+
+
+class Ranked(NamedTuple):
+    """Lists of movies, and what explains them.
+
+    Attributes:
+        lists: dict of (b, k), what the signature `recommend` returns.
+        features: dict of the features of the b users.
+        movies: (b, k) catalogue rows.
+        vectors: (i, d), the vectors of all movies.
+    """
+
+    lists: dict[str, Any]
+    features: dict[str, Any]
+    movies: Any
+    vectors: Any
 
 
 class KnownUsers(keras.layers.Layer):
@@ -76,6 +93,9 @@ class KnownUsers(keras.layers.Layer):
 class Recommender(keras.layers.Layer):
     """Ranks the catalogue for users, with their histories at export.
 
+    Every signature that ranks calls the same two functions of TensorFlow, so that a
+    SavedModel has their constants once.
+
     Args:
         ranker: the trained models.
         sequences: ratings of all users at export.
@@ -87,11 +107,28 @@ class Recommender(keras.layers.Layer):
     ) -> None:
         super().__init__()
         self._model, self._calibration = ranker.catalogue, ranker.calibration
+        self._movies = next(iter(ranker.towers.values())).movies
         self._users = KnownUsers(sequences, catalogue)
         self._movie_ids = tf.constant(catalogue.movie_ids)
         self._titles = tf.constant(catalogue.titles)
+        k = tf.TensorSpec((), tf.int32)
+        features = feature_specs(ranker.catalogue)
+        seen = tf.TensorSpec((None, 2), tf.int32)
+        self.rank = tf.function(self._rank, input_signature=[features, seen, k])
+        user_id = tf.TensorSpec((None,), tf.int64)
+        self.rank_users = tf.function(self._rank_users, input_signature=[user_id, k])
 
     def call(self, user_id: Any, k: Any) -> dict[str, Any]:
+        return self.rank_users(user_id, k).lists
+
+    def _rank_users(self, user_id: Any, k: Any) -> Ranked:
+        """Rank for users (b,); `lists` also has whether they are known."""
+        features, seen, known = self._users(user_id)
+        ranked = self.rank(features, tf.cast(seen, tf.int32), k)
+        return ranked._replace(lists={**ranked.lists, "known_user": known})
+
+    def _rank(self, features: dict[str, Any], seen: Any, k: Any) -> Ranked:
+        """Rank for user features; `seen` (n, 2) are pairs (row, movie) to exclude."""
         num_movies = len(self._movie_ids)
         checks = [
             tf.debugging.assert_greater_equal(k, 1, "feature `k` must be at least 1"),
@@ -102,7 +139,6 @@ class Recommender(keras.layers.Layer):
         ]
         with tf.control_dependencies(checks):
             k = tf.identity(k)  # runs the checks before top_k
-        features, seen, known = self._users(user_id)
         scores = self._model(features, training=False)
         ranking = fuse(scores)
         lowest = tf.fill(tf.shape(seen)[:1], ranking.dtype.min)
@@ -116,15 +152,15 @@ class Recommender(keras.layers.Layer):
             )
             for task, score in scores.items()
         }
-        return {
+        lists = {
             "movie_id": tf.where(
                 unseen, tf.gather(self._movie_ids, movies), tf.cast(NO_MOVIE, tf.int64)
             ),
             "title": tf.where(unseen, tf.gather(self._titles, movies), ""),
             "score": best,
-            "known_user": known,
             **{task: tf.where(unseen, p, 0.0) for task, p in predictions.items()},
         }
+        return Ranked(lists, features, movies, self._movies.all_movies()[0])
 
 
 def check_stars(features: dict[str, Any]) -> dict[str, Any]:
@@ -136,6 +172,14 @@ def check_stars(features: dict[str, Any]) -> dict[str, Any]:
     )
     with tf.control_dependencies([check]):
         return {name: tf.identity(value) for name, value in features.items()}
+
+
+def feature_specs(model: keras.Model) -> dict[str, Any]:
+    """Return the shapes and types of a model's inputs by name."""
+    return {
+        name: tf.TensorSpec(tensor.shape, tensor.dtype, name)
+        for name, tensor in model.input.items()
+    }
 
 
 def export_saved_model(
@@ -154,10 +198,7 @@ def export_saved_model(
     recommender(tf.constant([0], tf.int64), tf.constant(1))  # builds it for export
     archive.track(ranker.pairs)
     archive.track(recommender)
-    features = {
-        name: tf.TensorSpec(tensor.shape, tensor.dtype, name)
-        for name, tensor in ranker.pairs.input.items()
-    }
+    features = feature_specs(ranker.pairs)
     archive.add_endpoint(
         "serving_default",
         lambda features: ranker.pairs(check_stars(features), training=False),
@@ -171,34 +212,6 @@ def export_saved_model(
             tf.TensorSpec((), tf.int32, "k"),
         ],
     )
+    add_signatures(archive, recommender, check_stars, ranker, sequences, catalogue)
     archive.write_out(folder, verbose=False)
     keras_moe.export.write_checksums(folder)
-
-
-def load_recommender(run: Path, inputs: tuple[str, ...]) -> Any:
-    """Load the `recommend` signature of a run or of a SavedModel.
-
-    Args:
-        run: the folder.
-        inputs: names of the inputs that the signature must have.
-
-    Raises:
-        InputError: if there is no SavedModel with that signature, or it is damaged.
-    """
-    folder = find_saved_model(run)
-    try:
-        signatures = keras_moe.export.load_saved_model(folder).signatures
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    if "recommend" not in signatures:
-        raise InputError(f'{folder} has no signature "recommend"')
-    signature = signatures["recommend"]
-    found = sorted(signature.structured_input_signature[1])
-    missing = {*PRINTED, "known_user"} - {*signature.structured_outputs}
-    if found != sorted(inputs) or missing:
-        raise InputError(
-            f"{folder} is not a model of this example: its `recommend` signature must "
-            f"take {sorted(inputs)} and return {[*PRINTED, 'known_user']}; it takes "
-            f"{found} and returns {sorted(signature.structured_outputs)}"
-        )
-    return signature

@@ -32,6 +32,7 @@ WRITTEN = {
     "learning_curves.png",
     "gate_weights.png",
     "expert_usage.png",
+    "expert_lifts.png",
     "calibration.png",
 }
 
