@@ -32,7 +32,9 @@ def on_all_experts(
             blocks.append((layer.group_of_task, c, m))
     else:
         return weights, np.ones(weights.shape[1:], bool)
-    parts, readable, start = [], [], 0
+    parts: list[np.ndarray] = []
+    readable: list[np.ndarray] = []
+    start = 0
     for owners, num_blocks, m in blocks:
         own = weights[..., start : start + m]
         for rows, found in ((own, parts), (np.ones((1, g, m)), readable)):
