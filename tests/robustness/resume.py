@@ -219,7 +219,10 @@ class Killed:
         return found
 
     def _kill(self) -> Kill:
-        draws = random.Random(f"{self._seed} {self._state.cases}")
+        # Also of the trainings: a kill that came after the end is drawn anew.
+        draws = random.Random(
+            f"{self._seed} {self._state.cases} {self._state.trainings}"
+        )
         since, (seconds, _) = draws.choices(
             [*MOMENTS.items()], [share for _, share in MOMENTS.values()]
         )[0]
