@@ -298,7 +298,8 @@ Mean and standard deviation of 12 seeds; intervals are those above.
   measured: without balance fewer experts are used.
 - **Not shown to help:** dropout within experts, +0.058 [-0.175, +0.231], weight decay,
   -0.117 [-0.276, +0.020], and early stopping, -0.059 [-0.155, +0.015], which mostly
-  stopped nothing: the validation loss of half of the seeds still fell at epoch 100.
+  stopped nothing: at least half of the seeds had the lowest validation loss at epoch
+  100.
 - **No cure is better than a single expert**, the dense layer. With so few rows a sparse
   mixture does not pay.
 
