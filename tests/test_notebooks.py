@@ -24,8 +24,9 @@ def _printed(notebook):
     return "".join(output.get("text", "") for output in _outputs(notebook))
 
 
-def test_there_are_five():
-    assert [path.name[:2] for path in build.scripts()] == ["01", "02", "03", "04", "05"]
+def test_there_are_nine():
+    numbers = [int(path.name[:2]) for path in build.scripts()]
+    assert numbers == list(range(1, 10))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -60,6 +61,18 @@ def test_figures_of_the_last_cell_are_in_the_outputs(script):
     reported = FIGURE.findall(last.source)
     assert len(reported) >= 5
     printed = set(FIGURE.findall(_printed(kept)))
+    assert [figure for figure in reported if figure not in printed] == []
+
+
+def test_figures_of_the_page_are_in_the_outputs_of_the_notebooks_it_names():
+    page = (build.FOLDER.parent / "docs" / "does-sparse-moe-pay.md").read_text()
+    names = set(re.findall(r"notebooks/(\w+)\.ipynb", page))
+    assert len(names) == 4
+    kept = [_kept(build.FOLDER / name) for name in names]
+    printed = set(FIGURE.findall("".join(map(_printed, kept))))
+    prose = re.sub(r"\]\([^)]*\)|https?://\S+|```.*?```", "", page, flags=re.DOTALL)
+    reported = FIGURE.findall(prose)
+    assert len(reported) >= 30
     assert [figure for figure in reported if figure not in printed] == []
 
 

@@ -168,6 +168,7 @@ def _write_models_and_plots(folder: Path, windows: Windows, outcome: Outcome) ->
 def study(options: argparse.Namespace) -> None:
     """Run all models over several seeds; results on disk are reused."""
     data = read_data(options)
+    from recsys_examples.movielens.body_study import bodies_table, run_bodies
     from recsys_examples.movielens.optimizer_study import (
         optimizers_table,
         run_optimizers,
@@ -180,8 +181,14 @@ def study(options: argparse.Namespace) -> None:
     windows, settings, _ = _prepare(data, options, console)
     folder = options.out / "study"
     make_folder(folder)
+    title = f"{data.name}: test window, {options.seeds} seeds"
+    if options.body == "moe":
+        bodies = run_bodies(
+            windows, settings, options.seeds, folder, data.name, console.print
+        )
+        console.print(bodies_table(title, bodies))
+        return
     if options.optimizer:
-        title = f"{data.name}: test window, {options.seeds} seeds"
         names = dict.fromkeys(options.optimizer)  # each once
         found = run_optimizers(
             windows,
@@ -197,9 +204,7 @@ def study(options: argparse.Namespace) -> None:
     results = run_study(
         windows, settings, options.seeds, folder, data.name, console.print
     )
-    title = (
-        f"{data.name}: test window, {options.seeds} seeds, mean ± standard deviation"
-    )
+    title += ", mean ± standard deviation"
     console.print(results_table(title, results, METRICS))
 
 
@@ -285,7 +290,8 @@ def _parser() -> argparse.ArgumentParser:
         "--body",
         choices=tuple(BODIES),
         default="mmoe",
-        help="layer shared by the tasks (default: %(default)s)",
+        help="layer shared by the tasks (default: %(default)s); --study --body moe "
+        "compares the sparse mixture with dense layers instead of the models",
     )
     parser.add_argument(
         "--optimizer",
@@ -318,8 +324,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train_or_study(options: argparse.Namespace) -> None:
-    if options.study and options.body != "mmoe":
-        raise InputError("--body cannot be used with --study, which runs all bodies")
+    if options.study and options.body == "shared_bottom":
+        raise InputError(
+            "--body shared_bottom cannot be used with --study, which runs it anyway"
+        )
+    if options.study and options.body == "moe" and options.optimizer:
+        raise InputError("--body moe cannot be used with --study and --optimizer")
     if options.study and options.jit_compile:
         raise InputError("--jit-compile cannot be used with --study")
     if options.study and options.resume:

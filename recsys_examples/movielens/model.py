@@ -32,8 +32,8 @@ from recsys_examples.movielens.movies import CatalogueScores, MovieEncoder, norm
 
 TASKS = ("watch", "like", "rating")
 EVALUATION_NEGATIVES = 4  # unseen movies per watched movie, in evaluation
+TOP_K = 2  # experts per user in the sparse MoE
 
-_TOP_K = 2  # experts per user in the sparse MoE
 _LAST_SEEN = tuple(range(1996, 2030))
 _RATING_STEPS = 11  # 0 to 5 stars in steps of 0.5
 
@@ -261,7 +261,7 @@ def _body(settings: Settings, tasks: tuple[str, ...]) -> keras.layers.Layer:
         experts = MLPExperts(
             settings.num_experts, settings.units, final_activation="relu"
         )
-        top_k = min(_TOP_K, settings.num_experts)
+        top_k = min(TOP_K, settings.num_experts)
         return MoE(
             num_experts=settings.num_experts, top_k=top_k, experts=experts, name="moe"
         )

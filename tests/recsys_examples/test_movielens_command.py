@@ -242,11 +242,19 @@ def test_a_single_run_has_one_optimizer(command):
     assert (status, err) == (2, "error: --optimizer must be one name without --study\n")
 
 
-@pytest.mark.parametrize("option", [["--body", "moe"], ["--jit-compile"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--body", "shared_bottom"],
+        ["--body", "moe", "--optimizer", "adam"],
+        ["--jit-compile"],
+    ],
+    ids=" ".join,
+)
 def test_options_of_single_runs_only(command, option):
     status, _, err = command("--study", *option)
     assert status == 2
-    assert err.startswith(f"error: {option[0]} cannot be used with --study")
+    assert err.startswith(f"error: {' '.join(option[:2])} cannot be used with --study")
     assert len(err.splitlines()) == 1
 
 
