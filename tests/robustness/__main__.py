@@ -15,7 +15,7 @@ HEAD = """# Robustness
 
 This page was written by `python -m tests.robustness page FILE.json ...`, from what the
 commands below found. Not on it yet, because they have not been run whole on this
-version: `tests.robustness.arguments`, and `resume` on JAX and torch.
+version: `tests.robustness.arguments`.
 """
 
 
