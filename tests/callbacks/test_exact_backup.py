@@ -1,6 +1,7 @@
 """ExactBackup: an interrupted training ends bit-identical to one that was not."""
 
 import json
+import shutil
 import signal
 
 import keras
@@ -9,6 +10,7 @@ import pytest
 
 from keras_moe.callbacks import DatasetPosition, ExactBackup
 from tests.support import interrupted, processes
+from tests.support.checks import not_on_jax
 
 EPOCHS = 3
 BACKEND = keras.backend.backend()
@@ -47,6 +49,19 @@ def whole(tmp_path_factory):
     return find
 
 
+@pytest.fixture(scope="module")
+def after_seven_batches(tmp_path_factory):
+    """The folder of a training that was interrupted in its second epoch."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    _interrupt(folder, "fixed_order", 7)
+    return folder
+
+
+@pytest.fixture
+def interrupted_at_7(after_seven_batches, tmp_path):
+    return shutil.copytree(after_seven_batches, tmp_path / "copy")
+
+
 @pytest.mark.parametrize("data", interrupted.DATA)
 def test_an_interrupted_epoch_goes_on(data, whole, tmp_path):
     _interrupt(tmp_path, data, 9, every_steps=2)
@@ -69,6 +84,7 @@ def test_any_epoch_goes_on_from_its_start(batches, whole, tmp_path):
     assert interrupted.train(tmp_path, "tf", EPOCHS) == whole("tf")
 
 
+@not_on_jax
 def test_several_interruptions_and_steps_per_execution(tmp_path):
     steps = 1 if BACKEND == "torch" else 2  # Keras on torch has no more.
 
@@ -93,9 +109,8 @@ def test_a_damaged_backup_is_passed_over(whole, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["empty", "flipped", "text", "folder"])
-def test_no_whole_backup_is_named(damage, tmp_path):
-    path = tmp_path / "batch-000000000006-process-0.backup"
-    _interrupt(tmp_path, "fixed_order", 7)
+def test_no_whole_backup_is_named(damage, interrupted_at_7):
+    path = interrupted_at_7 / "batch-000000000006-process-0.backup"
     content = bytearray(path.read_bytes())
     # In an array: some bits of a zip's own fields change nothing.
     content[content.index(b"NUMPY", len(content) // 2) + 130] ^= 1
@@ -106,18 +121,17 @@ def test_no_whole_backup_is_named(damage, tmp_path):
         path.write_bytes({"empty": b"", "flipped": content, "text": b"{}"}[damage])
     with (
         pytest.warns(UserWarning, match="the backup before is used"),
-        pytest.raises(ValueError, match=f"{path.name}.*delete {tmp_path}"),
+        pytest.raises(ValueError, match=f"{path.name}.*delete {interrupted_at_7}"),
     ):
-        interrupted.train(tmp_path, "fixed_order", EPOCHS)
+        interrupted.train(interrupted_at_7, "fixed_order", EPOCHS)
 
 
-def test_another_model_is_refused(tmp_path):
-    _interrupt(tmp_path, "fixed_order", 7)
+def test_another_model_is_refused(interrupted_at_7):
     inputs = keras.Input((6,))
     model = keras.Model(inputs, {"click": keras.layers.Dense(1)(inputs)})
     model.compile("sgd", "mse")
     x, y = interrupted.rows()
-    backup = ExactBackup(tmp_path, callbacks=[keras.callbacks.EarlyStopping()])
+    backup = ExactBackup(interrupted_at_7, callbacks=[keras.callbacks.EarlyStopping()])
     with pytest.raises(ValueError, match="the model of `fit` must be that of the"):
         model.fit(x, {"click": y["click"]}, callbacks=[backup], epochs=3, verbose=0)
 
@@ -172,14 +186,21 @@ def test_callbacks_go_on_with_their_states(tmp_path):
         np.testing.assert_array_equal(value, expected)
 
 
+@pytest.fixture(scope="module")
+def within_an_epoch(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted")
+    _interrupt(folder, "fixed_order", 10, every_steps=2)
+    return folder
+
+
 class TestAnotherFit:
     """A program that is not the one that was interrupted: refused, nothing is lost."""
 
     @pytest.fixture
-    def folder(self, tmp_path):
-        _interrupt(tmp_path, "fixed_order", 10, every_steps=2)
-        yield tmp_path
-        assert list(tmp_path.glob("*.backup"))
+    def folder(self, within_an_epoch, tmp_path):
+        copy = shutil.copytree(within_an_epoch, tmp_path / "copy")
+        yield copy
+        assert list(copy.glob("*.backup"))
 
     def test_shorter_epochs(self, folder):
         model = interrupted.make_model()
@@ -241,10 +262,9 @@ def test_the_end_of_an_epoch_of_unknown_length(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_later_fit_is_not_changed(tmp_path):
-    _interrupt(tmp_path, "fixed_order", 7)
+def test_a_later_fit_is_not_changed(interrupted_at_7):
     model = interrupted.make_model()
-    interrupted.train(tmp_path, "fixed_order", EPOCHS, model=model)
+    interrupted.train(interrupted_at_7, "fixed_order", EPOCHS, model=model)
     x, y = interrupted.rows()
     assert len(model.fit(x, y, epochs=2, verbose=0).history["loss"]) == 2
 

@@ -14,8 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "robustness.md"
 HEAD = """# Robustness
 
 This page was written by `python -m tests.robustness page FILE.json ...`, from what the
-commands below found. Not on it yet, because they have not been run whole on this
-version: `tests.robustness.arguments`.
+commands below found.
 """
 
 
