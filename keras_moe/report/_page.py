@@ -221,6 +221,9 @@ def _cell(value: Any) -> str:
         return "<td>-</td>"
     if isinstance(value, bool | str):
         return f"<td>{escape(str(value))}</td>"
+    if isinstance(value, dict) and {"mean", "standard_deviation"} <= value.keys():
+        text = f"{value['mean']:.4g} ± {value['standard_deviation']:.2g}"
+        return f'<td class="number">{escape(text)}</td>'
     if not isinstance(value, int | float):
         return f"<td>{escape(json.dumps(value, default=str))}</td>"
     text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

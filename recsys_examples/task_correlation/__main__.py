@@ -71,6 +71,7 @@ def study(options: argparse.Namespace) -> None:
     depends_on |= depends_on.pop("recipe")
     file = ResultsFile(options.out / RESULTS, depends_on, options.resume)
 
+    from keras_moe import report
     from recsys_examples.runs import write_json
     from recsys_examples.task_correlation.claims import check_claims
     from recsys_examples.task_correlation.models import equal_widths
@@ -94,6 +95,7 @@ def study(options: argparse.Namespace) -> None:
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_json(options.out / METRICS, record)
+    report(options.out, title="Multi-task models by the correlation of the tasks")
     _print_results(record, work.losses(), console)
     _print_claims(claims, console)
     console.print(f"{record['seconds']:.0f} s. Written to {options.out}")
@@ -327,7 +329,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         default=Path("runs/task_correlation"),
-        help=f"folder of {RESULTS}, {METRICS} and {PICTURE} (default: %(default)s)",
+        help=f"folder of {RESULTS}, {METRICS}, {PICTURE} and report.html, a page with "
+        "all of it (default: %(default)s)",
     )
     parser.add_argument(
         "--resume",

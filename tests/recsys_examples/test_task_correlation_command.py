@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 COMMAND = ["-m", "recsys_examples.task_correlation"]
 # Enough runs for the claims to be checked, but only 3 steps.
 TINY = ["--quick", "--runs", "5", "--steps", "3", "--seed", "4"]
-WRITTEN = {"results.jsonl", "metrics.json", "task_correlation.png"}
+WRITTEN = {"results.jsonl", "metrics.json", "task_correlation.png", "report.html"}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,15 @@ def command(capfd):
 class TestStudy:
     def test_files(self, out):
         assert set(os.listdir(out)) == WRITTEN
+
+    def test_report(self, out):
+        record = json.loads((out / "metrics.json").read_text())
+        text = (out / "report.html").read_text()
+        for cells in record["results"].values():
+            for cell in cells.values():
+                shown = f"{cell['mean']:.4g} ± {cell['standard_deviation']:.2g}"
+                assert f">{shown}</td>" in text
+        assert "task correlation" in text  # the picture's caption
 
     def test_output(self, out):
         output = (out.parent / "stdout.txt").read_text()
