@@ -76,7 +76,7 @@ def interpreters() -> dict[str, str]:
 
 
 def releases(python: str, name: str) -> list[tuple[int, ...]]:
-    """Return the releases with a wheel for the interpreter, the oldest first."""
+    """Return the releases that pip lists, the oldest first."""
     listed = _output(
         *(python, "-m", "pip", "index", "versions", name, "--only-binary=:all:")
     )
@@ -103,9 +103,19 @@ def oldest(python: str) -> list[str]:
     bounds = lower_bounds()
     wanted = []
     for name in PINNED:
-        allowed = [r for r in releases(python, name) if r >= bounds[name]]
-        wanted.append(f"{name}=={'.'.join(map(str, allowed[0]))}")
+        allowed = [
+            f"{name}=={'.'.join(map(str, release))}"
+            for release in releases(python, name)
+            if release >= bounds[name]
+        ]
+        wanted.append(next(each for each in allowed if _has_wheel(python, each)))
     return wanted
+
+
+def _has_wheel(python: str, requirement: str) -> bool:
+    """Whether it can be installed: pip also lists releases for other interpreters."""
+    options = ("--dry-run", "--no-deps", "--ignore-installed", "--only-binary=:all:")
+    return _output(python, "-m", "pip", "install", *options, requirement) is not None
 
 
 def try_environment(
