@@ -25,18 +25,21 @@ from rich.table import Table
 
 from recsys_examples.movielens.labels import Examples
 from recsys_examples.movielens.model import TASKS, TOP_K, Settings, build_ranker
-from recsys_examples.movielens.pipeline import Windows, run_ranker
+from recsys_examples.movielens.pipeline import Windows
 from recsys_examples.movielens.study import (
     Metrics,
-    ResultsOnDisk,
     results_on_disk,
     shared_bottom_of_equal_size,
 )
-from recsys_examples.movielens.training import Validation, compile_ranker, fit_ranker
+from recsys_examples.movielens.training import compile_ranker
+from recsys_examples.movielens.tuned import (
+    best_on_validation,
+    metrics_of,
+    paired_difference,
+)
 from recsys_examples.tables import summary
 
 RATES = (2.5e-3, 5e-3, 7.5e-3)
-_TUNING_SEED = 0
 _BATCHES, _REPEATS = 10, 8  # of the step times
 
 
@@ -93,11 +96,19 @@ def run_bodies(
         "dense, equal FLOPs": dense_of_equal_cost(settings, features),
         "dense, equal parameters": shared_bottom_of_equal_size(windows, settings),
     }
-    best = {name: _tuned(windows, body, on_disk) for name, body in bodies.items()}
+    best = {
+        name: best_on_validation(
+            windows,
+            [replace(body, learning_rate=rate) for rate in RATES],
+            _name,
+            on_disk,
+        )
+        for name, body in bodies.items()
+    }
     metrics: dict[str, list[Metrics]] = {name: [] for name in bodies}
     for seed in range(seeds):
         for name, (body, _) in best.items():
-            run = partial(_run, windows, body, seed)
+            run = partial(metrics_of, windows, body, seed)
             metrics[name].append(on_disk.get(f"{_name(body)}, seed {seed}", run))
     times = on_disk.get("milliseconds of a step", partial(_step_times, windows, bodies))
     return {
@@ -146,38 +157,6 @@ def _build(windows: Windows, settings: Settings) -> Any:
 def _name(settings: Settings) -> str:
     body = "sparse moe" if settings.body == "moe" else f"dense {settings.units}"
     return f"{body}, rate {settings.learning_rate:g}"
-
-
-def _tuned(
-    windows: Windows, settings: Settings, on_disk: ResultsOnDisk
-) -> tuple[Settings, float]:
-    """Return the best settings and their NDCG@10 on validation."""
-    tried = {}
-    for rate in RATES:
-        setting = replace(settings, learning_rate=rate)
-        found = on_disk.get(
-            f"{_name(setting)}, tuning seed {_TUNING_SEED}",
-            partial(_validate, windows, setting, _TUNING_SEED),
-        )
-        tried[setting] = found["validation_ndcg@10"]
-    best = max(tried, key=tried.__getitem__)
-    return best, float(tried[best])
-
-
-def _validate(windows: Windows, settings: Settings, seed: int) -> dict[str, Any]:
-    fit = fit_ranker(
-        windows.train,
-        windows.catalogue,
-        settings,
-        seed=seed,
-        validation=Validation(windows.before_test, windows.validation_task),
-        verbose=0,
-    )
-    return {"validation_ndcg@10": max(fit.curves["val_ndcg@10"]), "epochs": fit.epochs}
-
-
-def _run(windows: Windows, settings: Settings, seed: int) -> Metrics:
-    return run_ranker(windows, settings, seed=seed, verbose=0).metrics
 
 
 def _step_times(windows: Windows, bodies: Mapping[str, Settings]) -> dict[str, float]:
@@ -229,6 +208,7 @@ def bodies_table(title: str, found: Mapping[str, Studied]) -> Table:
     ):
         table.add_column(heading, justify="right")
     for name, studied in found.items():
+        difference = paired_difference(found[first].metrics, studied.metrics)
         table.add_row(
             name,
             f"{studied.parameters:,}",
@@ -237,16 +217,6 @@ def bodies_table(title: str, found: Mapping[str, Studied]) -> Table:
             f"{studied.settings.learning_rate:g}",
             f"{studied.ndcg:.4f}",
             summary(studied.metrics, "ndcg@10"),
-            "-" if name == first else paired_difference(found[first], studied),
+            "-" if name == first else difference,
         )
     return table
-
-
-def paired_difference(one: Studied, other: Studied) -> str:
-    """Return the mean of the paired differences in NDCG@10, and its standard error."""
-    pairs = zip(one.metrics, other.metrics, strict=True)
-    differences = np.array([a["ndcg@10"] - b["ndcg@10"] for a, b in pairs])
-    if len(differences) == 1:
-        return f"{differences[0]:+.4f}"
-    error = differences.std(ddof=1) / np.sqrt(len(differences))
-    return f"{differences.mean():+.4f} ({error:.4f})"

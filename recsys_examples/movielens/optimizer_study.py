@@ -12,15 +12,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from recsys_examples.movielens.model import Settings
-from recsys_examples.movielens.pipeline import Windows, run_ranker
-from recsys_examples.movielens.study import Metrics, ResultsOnDisk, results_on_disk
-from recsys_examples.movielens.training import Validation, fit_ranker
+from recsys_examples.movielens.pipeline import Windows
+from recsys_examples.movielens.study import Metrics, results_on_disk
+from recsys_examples.movielens.tuned import (
+    best_on_validation,
+    metrics_of,
+    paired_difference,
+)
 from recsys_examples.tables import summary
 
 TUNING_SEEDS = 1
@@ -76,10 +78,11 @@ def run_optimizers(
     on_disk = results_on_disk(windows, settings, [], folder, data_name, announce)
     found = {}
     for name in optimizers:
-        best, ndcg = _tuned(windows, replace(settings, optimizer=name), on_disk)
+        grid = _grid(replace(settings, optimizer=name))
+        best, ndcg = best_on_validation(windows, grid, _name, on_disk, TUNING_SEEDS)
         metrics = [
             on_disk.get(
-                f"{_name(best)}, seed {seed}", partial(_run, windows, best, seed)
+                f"{_name(best)}, seed {seed}", partial(metrics_of, windows, best, seed)
             )
             for seed in range(seeds)
         ]
@@ -87,24 +90,11 @@ def run_optimizers(
     return found
 
 
-def _tuned(
-    windows: Windows, settings: Settings, on_disk: ResultsOnDisk
-) -> tuple[Settings, float]:
-    """Return the best settings and their NDCG@10 on validation."""
-    tried = {}
-    for rate, multiplier in GRIDS[settings.optimizer]:
-        setting = replace(settings, learning_rate=rate, table_multiplier=multiplier)
-        tried[setting] = np.mean(
-            [
-                on_disk.get(
-                    f"{_name(setting)}, tuning seed {seed}",
-                    partial(_validate, windows, setting, seed),
-                )["validation_ndcg@10"]
-                for seed in range(TUNING_SEEDS)
-            ]
-        )
-    best = max(tried, key=tried.__getitem__)
-    return best, float(tried[best])
+def _grid(settings: Settings) -> list[Settings]:
+    return [
+        replace(settings, learning_rate=rate, table_multiplier=multiplier)
+        for rate, multiplier in GRIDS[settings.optimizer]
+    ]
 
 
 def _name(settings: Settings) -> str:
@@ -112,22 +102,6 @@ def _name(settings: Settings) -> str:
     if settings.optimizer in OF_TABLES:
         return f"{name}, tables {settings.table_multiplier:g}"
     return name
-
-
-def _validate(windows: Windows, settings: Settings, seed: int) -> dict[str, Any]:
-    fit = fit_ranker(
-        windows.train,
-        windows.catalogue,
-        settings,
-        seed=seed,
-        validation=Validation(windows.before_test, windows.validation_task),
-        verbose=0,
-    )
-    return {"validation_ndcg@10": max(fit.curves["val_ndcg@10"]), "epochs": fit.epochs}
-
-
-def _run(windows: Windows, settings: Settings, seed: int) -> Metrics:
-    return run_ranker(windows, settings, seed=seed, verbose=0).metrics
 
 
 def optimizers_table(title: str, found: dict[str, Studied]) -> Table:
@@ -153,21 +127,12 @@ def optimizers_table(title: str, found: dict[str, Studied]) -> Table:
         rates = f"{rate:g}"
         if name in OF_TABLES:
             rates += f" ({rate * studied.settings.table_multiplier:g})"
+        difference = paired_difference(studied.metrics, found[first].metrics)
         table.add_row(
             name,
             rates,
             f"{studied.ndcg:.4f}",
             summary(studied.metrics, "ndcg@10"),
-            "-" if name == first else _difference(studied, found[first]),
+            "-" if name == first else difference,
         )
     return table
-
-
-def _difference(studied: Studied, other: Studied) -> str:
-    """Mean of the paired differences in NDCG@10, and its standard error."""
-    pairs = zip(studied.metrics, other.metrics, strict=True)
-    differences = np.array([a["ndcg@10"] - b["ndcg@10"] for a, b in pairs])
-    if len(differences) == 1:
-        return f"{differences[0]:+.4f}"
-    error = differences.std(ddof=1) / np.sqrt(len(differences))
-    return f"{differences.mean():+.4f} ({error:.4f})"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from recsys_examples.movielens import body_study
+from recsys_examples.movielens import body_study, tuned
 from recsys_examples.movielens.body_study import (
     Studied,
     bodies_table,
@@ -86,8 +86,8 @@ class TestStudy:
         def times(windows, bodies):
             return dict.fromkeys(bodies, 2.0)
 
-        monkeypatch.setattr(body_study, "_validate", validate)
-        monkeypatch.setattr(body_study, "_run", run)
+        monkeypatch.setattr(tuned, "_validate", validate)
+        monkeypatch.setattr(body_study, "metrics_of", run)
         monkeypatch.setattr(body_study, "_step_times", times)
         return fits
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from recsys_examples.movielens import optimizer_study
+from recsys_examples.movielens import optimizer_study, tuned
 from recsys_examples.movielens.__main__ import OPTIMIZERS as NAMES
 from recsys_examples.movielens.model import Settings
 from recsys_examples.movielens.optimizer_study import (
@@ -57,8 +57,8 @@ class TestStudy:
             bonus = (1 + seed) / 8 if settings.optimizer == "lazy_adam" else 0.0
             return {"ndcg@10": 0.25 + bonus}
 
-        monkeypatch.setattr(optimizer_study, "_validate", validate)
-        monkeypatch.setattr(optimizer_study, "_run", run)
+        monkeypatch.setattr(tuned, "_validate", validate)
+        monkeypatch.setattr(optimizer_study, "metrics_of", run)
         return fits
 
     def test_runs_the_best_on_validation_and_resumes(self, windows, fits, tmp_path):
