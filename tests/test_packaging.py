@@ -67,7 +67,10 @@ def test_the_wheel_has_every_module_and_nothing_else(wheel):
         for package in ("keras_moe", "recsys_examples")
         for path in (ROOT / package).rglob("*.py")
     }
-    assert held == modules | {"keras_moe/py.typed"}
+    page = {
+        f"recsys_examples/movielens/web/page.{kind}" for kind in ("css", "html", "js")
+    }
+    assert held == modules | page | {"keras_moe/py.typed"}
 
 
 @pytest.mark.parametrize(
