@@ -63,12 +63,13 @@ def _renew_jax_state(model: keras.Model) -> None:
     """
     kept = getattr(model, "_jax_state", None)
     if kept:
-        sources = {**dict.fromkeys(kept, model), "optimizer_variables": model.optimizer}
-        names = {"optimizer_variables": "variables"}
-        model._jax_state = {
-            name: [v.value for v in getattr(sources[name], names.get(name, name))]
-            for name in kept
+        known = {
+            "trainable_variables": model.trainable_variables,
+            "non_trainable_variables": model.non_trainable_variables,
+            "optimizer_variables": model.optimizer.variables,
+            "metrics_variables": model.metrics_variables,
         }
+        model._jax_state = {name: [v.value for v in known[name]] for name in kept}
 
 
 def _variables(model: keras.Model) -> tuple[list[Any], list[Any]]:

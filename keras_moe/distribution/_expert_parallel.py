@@ -16,6 +16,7 @@ from keras_moe import _backend, _checks
 from keras_moe.distribution._placements import (
     Axis,
     VariablePlacement,
+    division,
     has_experts,
     layers_with_experts,
     placements_of,
@@ -235,19 +236,20 @@ def _divisors(count: int) -> list[int]:
 def _warn_of_replicated(
     model: Any, placements: list[VariablePlacement], axis: Axis
 ) -> None:
-    """Warn of experts that every device has, such as those of `PLE`."""
+    """Warn of experts that the axis does not divide, such as those of a `PLE`."""
     whole = {
-        variable.path
+        variable.path: division(layer.num_experts, "experts", axis)
         for layer in model._flatten_layers(include_self=True)
         if has_experts(layer)
         for variable in layer.weights
     }
+    # Shared experts are whole for another reason: every token goes to them.
     reasons = [
         f"{place.path}: {place.reason}"
         for place in placements
-        if place.path in whole and not any(place.axes)
+        if whole.get(place.path) == (None, place.reason)
     ]
-    if reasons and axis[1] > 1:
+    if reasons:
         warnings.warn(
             f"Every device has all of the experts of {len(reasons)} variables, since "
             f"the axis {axis[0]!r} of {axis[1]} devices does not divide them: "

@@ -69,12 +69,12 @@ def _parts(
         if isinstance(part, keras.layers.Layer):
             yield part, None, "every token needs the scores of all experts"
     if isinstance(layer, keras.layers.Embedding):
-        yield layer, *_division(table_rows or layer.input_dim, "rows", table_axis)
+        yield layer, *division(table_rows or layer.input_dim, "rows", table_axis)
     if has_experts(layer):
-        yield layer, *_division(layer.num_experts, "experts", expert_axis)
+        yield layer, *division(layer.num_experts, "experts", expert_axis)
 
 
-def _division(count: int, unit: str, axis: Axis | None) -> tuple[str | None, str]:
+def division(count: int, unit: str, axis: Axis | None) -> tuple[str | None, str]:
     """Return the axis that splits `count` units, if it can, and why."""
     if axis is None:
         return None, f"{unit} are not split"

@@ -71,7 +71,8 @@ class Contributions(keras.layers.Layer):
         self, features: dict[str, Any], movies: Any, vectors: Any
     ) -> tuple[Any, Any, Any]:
         rows = self._rows(features, training=False)
-        gates, outputs = gates_and_outputs(self._body, rows, len(self._users))
+        gates = gate_weights(self._body, rows, len(self._users))
+        outputs = self._body.experts(rows, training=False)  # (b, e, u)
         mixed = ops.matmul(gates, outputs)  # (b, t, u)
         without = without_each(gates, outputs)  # (b, t, e, u)
         mean = ops.mean(vectors, axis=0)  # (d,)
@@ -88,21 +89,19 @@ class Contributions(keras.layers.Layer):
         return gates, ops.stack(found, axis=2), ops.stack(means, axis=1)
 
 
-def gates_and_outputs(body: Any, rows: Any, num_tasks: int) -> tuple[Any, Any]:
-    """Return the gate weights (b, t, e) and expert outputs (b, e, u) in inference.
+def gate_weights(body: Any, rows: Any, num_tasks: int) -> Any:
+    """Return the gate weights (b, t, e) in inference.
 
     Args:
         body: an `MMoE` or a `MoE`, whose tasks have the same mixture.
         rows: (b, features), what the body reads.
         num_tasks: the number of tasks, t.
     """
-    if isinstance(body, MoE):
-        record, _ = body.route(rows)
-        gates = routing.gates(record, body.num_experts, ops.shape(rows)[0])
-        gates = ops.repeat(ops.expand_dims(gates, 1), num_tasks, axis=1)
-    else:
-        gates = body.gate_weights(rows)
-    return gates, body.experts(rows, training=False)
+    if not isinstance(body, MoE):
+        return body.gate_weights(rows)
+    record, _ = body.route(rows)
+    gates = routing.gates(record, body.num_experts, ops.shape(rows)[0])
+    return ops.repeat(ops.expand_dims(gates, 1), num_tasks, axis=1)
 
 
 def without_each(gates: Any, outputs: Any) -> Any:

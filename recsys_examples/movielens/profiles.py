@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recsys_examples.movielens.experts import gates_and_outputs
+from recsys_examples.movielens.experts import gate_weights
 from recsys_examples.movielens.features import Catalogue, Sequences
 from recsys_examples.movielens.model import Ranker
 
@@ -85,7 +85,7 @@ def profile_experts(
     for start in range(0, len(users), _BATCH_SIZE):
         batch = users[start : start + _BATCH_SIZE]
         rows = ranker.user(sequences.histories(catalogue, batch), training=False)
-        gates.append(np.asarray(gates_and_outputs(ranker.body, rows, len(tasks))[0]))
+        gates.append(np.asarray(gate_weights(ranker.body, rows, len(tasks))))
     weights = np.concatenate(gates)  # (u, t, e)
     by_user = weights.mean(axis=1)
     ratings = sequences.matrix(len(catalogue))[users]

@@ -19,7 +19,7 @@ from recsys_examples.two_stage.settings import LIST_LENGTH, Settings
 from recsys_examples.two_stage.statistics import Statistics
 from recsys_examples.two_stage.towers import MASKED_SCORE, Retrieval
 
-_BATCH_SIZE = 256
+BATCH_SIZE = 256
 
 
 class Candidates(NamedTuple):
@@ -69,10 +69,8 @@ class FirstStage:
             ends: (n,) number of the user's ratings that are used.
         """
         found = [
-            self._candidates(
-                sequences, users[at:][:_BATCH_SIZE], ends[at:][:_BATCH_SIZE]
-            )
-            for at in range(0, len(users), _BATCH_SIZE)
+            self._candidates(sequences, users[at:][:BATCH_SIZE], ends[at:][:BATCH_SIZE])
+            for at in range(0, len(users), BATCH_SIZE)
         ]
         return Candidates(*map(np.concatenate, zip(*found, strict=True)))
 

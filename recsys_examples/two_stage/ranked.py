@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from recsys_examples.movielens.ranking import RankingTask, Scorer, rank
-from recsys_examples.two_stage.first_stage import FirstStage
+from recsys_examples.two_stage.first_stage import BATCH_SIZE, FirstStage
 from recsys_examples.two_stage.fusion import (
     Fusion,
     diverse_top,
@@ -22,7 +22,6 @@ from recsys_examples.two_stage.settings import LIST_LENGTH, TASKS, Settings
 from recsys_examples.two_stage.statistics import genre_vectors
 from recsys_examples.two_stage.towers import MASKED_SCORE
 
-_BATCH_SIZE = 256
 FUNNEL = (10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -41,7 +40,7 @@ class Ranked:
 
     def predict(self, ranker: keras.Model) -> dict[str, np.ndarray]:
         """Return the scores (b, c) of each task."""
-        scores = ranker.predict(self._features, batch_size=_BATCH_SIZE, verbose=0)
+        scores = ranker.predict(self._features, batch_size=BATCH_SIZE, verbose=0)
         return {task: scores[task].reshape(self.rows.shape) for task in TASKS}
 
     def lists(self, scores: dict[str, np.ndarray], fusion: Fusion) -> np.ndarray:

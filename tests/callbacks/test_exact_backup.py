@@ -10,7 +10,6 @@ import pytest
 
 from keras_moe.callbacks import DatasetPosition, ExactBackup
 from tests.support import interrupted, processes
-from tests.support.checks import not_on_jax
 
 EPOCHS = 3
 BACKEND = keras.backend.backend()
@@ -84,7 +83,6 @@ def test_any_epoch_goes_on_from_its_start(batches, whole, tmp_path):
     assert interrupted.train(tmp_path, "tf", EPOCHS) == whole("tf")
 
 
-@not_on_jax
 def test_several_interruptions_and_steps_per_execution(tmp_path):
     steps = 1 if BACKEND == "torch" else 2  # Keras on torch has no more.
 

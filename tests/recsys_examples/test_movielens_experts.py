@@ -8,7 +8,7 @@ import pytest
 from recsys_examples.errors import InputError
 from recsys_examples.movielens.experts import (
     Contributions,
-    gates_and_outputs,
+    gate_weights,
     without_each,
 )
 from recsys_examples.movielens.model import TASKS, build_ranker
@@ -84,7 +84,8 @@ def test_by_hand():
 def test_the_parts_make_the_body(rankers, features, body):
     ranker = rankers[body]
     rows = ranker.user(features, training=False)
-    gates, outputs = gates_and_outputs(ranker.body, rows, len(TASKS))
+    gates = gate_weights(ranker.body, rows, len(TASKS))
+    outputs = ranker.body.experts(rows, training=False)
     mixed = np.asarray(gates) @ np.asarray(outputs)
     expected = ranker.body(rows)
     for t, task in enumerate(TASKS):

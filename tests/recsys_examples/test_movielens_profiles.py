@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from recsys_examples.movielens.experts import gates_and_outputs
+from recsys_examples.movielens.experts import gate_weights
 from recsys_examples.movielens.model import TASKS, build_ranker
 from recsys_examples.movielens.profiles import (
     LEAST_SHARE,
@@ -56,7 +56,7 @@ def test_profile(windows, settings, body):
     num_users = len(sequences.user_ids)
     for user in range(num_users):
         rows = ranker.user(sequences.histories(catalogue, np.array([user])))
-        gates = np.asarray(gates_and_outputs(ranker.body, rows, len(TASKS))[0])[0]
+        gates = np.asarray(gate_weights(ranker.body, rows, len(TASKS)))[0]
         total += gates
         by_user.append(gates.mean(0))
         rated = sequences.movies[sequences.starts[user] : sequences.starts[user + 1]]

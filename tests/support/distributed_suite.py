@@ -332,9 +332,12 @@ def whole_experts() -> list[str]:
     """Return the warnings of a `PLE` whose experts the axis does not divide."""
     ple = layers.PLE(1, 1, 2, UNITS, ["a", "b"])  # 2 * 2 + 1 experts
     ple.build((None, FEATURES))
+    shared = layers.MoE(8, UNITS, num_shared_experts=1)  # no warning
+    shared.build((None, FEATURES))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         made = expert_parallel(ple, {"batch": 2, "expert": 4})
+        expert_parallel(shared, {"batch": 2, "expert": 4})
     assert not any(any(place.axes) for place in made.placements)
     return [str(w.message) for w in caught]
 
