@@ -184,6 +184,39 @@ def test_results_of_other_forms(tmp_path):
         assert shown in Page(keras_moe.report(tmp_path).read_text()).text
 
 
+def test_tables_and_findings(tmp_path):
+    table = {
+        "title": "Group <1>",
+        "columns": ["", "AUC"],
+        "rows": [["MMoE", "0.9431 ± 0.0012"], ["PLE", "-0.01 (3e-05) *"]],
+    }
+    record = {"tables": [table], "findings": ["PLE is <best>"], "seed": 3}
+    (tmp_path / "metrics.json").write_text(json.dumps(record))
+    html = keras_moe.report(tmp_path).read_text()
+    for cell in ("0.9431 ± 0.0012", "-0.01 (3e-05) *"):
+        assert f'<td class="number">{cell}</td>' in html
+    assert "<td>PLE</td>" in html
+    page = Page(html)
+    for part in ("Group <1>", "AUC", "PLE is <best>", "seed"):
+        assert page.text.count(part) == 1
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"tables": [{"title": "a", "columns": ["b", "c"], "rows": [["d"]]}]},
+        {"tables": [{"title": "a", "rows": []}]},
+        {"tables": {"a": 1}},
+        {"tables": [{"title": 1, "columns": [], "rows": []}]},
+        {"findings": "all is well"},
+    ],
+)
+def test_tables_that_are_none(record, tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"metrics\.json: `tables` must be a list"):
+        keras_moe.report(tmp_path)
+
+
 def test_half_a_line_and_an_earlier_model(run, tmp_path):
     """A process was killed while it wrote; before, a model of three experts."""
     lines = (run / "experts.jsonl").read_text().splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from html import escape
 from importlib import metadata
@@ -16,6 +17,8 @@ from keras_moe.report._run import Run, read_run
 from keras_moe.telemetry import signs_of_collapse
 
 _PACKAGES = ("keras-moe", "keras", "tensorflow", "jax", "torch", "numpy")
+_NUMERIC = ' class="number"'
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]\d+)?([ %([]|$)")
 _STYLE = """
 :root { color-scheme: light dark; --line: #bbb; --soft: #f2f2f2; --warn: #a33; }
 @media (prefers-color-scheme: dark) {
@@ -28,7 +31,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 table { border-collapse: collapse; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .75rem .25rem 0;
   text-align: left; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
 img { max-width: 100%; height: auto; background: white; }
 figure { margin: 1rem 0; }
 .alarm { border-left: 4px solid var(--warn); background: var(--soft);
@@ -48,8 +52,12 @@ def report(
     versions, and can be read on a phone, on dark and on light pages.
 
     Args:
-        run: str or path, the folder of a run: of an example (`metrics.json`), or with
-            the file `experts.jsonl` of a `keras_moe.callbacks.ExpertMonitor`, or both.
+        run: str or path, the folder of a run, with a file `metrics.json` or
+            `experts.jsonl` of a `keras_moe.callbacks.ExpertMonitor`, or both. On the
+            page, some items of the JSON object `metrics.json` have a place of their
+            own: `results`, an object of models, each an object of figures; `tables`, a
+            list of objects with `title`, `columns` and `rows`; `findings` and
+            `warnings`, lists of text. All others are settings.
         path: str or path, the file to write. Default: `report.html` in the folder. It
             appears whole or not at all.
         title: str, the title of the page. Default: the name of the folder.
@@ -107,6 +115,9 @@ def _sections(run: Run) -> Iterator[tuple[str, str]]:
         isinstance(of_model, dict) for of_model in results.values()
     )
     yield "Results", _results(results or {}) if has_table else ""
+    for table in run.tables:
+        yield table["title"], _table(table["rows"], table["columns"])
+    yield "Findings", "".join(f"<p>{escape(str(text))}</p>" for text in run.findings)
     warned = record.get("warnings") or []
     yield "Warnings", "".join(_alarm(str(text)) for text in warned)
     if run.observations:
@@ -119,7 +130,7 @@ def _sections(run: Run) -> Iterator[tuple[str, str]]:
             for path in run.pictures
         ),
     )
-    elsewhere = ("results", "curves") if has_table else ("curves",)
+    elsewhere = ["crc32", "curves", "tables", "findings"] + ["results"] * has_table
     settings = {k: v for k, v in record.items() if k not in elsewhere}
     yield "Settings", _settings(settings)
     yield "Versions of this page", _table(_versions())
@@ -209,25 +220,32 @@ def _versions() -> list[list[Any]]:
 
 
 def _table(rows: list[list[Any]], head: list[str] | None = None) -> str:
-    top = ""
-    if head:
-        top = f"<tr>{''.join(f'<th>{escape(str(cell))}</th>' for cell in head)}</tr>"
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    return f'<div class="wide"><table>{top}{body}</table></div>'
+    cells = [[_cell(value) for value in row] for row in rows]
+    top = "".join(
+        f"<th{_NUMERIC if _is_numeric(column) else ''}>{escape(str(name))}</th>"
+        for name, *column in zip(head or [], *cells, strict=False)
+    )
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+
+
+def _is_numeric(column: list[str]) -> bool:
+    return any(f"<td{_NUMERIC}>" in cell for cell in column)
 
 
 def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and value != value):
         return "<td>-</td>"
     if isinstance(value, bool | str):
-        return f"<td>{escape(str(value))}</td>"
+        kind = _NUMERIC if _NUMBER.match(str(value)) else ""
+        return f"<td{kind}>{escape(str(value))}</td>"
     if isinstance(value, dict) and {"mean", "standard_deviation"} <= value.keys():
         text = f"{value['mean']:.4g} ± {value['standard_deviation']:.2g}"
-        return f'<td class="number">{escape(text)}</td>'
+        return f"<td{_NUMERIC}>{escape(text)}</td>"
     if not isinstance(value, int | float):
         return f"<td>{escape(json.dumps(value, default=str))}</td>"
     text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-    return f'<td class="number">{escape(text)}</td>'
+    return f"<td{_NUMERIC}>{escape(text)}</td>"
 
 
 def _figure(source: str, caption: str) -> str:

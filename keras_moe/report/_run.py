@@ -19,6 +19,8 @@ class Run(NamedTuple):
     Attributes:
         folder: the folder.
         record: dict, the content of `metrics.json`; empty without one.
+        tables: list of dicts with `title`, `columns` and `rows`, from the record.
+        findings: list of texts, from the record.
         observations: list of dicts, those of an `ExpertMonitor` with
             `file="experts.jsonl"`; empty without one.
         pictures: paths of the pictures in the folder.
@@ -26,6 +28,8 @@ class Run(NamedTuple):
 
     folder: Path
     record: dict[str, Any]
+    tables: list[dict[str, Any]]
+    findings: list[Any]
     observations: list[dict[str, Any]]
     pictures: list[Path]
 
@@ -50,12 +54,30 @@ def read_run(folder: Path) -> Run:
     found = _json(record, record.read_bytes()) if record.exists() else {}
     if not isinstance(found, dict):
         raise ValueError(f"{record}: not the results of a run. Delete it and run again")
+    tables, findings = found.get("tables") or [], found.get("findings") or []
+    if not (_are_tables(tables) and isinstance(findings, list)):
+        raise ValueError(
+            f"{record}: `tables` must be a list of objects with `title`, `columns` and "
+            "rows of as many cells, and `findings` a list. Delete it and run again"
+        )
     content = observations.read_bytes() if observations.exists() else b""
     # A process that was killed may have left a part of a line.
     lines = content[: content.rfind(b"\n") + 1].splitlines()
     pictures = [p for p in sorted(folder.iterdir()) if p.suffix in _PICTURES]
     seen = [_observation(observations, _json(observations, line)) for line in lines]
-    return Run(folder, found, seen, pictures)
+    return Run(folder, found, tables, findings, seen, pictures)
+
+
+def _are_tables(value: Any) -> bool:
+    try:
+        return isinstance(value, list) and all(
+            isinstance(table["title"], str)
+            and isinstance(table["columns"], list)
+            and all(len(row) == len(table["columns"]) for row in table["rows"])
+            for table in value
+        )
+    except (KeyError, TypeError):
+        return False
 
 
 def _json(path: Path, content: bytes) -> Any:

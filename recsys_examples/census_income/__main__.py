@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from recsys_examples.census_income.columns import OFFICIAL
 from recsys_examples.census_income.data import DATA_VARIABLE, Census, load_census
@@ -41,6 +43,7 @@ from recsys_examples.command import (
     run_command,
     whole_number,
 )
+from recsys_examples.study_report import METRICS, PAGE, write_study_report
 
 if TYPE_CHECKING:
     from recsys_examples.census_income.results import Job
@@ -83,7 +86,10 @@ def compare_models(options: argparse.Namespace) -> None:
     splits = make_splits(census)
     where = _where(census)
     path = options.out / RESULTS
-    results = Results(path, _depends_on(splits), options.resume)
+    depends_on = _depends_on(splits)
+    results = Results(path, depends_on, options.resume)
+    tables: list[Table] = []
+    findings: list[str] = []
     console.print(
         f"Census-Income, {where}; rows: {len(splits.train):,} training, "
         f"{len(splits.validation):,} validation, {len(splits.test):,} test"
@@ -99,12 +105,23 @@ def compare_models(options: argparse.Namespace) -> None:
         announce = _announcer(plan, bar, console)
         runner = partial(workers.map, train)
         for group, table in Study(plan, splits, results, runner, announce).run():
-            console.print(found_table(group, table, where))
-            for line in verdict(group, table):
+            made = found_table(group, table, where), papers_table(group)
+            lines = verdict(group, table)
+            console.print(made[0])
+            for line in lines:
                 console.print(line)
-            console.print(papers_table(group))
+            console.print(made[1])
+            tables += made
+            findings += [f"Group {GROUPS[group].number}: {line}" for line in lines]
     seconds = time.perf_counter() - started
-    console.print(f"{seconds:.0f} s. Results in {path}")
+    write_study_report(
+        options.out,
+        "Census-Income: multi-task models",
+        tables,
+        findings,
+        {"files": where, "plan": asdict(plan), **depends_on, "seconds": round(seconds)},
+    )
+    console.print(f"{seconds:.0f} s. Results in {path}, a page in {options.out / PAGE}")
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -193,7 +210,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         default=Path("runs/census_income"),
-        help=f"folder of {RESULTS} (default: %(default)s)",
+        help=f"folder of {RESULTS}, {METRICS} and {PAGE}, a page with all of it "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--resume",

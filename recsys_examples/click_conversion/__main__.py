@@ -12,6 +12,7 @@ size are tuned with the same budget, and compared over seeds by paired tests.
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import os
 import platform
@@ -19,7 +20,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Set before TensorFlow and BLAS are loaded, also in the workers: no log messages at
 # start-up, and one BLAS thread per worker.
@@ -41,6 +42,7 @@ from recsys_examples.command import (
 )
 from recsys_examples.errors import InputError
 from recsys_examples.runs import replaced
+from recsys_examples.study_report import METRICS, PAGE, write_study_report
 
 if TYPE_CHECKING:
     from recsys_examples.click_conversion.sources import Source
@@ -80,7 +82,7 @@ def compare(options: argparse.Namespace) -> None:
         options.max_rows,
         options.max_buckets,
     )
-    study = _run(options, sources, budget)
+    study, depends_on = _run(options, sources, budget)
 
     console = make_console(_WIDTH)
     tables, lines = [], []
@@ -95,6 +97,8 @@ def compare(options: argparse.Namespace) -> None:
     for line in lines:
         console.print(line, markup=False)
     _write_tables(options.out / TABLES, tables, lines)
+    title = "Click and conversion: multi-task models"
+    write_study_report(options.out, title, tables, lines, depends_on)
     console.print(_finished(started, study, options))
 
 
@@ -108,7 +112,7 @@ def draw_map(options: argparse.Namespace) -> None:
     factors = [regimes.BY_NAME[name] for name in options.factors]
     cells = regimes.cells(plan.rows, factors)
     budget = _budget(options, plan.budget)
-    study = _run(options, regimes.sources(cells), budget, map_=True)
+    study, depends_on = _run(options, regimes.sources(cells), budget, map_=True)
     from recsys_examples.click_conversion.pictures import draw
 
     console = make_console(_WIDTH)
@@ -121,6 +125,8 @@ def draw_map(options: argparse.Namespace) -> None:
         console.print(line, markup=False)
     draw(options.out / PICTURE, gains)
     _write_tables(options.out / TABLES, tables, lines)
+    title = "Where mixtures pay: gains over a shared bottom"
+    write_study_report(options.out, title, tables, lines, depends_on)
     console.print(_finished(started, study, options))
 
 
@@ -129,8 +135,8 @@ def _run(
     sources: list[Source],
     budget: Budget,
     map_: bool = False,
-) -> Study:
-    """Run what is not on disk; return the study."""
+) -> tuple[Study, dict[str, Any]]:
+    """Run what is not on disk; return the study and what its results depend on."""
     from recsys_examples.click_conversion.results import Results
     from recsys_examples.click_conversion.settings import BOTTOM, MIXTURES
     from recsys_examples.click_conversion.study import Study
@@ -158,7 +164,7 @@ def _run(
     ) as bar:
         task = bar.add_task("runs", total=study.runs)
         study.run(lambda done: bar.update(task, completed=done), options.workers)
-    return study
+    return study, {**depends_on, "seeds": budget.seeds}
 
 
 def _check_folder(options: argparse.Namespace) -> None:
@@ -217,9 +223,10 @@ def _write_tables(path: Path, tables: list[Table], lines: list[str]) -> None:
     text = io.StringIO()
     console = Console(file=text, width=1000, highlight=False)
     for table in tables:
-        title, table.title, table.box = table.title, None, box.MARKDOWN
-        console.print(f"{title}\n", markup=False)
-        console.print(table)
+        console.print(f"{table.title}\n", markup=False)
+        plain = copy.copy(table)
+        plain.title, plain.box = None, box.MARKDOWN
+        console.print(plain)
     for line in lines:
         console.print(line, markup=False)
     stripped = [line.rstrip() for line in text.getvalue().splitlines()]
@@ -327,7 +334,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help=f"folder of {RESULTS}, {TABLES} and, for map, {PICTURE} "
+        help=f"folder of {RESULTS}, {TABLES}, {METRICS}, {PAGE} (a page with all of "
+        f"it) and, for map, {PICTURE} "
         "(default: runs/click_conversion, runs/click_conversion_map)",
     )
     parser.add_argument(

@@ -83,6 +83,17 @@ class TestRun:
         assert "Group 1, test AUC, mean ± standard deviation" in second
         assert "MMoE minus shared bottom: " in second
 
+    def test_page(self, out):
+        record = json.loads((out / "metrics.json").read_text())
+        ours, papers = record["tables"]
+        aucs = [run["outcome"]["test"]["income"] for run in records(out)[1]]
+        best = max(float(row[2]) for row in ours["rows"])
+        assert any(abs(best - auc) < 1e-4 for auc in aucs)
+        assert record["plan"]["seeds"] == 2
+        page = (out / "report.html").read_text()
+        for text in (ours["title"], papers["title"], "MMoE minus shared bottom: "):
+            assert text in page
+
     def test_the_papers_figures_have_their_own_table(self, out):
         ours, papers = (out.parent / "first.txt").read_text().split("in the paper")
         assert "with other columns and another budget" in papers

@@ -15,7 +15,7 @@ from tests.support import click_logs, processes
 COMMAND = ["-m", "recsys_examples.click_conversion"]
 TINY = ["--profile", "tiny", "--models", "sharedbottom", "esmm", "--workers", "1"]
 CHAIN = [*TINY, "--data", "simulator"]
-WRITTEN = {"results.jsonl", "tables.md"}
+WRITTEN = {"results.jsonl", "tables.md", "metrics.json", "report.html"}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,12 @@ class TestStudy:
         tables = (out / "tables.md").read_text()
         assert mean in tables
         assert "| click: AUC" in tables
+        page = (out / "report.html").read_text()
+        assert mean in page
+        titles = [line for line in tables.splitlines() if ": 2 seeds, " in line]
+        assert len(titles) == 3
+        assert all(f"<h2>{title}</h2>" in page for title in titles)
+        assert "better than SharedBottom" in page
 
 
 def test_an_interrupted_study_resumes(out, tmp_path):
@@ -124,6 +130,8 @@ def test_map(tmp_path, command, monkeypatch):
     )
     assert status == 0, err
     assert set(os.listdir(tmp_path / "map")) == {*WRITTEN, "mixtures.png"}
+    page = (tmp_path / "map" / "report.html").read_text()
+    assert page.count("data:image/png") == 1
     assert "correlation of the tasks" in printed
     assert "MMoE: above the shared bottom in " in printed
 
