@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from sklearn.datasets import load_digits
 
+from keras_moe import telemetry
 from keras_moe.layers import MoE
 
 # Small settings for the tests; the outputs below are those of the full settings.
@@ -84,7 +85,8 @@ class Runs:
 
     def __init__(self, experts, weight_decay=0.0, **settings):
         self.arguments = {"experts": experts, **settings}
-        self.model, self.start, self.found = build(**self.arguments), {}, {}
+        self.model, self.start = build(**self.arguments), {}
+        self.found, self.used = {}, {}  # by seed and rate
         self.model.compile(
             keras.optimizers.AdamW(weight_decay=weight_decay),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -117,6 +119,8 @@ class Runs:
                 verbose=0,
             )
             measured.append(self._measure(rows))
+        (mixture,) = telemetry.observe(self.model, images[rows])
+        self.used[seed, rate] = np.sum(mixture.usage > 0)
         return np.array(measured).transpose(1, 0, 2)
 
     def _measure(self, rows):
@@ -148,9 +152,9 @@ The learning rate of each `e` is the best of three on validation.
 # %%
 RATES = (1e-3, 3e-3, 1e-2)[:KINDS]
 COUNTS = (1, 4, 16, 64)[-KINDS - 1 :]
-by_count, rate_of = {}, {}
+by_count, rate_of, runs_of = {}, {}, {}
 for e in COUNTS:
-    runs = Runs(e)
+    runs_of[e] = runs = Runs(e)
     rate_of[e] = min(RATES, key=lambda rate: validation_loss(runs, rate))
     by_count[e] = all_seeds(runs, rate_of[e])
 
@@ -214,6 +218,8 @@ strengths, of which the best on validation is run with all seeds:
 - *fewer experts*;
 - *weight decay*, of AdamW;
 - *early stopping*: the weights of the best of ten rounds on validation, for each seed.
+
+*Experts used* are those that at least one training row chooses after the last epoch.
 """
 
 # %%
@@ -227,10 +233,18 @@ CURES = {
 ILL = COUNTS[-1]
 last = {"none": by_count[ILL][:, :, -1]}  # (seeds, 2, 3)
 chosen = {"none": ""}
+
+
+def used(runs):
+    return np.array([runs.used[seed, rate_of[ILL]] for seed in range(SEEDS)])
+
+
+experts_used = {"none": used(runs_of[ILL])}
 for cure, strengths in CURES.items():
     tried = [Runs(**{"experts": ILL, **strength}) for strength in strengths[:KINDS]]
     best = min(tried, key=lambda runs: validation_loss(runs, rate_of[ILL]))
     last[cure] = all_seeds(best, rate_of[ILL])[:, :, -1]
+    experts_used[cure] = used(best)
     chosen[cure] = ", ".join(str(x) for x in strengths[tried.index(best)].values())
 stop = by_count[ILL][:, 0, :, 1].argmin(axis=1)
 last["early stopping"] = by_count[ILL][np.arange(SEEDS), :, stop]
@@ -257,6 +271,7 @@ for cure, results in last.items():
     gained = accuracy[:, 2] - last["none"][:, 1, 2]
     rows[cure] = {
         "strength": chosen[cure],
+        "experts used": spread(experts_used[cure]) if cure in experts_used else "",
         "test loss": spread(loss[:, 2]),
         "gap": f"{(loss[:, 2] - loss[:, 0]).mean():.3f}",
         "change of loss": "{:+.3f} [{:+.3f}, {:+.3f}]".format(*bounds[cure]),

@@ -1,5 +1,6 @@
 """What every test shares: names for the docstring examples, and quiet runs."""
 
+import gc
 import math
 import os
 from pathlib import Path
@@ -44,6 +45,23 @@ def _limit_compiled_programs():
         import jax
 
         jax.clear_caches()
+
+
+def pytest_collection_finish():
+    _exempt_from_collections()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cheap_collections():
+    """Collections took half of the time of the tests, in objects that stay for ever."""
+    yield
+    _exempt_from_collections()
+
+
+def _exempt_from_collections():
+    """Let no later garbage collection visit the objects that are alive now."""
+    gc.collect()
+    gc.freeze()
 
 
 # The files that take longest, which start first: then both workers end together.

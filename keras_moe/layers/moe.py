@@ -389,12 +389,3 @@ def _checked_factor(factor: Any) -> float | None:
     return (
         None if factor is None else _checks.positive_number("capacity_factor", factor)
     )
-
-
-def __getattr__(name: str) -> Any:
-    """Keep the old import path of `HierarchicalMoE`, now in its own module."""
-    if name == "HierarchicalMoE":
-        from keras_moe.layers.hierarchical_moe import HierarchicalMoE
-
-        return HierarchicalMoE
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
