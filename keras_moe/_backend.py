@@ -80,13 +80,17 @@ def on_tpu_or(
     return jax.lax.platform_dependent(*tensors, tpu=on_tpu, default=elsewhere)
 
 
-def is_traced_by_jax(tensor: Any) -> bool:
-    """Whether `tensor` is one of a program that JAX is tracing."""
-    if name() != "jax":
-        return False
-    import jax
+def is_traced(tensor: Any) -> bool:
+    """Whether `tensor` is one of a program that JAX or `tf.function` is tracing."""
+    if name() == "jax":
+        import jax
 
-    return isinstance(tensor, jax.core.Tracer)
+        return isinstance(tensor, jax.core.Tracer)
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.is_symbolic_tensor(tensor)
+    return False
 
 
 def with_gradient(

@@ -342,8 +342,26 @@ def test_a_model_without_blocks_is_refused():
     inputs = keras.Input((3,))
     model = keras.Model(inputs, keras.layers.Dense(2)(inputs))
     replace = convert.replace_keras_hub_blocks
-    refused(ValueError, "Received: model=<Functional", replace, model)
+    refused(ValueError, "of type Functional, which has none", replace, model)
     refused(ValueError, "`model` must be a Keras model. Received", replace, None)
+
+
+@needs_keras_hub
+def test_a_model_with_other_blocks_is_refused_by_name():
+    import keras_hub
+
+    backbone = keras_hub.models.GptOssBackbone(
+        vocabulary_size=20,
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=8,
+        intermediate_dim=8,
+        num_experts=2,
+        top_k=1,
+    )
+    kinds = "which has only GptOssExperts, GptOssSparseMoeBlock"
+    refused(ValueError, kinds, convert.replace_keras_hub_blocks, backbone)
 
 
 # The layer for the shared expert, which needs no KerasHub.

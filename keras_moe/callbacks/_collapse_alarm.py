@@ -10,11 +10,11 @@ import numpy as np
 
 from keras_moe import _checks
 from keras_moe.callbacks._expert_monitor import ExpertMonitor
-from keras_moe.telemetry import Sign, signs_of_collapse
-from keras_moe.upcycling._revive import can_revive, revive
+from keras_moe.telemetry import Sign, rows_needed, signs_of_collapse
+from keras_moe.upcycling._revive import can_revive, check_optimizer, revive
 
 _ACTIONS = ("warn", "stop", "revive")
-_Key = tuple[str, str, int | None]
+_Key = tuple[str, str, str, int | None]  # kind, mixture, gate, expert
 _SHARES = ("dead_share", "dominant_share", "silent_share", "alike")
 
 
@@ -25,11 +25,13 @@ class Alarm(NamedTuple):
         epoch: int, counted from 0.
         step: int, the batches trained until then.
         sign: the `keras_moe.telemetry.Sign`.
+        revived: tuple of the experts that were revived then.
     """
 
     epoch: int
     step: int
     sign: Sign
+    revived: tuple[int, ...] = ()
 
 
 class CollapseAlarm(keras.callbacks.Callback):
@@ -38,7 +40,8 @@ class CollapseAlarm(keras.callbacks.Callback):
     It reads the observations of an `ExpertMonitor`. What looks wrong is defined by
     `keras_moe.telemetry.signs_of_collapse`. A sign must be seen in `patience`
     observations in a row; it then gives one warning, with the layer, the experts, the
-    epoch, the figure and what to try.
+    epoch, the figure and what to try. There is another one if further experts join, or
+    if revived ones die again. A sample too small to tell dead experts is a warning too.
 
     Args:
         monitor: an `ExpertMonitor` that comes earlier in the callbacks of `fit`.
@@ -49,7 +52,8 @@ class CollapseAlarm(keras.callbacks.Callback):
             - "revive": also gives dead experts of a `MoE` or `MMoE` the weights of the
               most used expert, with noise, by `keras_moe.upcycling.revive`; their part
               in the state of the optimizer starts from 0. Each expert at most once.
-              Layers that it does not support get the warning alone.
+              Layers that it does not support get the warning alone. Not with the
+              optimizers Ftrl and Adafactor.
         patience: int, observations in a row with the same sign.
         noise: float > 0, the noise of "revive", see there.
         seed: int, the seed of the noise.
@@ -61,7 +65,7 @@ class CollapseAlarm(keras.callbacks.Callback):
 
     Raises:
         ValueError: if an argument is invalid; in `fit`, if the monitor is not among the
-            callbacks before it.
+            callbacks before it, or if "revive" cannot reset the optimizer's state.
         TypeError: if `monitor` is not an `ExpertMonitor`.
 
     Example:
@@ -106,11 +110,14 @@ class CollapseAlarm(keras.callbacks.Callback):
                 "`monitor` must come before the alarm in the callbacks of `fit`. "
                 "Received: a monitor that does not observe this model yet"
             )
+        if self.action == "revive":
+            check_optimizer(self.model.optimizer)
         self.alarms = []
         self._in_a_row: dict[_Key, int] = {}
         self._read = 0
         self._given: set[_Key] = set()
         self._revived: set[tuple[str, int]] = set()
+        self._too_small: set[str] = set()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Read a new observation."""
@@ -122,45 +129,63 @@ class CollapseAlarm(keras.callbacks.Callback):
 
     def _read_new(self) -> None:
         for seen in self._monitor.observations[self._read :]:
-            signs = [
-                sign
-                for name, figures in seen["mixtures"].items()
-                for sign in signs_of_collapse(
+            signs = []
+            for name, figures in seen["mixtures"].items():
+                self._check_rows(name, figures)
+                signs += signs_of_collapse(
                     name, figures["gates"], figures, figures["top_k"], **self._shares
                 )
-            ]
             keys = {key for sign in signs for key in _keys(sign)}
             self._in_a_row = {key: self._in_a_row.get(key, 0) + 1 for key in keys}
             for sign in signs:
-                lasting = [
+                lasting = {
                     key for key in _keys(sign) if self._in_a_row[key] >= self.patience
-                ]
-                if lasting:
-                    self._alarm(sign, seen)
-                    self._act(sign, seen, [expert for _, _, expert in lasting])
+                }
+                if lasting - self._given:
+                    self._alarm(sign, seen, lasting)
         self._read = len(self._monitor.observations)
 
-    def _alarm(self, sign: Sign, seen: dict[str, Any]) -> None:
-        about = sign.experts[0] if sign.kind == "polarized gate" else None
-        key = (sign.kind, sign.mixture, about)
-        if key in self._given:
+    def _check_rows(self, name: str, figures: dict[str, Any]) -> None:
+        """Warn once of a router that has too many experts for the sample."""
+        if figures["gates"] != ("router",) or figures["top_k"] is None:
             return
-        self._given.add(key)
-        self.alarms.append(Alarm(seen["epoch"], seen["step"], sign))
-        warnings.warn(
-            f"epoch {seen['epoch'] + 1}, {sign.kind}: {sign.text}", stacklevel=2
-        )
+        e, rows = len(figures["load"]), figures["rows"]
+        needed = rows_needed(e, figures["top_k"])
+        if rows < needed and name not in self._too_small:
+            self._too_small.add(name)
+            warnings.warn(
+                f"{name}: the sample has {rows} rows; with fewer than {needed}, an "
+                f"unused expert of {e} may be chance, and no alarm of dead experts is "
+                "given. Give `ExpertMonitor` more rows",
+                stacklevel=2,
+            )
 
-    def _act(self, sign: Sign, seen: dict[str, Any], experts: list[Any]) -> None:
+    def _alarm(self, sign: Sign, seen: dict[str, Any], lasting: set[_Key]) -> None:
+        again = {k for *_, k in lasting if (sign.mixture, k) in self._revived}
+        revived = self._act(sign, seen, [k for *_, k in lasting])
+        # Revived experts may give the next alarm, if they die again.
+        self._given |= lasting - {key for key in lasting if key[-1] in revived}
+        self.alarms.append(Alarm(seen["epoch"], seen["step"], sign, revived))
+        text = f"epoch {seen['epoch'] + 1}, {sign.kind}: {sign.text}"
+        if revived:
+            text += f". Revived: {_listed(revived)}"
+        if sign.kind == "dead expert" and again:
+            text += f". Revived before, and dead again: {_listed(again)}"
+        warnings.warn(text, stacklevel=2)
+
+    def _act(
+        self, sign: Sign, seen: dict[str, Any], experts: list[Any]
+    ) -> tuple[int, ...]:
+        """Do what `action` says; return the experts that were revived."""
         if self.action == "stop":
             self.model.stop_training = True
         layer = self._monitor.layer_of(sign.mixture)
         is_dead = sign.kind == "dead expert" and can_revive(layer)
         if self.action != "revive" or not is_dead:
-            return
-        dead = [k for k in experts if (sign.mixture, k) not in self._revived]
+            return ()
+        dead = sorted(k for k in experts if (sign.mixture, k) not in self._revived)
         if not dead:
-            return
+            return ()
         self._revived |= {(sign.mixture, k) for k in dead}
         load = np.asarray(seen["mixtures"][sign.mixture]["load"])
         revive(
@@ -171,8 +196,14 @@ class CollapseAlarm(keras.callbacks.Callback):
             seed=_checks.next_seed(self._seed, seen["step"]),
             optimizer=self.model.optimizer,
         )
+        return tuple(dead)
 
 
 def _keys(sign: Sign) -> list[_Key]:
     """What is counted: each expert that a sign is about, or the sign itself."""
-    return [(sign.kind, sign.mixture, expert) for expert in sign.experts or (None,)]
+    own = (sign.kind, sign.mixture, sign.gate)
+    return [(*own, expert) for expert in sign.experts or (None,)]
+
+
+def _listed(experts: Any) -> str:
+    return ", ".join(map(str, sorted(experts)))

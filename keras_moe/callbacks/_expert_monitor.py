@@ -13,7 +13,7 @@ import numpy as np
 from keras_moe import _backend, _checks, telemetry
 from keras_moe.callbacks._tensorboard import TensorBoardWriter
 from keras_moe.multitask import MultiTaskModel
-from keras_moe.telemetry._conflict import check_rows
+from keras_moe.telemetry._conflict import GradientConflict, check_rows
 
 
 class ExpertMonitor(keras.callbacks.Callback):
@@ -48,12 +48,16 @@ class ExpertMonitor(keras.callbacks.Callback):
         every_steps: int, number of batches between two observations. Default: one at
             the end of each epoch.
         file: str or path, a file to which lines of JSON are added.
-        log_dir: str or path, a folder for TensorBoard. Needs TensorFlow and matplotlib.
+        log_dir: str or path, a folder for TensorBoard. Needs the packages tensorflow,
+            tensorboard and matplotlib.
 
     Attributes:
-        observations: list of dicts with "epoch", "step", "mixtures" (a dict from the
-            name to its figures, "gates" and "top_k"), "gradient_cosines" and "tasks".
-        seconds: float, the time that all observations have taken.
+        observations: list of dicts, those of the last `fit`, with "epoch", "step" (the
+            batches trained so far, also by earlier calls of `fit`), "mixtures" (a dict
+            from the name to its figures, "gates" and "top_k"), "gradient_cosines" and
+            "tasks".
+        seconds: float, the time that they have taken. The check when `fit` begins is
+            not in it.
         is_in_fit: bool, whether a `fit` has begun that has not ended.
 
     Place it before the callbacks that read its figures.
@@ -121,12 +125,20 @@ class ExpertMonitor(keras.callbacks.Callback):
                 "more, whose gradients are compared. "
                 f"Received: y with a model of type {type(self.model).__name__}"
             )
+        # At once, not after the first epoch: whatever fails in an observation.
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-        # At once, not after the first epoch, if it cannot be observed.
+            if self._file.is_dir():
+                raise ValueError(
+                    f"`file` must be a file. Received: {self._file}, which is a folder"
+                )
+            self._file.open("a", encoding="utf-8").close()
         telemetry.observe(self.model, self._x)
+        self._conflict = None if self._y is None else GradientConflict(self.model)
+        self._conflict_of_tasks()
         self.observations, self.seconds = [], 0.0
-        self._step = self._before = self._epoch = 0
+        self._step = self._before = _steps_so_far(self.model.optimizer)
+        self._epoch = 0
         self.is_in_fit = True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -173,10 +185,9 @@ class ExpertMonitor(keras.callbacks.Callback):
                 for mixture in mixtures
             },
         }
-        if self._y is not None:
-            seen["gradient_cosines"] = telemetry.gradient_conflict(
-                self.model, self._x, self._y, self._sample_weight
-            )
+        cosines = self._conflict_of_tasks()
+        if cosines is not None:
+            seen["gradient_cosines"] = cosines
             seen["tasks"] = tuple(map(str, self.model.tasks))
         self.observations.append(seen)
         if self._file is not None:
@@ -185,6 +196,19 @@ class ExpertMonitor(keras.callbacks.Callback):
         if self._board is not None:
             self._board.write(seen, _scalars(seen), mixtures)
         self.seconds += time.perf_counter() - start
+
+    def _conflict_of_tasks(self) -> np.ndarray | None:
+        if self._conflict is None:
+            return None
+        return self._conflict(self._x, self._y, self._sample_weight)
+
+
+def _steps_so_far(optimizer: Any) -> int:
+    """Return the batches that a model was trained on in earlier calls of `fit`."""
+    if optimizer is None:
+        return 0
+    batches = optimizer.gradient_accumulation_steps or 1
+    return int(keras.ops.convert_to_numpy(optimizer.iterations)) * batches
 
 
 def _scalars(seen: dict[str, Any]) -> dict[str, float]:

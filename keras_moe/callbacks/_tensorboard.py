@@ -11,7 +11,7 @@ from keras_moe import plots
 from keras_moe.plots._style import as_png
 from keras_moe.telemetry import Mixture
 
-_NEEDED = ("tensorflow", "matplotlib")
+_NEEDED = ("tensorflow", "tensorboard", "matplotlib")
 
 
 class TensorBoardWriter:
@@ -21,7 +21,7 @@ class TensorBoardWriter:
         log_dir: path, the folder of the events.
 
     Raises:
-        ImportError: if TensorFlow or matplotlib is not installed.
+        ImportError: if TensorFlow, TensorBoard or matplotlib is not installed.
     """
 
     def __init__(self, log_dir: Path) -> None:

@@ -124,7 +124,7 @@ def from_keras_hub(block: keras.layers.Layer) -> MoE:
 
 def is_block(layer: Any) -> bool:
     """Return whether `layer` is a block that `from_keras_hub` knows, built or not."""
-    return _name_of(layer) in _KINDS
+    return class_of(layer) in _KINDS
 
 
 def _made(block: Any, kind: _Kind, *, features: int, hidden_units: int) -> MoE:
@@ -175,7 +175,7 @@ def _copy_shared(moe: GatedSharedMoE, block: Any, kind: _Kind) -> dict[Any, Any]
 
 def _kind_of(block: Any) -> _Kind:
     """Return the kind of a block; raise unless it is one that can be converted."""
-    name = _name_of(block)
+    name = class_of(block)
     if name is None and importlib.util.find_spec("keras_hub") is None:
         raise ImportError(
             "`block` must be a sparse block of KerasHub, which is not installed: "
@@ -200,8 +200,8 @@ def _kind_of(block: Any) -> _Kind:
     return _KINDS[name]
 
 
-def _name_of(layer: Any) -> str | None:
-    """Return the name of the class of KerasHub that `layer` is of, or None."""
+def class_of(layer: Any) -> str | None:
+    """Return the name of KerasHub's class that `layer` is of, or None."""
     for kind in type(layer).__mro__:
         if kind.__module__.split(".")[0] == "keras_hub":
             return kind.__name__

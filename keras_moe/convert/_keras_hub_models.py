@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe.convert._keras_hub import from_keras_hub, is_block
+from keras_moe.convert._keras_hub import class_of, from_keras_hub, is_block
 from keras_moe.layers import MoE
 
 
@@ -53,9 +53,14 @@ def replace_keras_hub_blocks(model: keras.Model) -> list[MoE]:
         if is_block(value)
     ]
     if not places:
+        others = sorted(
+            {class_of(layer) or "" for layer in layers if _is_sparse(layer)}
+        )
+        has = f"whose {', '.join(others)} is of another kind" if others else "without"
         raise ValueError(
             "`model` must have a sparse block of KerasHub's Mixtral or Qwen MoE "
-            f"models. Received: model={model!r}, which has none"
+            f"models. Received: model {model.name!r} of type {type(model).__name__}, "
+            f"{has}"
         )
     # All are converted before the first is replaced: an error changes nothing.
     new = [from_keras_hub(block) for _, _, block in places]
@@ -96,6 +101,12 @@ class _AsBlock(keras.layers.Layer):
         # Where nothing reads the logits, a compiled graph leaves this product out.
         kernel = ops.cast(self.moe.router.kernel, rows.dtype)
         return outputs, ops.matmul(rows, kernel)
+
+
+def _is_sparse(layer: Any) -> bool:
+    """Whether the class of a layer of KerasHub has the name of a sparse block."""
+    name = (class_of(layer) or "").lower()
+    return "moe" in name or "expert" in name
 
 
 def _walk(layer: Any, seen: set[int]) -> Iterator[Any]:

@@ -29,7 +29,8 @@ def fits(experts: Any, inputs: Any, training: bool | None) -> bool:
     split over devices are computed side by side.
     """
     return (
-        _backend.is_traced_by_jax(inputs)
+        _backend.name() == "jax"
+        and _backend.is_traced(inputs)
         # Not overridden: the form in turn uses `on_rows` instead.
         and type(experts).call in (StackedMLP.call, GLUExperts.call)
         and not (training and experts.dropout > 0.0)

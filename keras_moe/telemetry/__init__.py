@@ -9,7 +9,7 @@ Similarities, `(e, e)`: `output_similarity` is the correlation of the outputs of
 experts on the sample; `kernel_similarity` the cosine of their kernels.
 """
 
-from keras_moe.telemetry._collapse import Sign, signs_of_collapse
+from keras_moe.telemetry._collapse import Sign, rows_needed, signs_of_collapse
 from keras_moe.telemetry._conflict import gradient_conflict
 from keras_moe.telemetry._experts import (
     kernel_similarity,
@@ -27,6 +27,7 @@ __all__ = [
     "kernel_similarity",
     "observe",
     "output_similarity",
+    "rows_needed",
     "signs_of_collapse",
     "summarise",
     "zero_activations",

@@ -20,7 +20,7 @@ def call_arguments(
     once, the first call counts; None stands for a layer that is not called.
 
     Raises:
-        ValueError: if a layer is called in a program that JAX compiles.
+        ValueError: if a layer is called in a program that is compiled by itself.
     """
     found: dict[int, dict[str, Any]] = {}
     before = [vars(layer).get("call") for layer in layers]
@@ -52,10 +52,11 @@ def _recording(
     def recording(*args: Any, **kwargs: Any) -> Any:
         given = dict(signature.bind(*args, **kwargs).arguments)
         given.pop("training", None)
-        if any(_backend.is_traced_by_jax(part) for part in keras.tree.flatten(given)):
+        if any(_backend.is_traced(part) for part in keras.tree.flatten(given)):
             raise ValueError(
-                f"{layer.path} cannot be observed: it is called in a program that JAX "
-                "compiles, such as `keras.remat`, `keras.RematScope` or `ops.map`. "
+                f"{layer.path} cannot be observed: it is called in a program that is "
+                "compiled by itself, such as `tf.function`, or on JAX `keras.remat`, "
+                "`keras.RematScope` or `ops.map`. "
                 f"Received: layer {layer.name!r} of {type(layer).__name__}"
             )
         found.setdefault(id(layer), given)

@@ -5,6 +5,7 @@ Axis letters: g gates, e experts.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ class Sign(NamedTuple):
         experts: tuple of the experts it is about; empty for a sign of gates.
         figure: float, what was seen.
         text: str, one sentence with the figure and what to try.
+        gate: str, the gate that a polarized gate is; "" for other signs.
     """
 
     kind: str
@@ -32,6 +34,27 @@ class Sign(NamedTuple):
     experts: tuple[int, ...]
     figure: float
     text: str
+    gate: str = ""
+
+
+def rows_needed(num_experts: int, top_k: int) -> int:
+    """Return the number of rows below which a router's dead experts are not looked for.
+
+    With fewer, an expert may have no row by chance: the rows are those of 20 choices
+    for each expert, `20 * num_experts / top_k`.
+
+    Args:
+        num_experts: int, the experts of the router.
+        top_k: int, the experts of a row.
+
+    Example:
+
+    >>> keras_moe.telemetry.rows_needed(num_experts=64, top_k=2)
+    640
+    """
+    num_experts = _checks.positive_int("num_experts", num_experts)
+    top_k = _checks.positive_int("top_k", top_k)
+    return math.ceil(_EXPECTED * num_experts / top_k)
 
 
 def signs_of_collapse(
@@ -51,13 +74,16 @@ def signs_of_collapse(
         name: str, the name of the mixture.
         gates: the names of its g gates.
         figures: dict, of `summarise`.
-        top_k: int, the choices of a router for a row; None for gates.
+        top_k: int, the experts of a row, of a router or of gates that choose so many;
+            None for other gates.
         dead_share: float. An expert is dead if every gate gives it less than this share
             of an even part. Nothing is looked for in fewer than 20 rows, and no dead
-            experts of a router in fewer than 20 expected choices an expert.
+            experts of a router in fewer than `rows_needed`.
         dominant_share: float. An expert is dominant if it has at least this share of
             what one expert can have, in every gate, and rows have at most half of the
-            experts; a gate is polarized if one expert has this share of its weight.
+            experts. A gate is polarized if one expert has this share of its weight, or
+            if on average over rows the expert with the largest weight has it, unless
+            it chooses one expert for a row by design.
         silent_share: float. The units of an expert are silent if at least this share
             of its hidden activations is zero.
         alike: float. Experts are alike if the outputs of all have at least this
@@ -110,7 +136,8 @@ class _Seen:
         self.num_experts = self.usage.shape[1]
         self.rows = figures["rows"]
         self.is_router = gates == ("router",)
-        self.choices = top_k or 1  # of one row
+        self.choices = (top_k or 1) if self.is_router else 1  # of one row
+        self.chooses_one = top_k == 1
         self.remedy = _MORE_BALANCE if self.is_router else _OPEN_GATES
 
     def get(self, figure: str) -> Any:
@@ -143,8 +170,8 @@ def _dead_experts(seen: _Seen, share: float) -> list[Sign]:
         relative = (seen.usage * seen.num_experts).max(axis=0)
     relative = np.asarray(relative)
     dead = np.flatnonzero(relative < share)
-    expected = seen.rows * seen.choices / seen.num_experts
-    if not dead.size or (seen.is_router and expected < _EXPECTED):
+    needed = rows_needed(seen.num_experts, seen.choices) if seen.is_router else 0
+    if not dead.size or seen.rows < needed:
         return []
     what = "choices" if seen.is_router else "weight"
     text = (
@@ -166,16 +193,24 @@ def _dominant_expert(seen: _Seen, share: float) -> list[Sign]:
 
 
 def _polarized_gates(seen: _Seen, share: float) -> list[Sign]:
-    if seen.is_router:
+    if seen.is_router or seen.chooses_one:
         return []
+    by_row = seen.get("largest_weight")
+    by_row = np.zeros(len(seen.gates)) if by_row is None else np.asarray(by_row)
     signs = []
-    for i in np.flatnonzero((seen.usage.max(axis=1) >= share) & seen.has_choice()):
-        k = int(seen.usage[i].argmax())
-        text = (
-            f"the gate of {seen.gates[i]} gives expert {k} {seen.usage[i, k]:.0%} of "
-            f"its weight. Try {seen.remedy}"
-        )
-        signs.append(seen.sign("polarized gate", [k], seen.usage[i, k], text))
+    for i in np.flatnonzero(seen.has_choice()):
+        k, gate = int(seen.usage[i].argmax()), seen.gates[i]
+        if seen.usage[i, k] >= share:
+            experts, figure = [k], seen.usage[i, k]
+            text = f"the gate of {gate} gives expert {k} {figure:.0%} of its weight"
+        elif by_row[i] >= share:
+            experts, figure = [], by_row[i]
+            text = f"the gate of {gate} gives one expert {figure:.0%} of a row's weight"
+        else:
+            continue
+        text = f"{text}. Try {seen.remedy}"
+        sign = seen.sign("polarized gate", experts, figure, text)
+        signs.append(sign._replace(gate=gate))
     return signs
 
 

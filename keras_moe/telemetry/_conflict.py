@@ -53,25 +53,40 @@ def gradient_conflict(
     >>> keras_moe.telemetry.gradient_conflict(model, x, y).shape
     (2, 2)
     """
-    if not isinstance(model, MultiTaskModel):
-        raise TypeError(
-            "`model` must be a MultiTaskModel, whose losses are known by task. "
-            f"Received: model of type {type(model).__name__}"
-        )
-    if not model.compiled:
-        raise ValueError(
-            "`model` must be compiled: its losses are needed. "
-            f"Received: model {model.name!r}, which is not compiled"
-        )
-    if len(model.tasks) < 2:
-        raise ValueError(
-            f"`model` must have two tasks or more. Received: tasks={model.tasks}"
-        )
-    check_rows(x=x, y=y, sample_weight=sample_weight)
-    x, y = keras.tree.map_structure(ops.convert_to_tensor, (x, y))
-    sample_weight = model.complete_weights(y, sample_weight)
-    gradients = _GRADIENTS[_backend.name()](model, x, y, sample_weight)
-    return _cosines(gradients)
+    return GradientConflict(model)(x, y, sample_weight)
+
+
+class GradientConflict:
+    """`gradient_conflict` of one model: on JAX, compiled once for all calls.
+
+    Args:
+        model: as for `gradient_conflict`.
+    """
+
+    def __init__(self, model: MultiTaskModel) -> None:
+        if not isinstance(model, MultiTaskModel):
+            raise TypeError(
+                "`model` must be a MultiTaskModel, whose losses are known by task. "
+                f"Received: model of type {type(model).__name__}"
+            )
+        if not model.compiled:
+            raise ValueError(
+                "`model` must be compiled: its losses are needed. "
+                f"Received: model {model.name!r}, which is not compiled"
+            )
+        if len(model.tasks) < 2:
+            raise ValueError(
+                f"`model` must have two tasks or more. Received: tasks={model.tasks}"
+            )
+        self._model = model
+        self._gradients = _GRADIENTS[_backend.name()]()
+
+    def __call__(self, x: Any, y: Any, sample_weight: Any = None) -> np.ndarray:
+        """Return the cosines `(t, t)`."""
+        check_rows(x=x, y=y, sample_weight=sample_weight)
+        x, y = keras.tree.map_structure(ops.convert_to_tensor, (x, y))
+        sample_weight = self._model.complete_weights(y, sample_weight)
+        return _cosines(self._gradients(self._model, x, y, sample_weight))
 
 
 def check_rows(**given: Any) -> None:
@@ -83,7 +98,14 @@ def check_rows(**given: Any) -> None:
     for name, value in given.items():
         if value is None:
             continue
-        sizes = [len(p) if np.ndim(p) else 0 for p in keras.tree.flatten(value)]
+        parts = keras.tree.flatten(value)
+        for part in parts:
+            if not hasattr(part, "shape") and not isinstance(part, int | float):
+                raise ValueError(
+                    f"`{name}` must be an array, or a list or dict of arrays. "
+                    f"Received: {name} of type {type(value).__name__}"
+                )
+        sizes = [len(p) if np.ndim(p) else 0 for p in parts]
         first = sizes[0] if first is None and sizes else first
         if not sizes or min(sizes) < 1 or {*sizes} != {first}:
             beside = "" if name == "x" else f", as many as `x`: {first}"
@@ -103,53 +125,85 @@ def _without_state(*arguments: Any) -> list[Any]:
         return _losses(*arguments)
 
 
-def _on_tensorflow(model: Any, *data: Any) -> list[list[np.ndarray | None]]:
-    import tensorflow as tf
+class _OnTensorFlow:
+    def __call__(self, model: Any, *data: Any) -> list[list[np.ndarray | None]]:
+        import tensorflow as tf
 
-    with tf.GradientTape(persistent=True) as tape:
-        losses = _without_state(model, *data)
-    variables = [variable.value for variable in model.trainable_variables]
-    return [
-        [None if g is None else _dense(g) for g in tape.gradient(loss, variables)]
-        for loss in losses
-    ]
-
-
-def _on_torch(model: Any, *data: Any) -> list[list[np.ndarray | None]]:
-    import torch
-
-    values = [variable.value for variable in model.trainable_variables]
-    found = []
-    for loss in _without_state(model, *data):
-        gradients: Sequence[Any] = [None] * len(values)
-        if loss.requires_grad:
-            gradients = torch.autograd.grad(
-                loss, values, retain_graph=True, allow_unused=True
-            )
-        found.append([None if g is None else _dense(g) for g in gradients])
-    return found
+        with tf.GradientTape(persistent=True) as tape:
+            losses = _without_state(model, *data)
+        variables = [variable.value for variable in model.trainable_variables]
+        return [
+            [None if g is None else _dense(g) for g in tape.gradient(loss, variables)]
+            for loss in losses
+        ]
 
 
-def _on_jax(model: Any, *data: Any) -> Any:
+class _OnTorch:
+    def __call__(self, model: Any, *data: Any) -> list[list[np.ndarray | None]]:
+        import torch
+
+        values = [variable.value for variable in model.trainable_variables]
+        found = []
+        for loss in _without_state(model, *data):
+            gradients: Sequence[Any] = [None] * len(values)
+            if loss.requires_grad:
+                gradients = torch.autograd.grad(
+                    loss, values, retain_graph=True, allow_unused=True
+                )
+            found.append([None if g is None else _dense(g) for g in gradients])
+        return found
+
+
+class _OnJax:
+    """Compiles: operation by operation, the backward passes take seconds."""
+
+    def __init__(self) -> None:
+        self._compiled: Any = None
+        self._known: list[int] = []
+
+    def __call__(self, model: Any, *data: Any) -> list[list[np.ndarray]]:
+        import jax
+
+        trained, others = model.trainable_variables, model.non_trainable_variables
+        known = [id(variable) for variable in (*trained, *others)]
+        if self._known != known:  # the first call, or a layer was frozen
+            self._known, self._compiled = known, jax.jit(_gradients_of(model))
+        values = [[variable.value for variable in part] for part in (trained, others)]
+        # Zeros where a loss does not depend on a variable.
+        return [[_dense(g) for g in own] for own in self._compiled(*values, *data)]
+
+
+def _gradients_of(model: Any) -> Any:
+    """Return a function of the values of variables and of data, for JAX."""
     import jax
 
-    variables = model.trainable_variables
+    trained, others = model.trainable_variables, model.non_trainable_variables
 
-    def losses(values: Any) -> Any:
-        mapping = list(zip(variables, values, strict=True))
-        with keras.StatelessScope(state_mapping=mapping):
-            return _losses(model, *data)
+    def gradients(values: Any, other_values: Any, *data: Any) -> list[Any]:
+        def losses(values: Any) -> Any:
+            mapping = [
+                *zip(trained, values, strict=True),
+                *zip(others, other_values, strict=True),
+            ]
+            with keras.StatelessScope(state_mapping=mapping):
+                return _losses(model, *data)
 
-    targets, pull = jax.vjp(losses, [variable.value for variable in variables])
-    found = []  # Zeros where a loss does not depend on a variable.
-    for i in range(len(targets)):
-        seeds = [ops.zeros_like(target) for target in targets]
-        seeds[i] = ops.ones_like(targets[i])
-        found.append([_dense(g) for g in pull(seeds)[0]])
-    return found
+        targets, pull = jax.vjp(losses, values)
+        found = []
+        for i in range(len(targets)):
+            seeds = [ops.zeros_like(target) for target in targets]
+            seeds[i] = ops.ones_like(targets[i])
+            found.append(pull(seeds)[0])
+        return found
+
+    return gradients
 
 
-_GRADIENTS = {"tensorflow": _on_tensorflow, "jax": _on_jax, "torch": _on_torch}
+_GRADIENTS: dict[str, Any] = {
+    "tensorflow": _OnTensorFlow,
+    "jax": _OnJax,
+    "torch": _OnTorch,
+}
 
 
 def _dense(gradient: Any) -> np.ndarray:

@@ -31,8 +31,8 @@ class Mixture(NamedTuple):
         usage: float32 `(g, e)`, the share of each expert: of a router's choices, or of
             a gate's weight.
         readable: bool `(g, e)`, whether a gate can choose the expert.
-        top_k: int, the number of experts a row has of a router; None for gates, and if
-            experts choose rows.
+        top_k: int, the number of experts a row has; None for gates that weight all, and
+            if experts choose rows.
         routing: dict of the figures of a router that `RoutingMetrics` has; empty for
             gates.
         experts: the layer of the experts; None if it has no such attribute.
@@ -99,8 +99,8 @@ def observe(model: keras.Model, x: Any) -> list[Mixture]:
 
     Raises:
         TypeError: if `model` is not a Keras model.
-        ValueError: if it is not built, or has no mixture; on JAX, if a mixture is in a
-            part that is compiled by itself, such as `keras.remat`.
+        ValueError: if it is not built, has no mixture or calls none, or if a mixture is
+            in a part that is compiled by itself: `tf.function`, on JAX `keras.remat`.
 
     Example:
 
@@ -117,6 +117,12 @@ def observe(model: keras.Model, x: Any) -> list[Mixture]:
         if given is not None:
             read = _of_router if isinstance(layer, MoE) else _of_gates
             found += read(layer, given)
+    if not found:
+        raise ValueError(
+            "`model` must call a mixture when it reads `x`, and not in a program that "
+            "is compiled by itself, such as `tf.function`. Received: model "
+            f"{model.name!r}, which calls none of {[layer.path for layer in layers]}"
+        )
     counts: dict[str, int] = {}
     named = []
     for mixture in found:
@@ -181,7 +187,7 @@ def _of_gates(layer: Any, given: dict[str, Any]) -> list[Mixture]:
                 weights,
                 _mean_of_finite(weights),
                 readable,
-                None,
+                getattr(layer, "top_k", None),
                 {},
                 _experts_of_gates(of_level, i, weights.shape[-1]),
                 rows,

@@ -117,6 +117,16 @@ def can_revive(layer: Any) -> bool:
     return True
 
 
+def check_optimizer(optimizer: Any) -> None:
+    """Raise ValueError unless `revive` can reset an expert's part of the slots."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if isinstance(inner, keras.optimizers.Ftrl | keras.optimizers.Adafactor):
+        raise ValueError(
+            "`optimizer` must have slots that can start from 0 for one expert. "
+            f"Received: optimizer of type {type(inner).__name__}"
+        )
+
+
 def _check_layer(layer: Any) -> None:
     if not isinstance(layer, MoE | MMoE):
         raise TypeError(
@@ -148,12 +158,7 @@ def _check_layer(layer: Any) -> None:
 
 def _checked(layer: Any, experts: Any, source: Any, optimizer: Any) -> list[int]:
     _check_layer(layer)
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    if isinstance(inner, keras.optimizers.Ftrl | keras.optimizers.Adafactor):
-        raise ValueError(
-            "`optimizer` must have slots that can start from 0 for one expert. "
-            f"Received: optimizer of type {type(inner).__name__}"
-        )
+    check_optimizer(optimizer)
     e = layer.num_experts
     given = [experts] if isinstance(experts, numbers.Integral) else experts
     replaced = [

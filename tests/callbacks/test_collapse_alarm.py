@@ -149,6 +149,112 @@ def test_healthy_trainings_give_no_alarm():
         assert not alarm.alarms, (seed, said)
 
 
+def test_a_sample_too_small_for_dead_experts():
+    """40 experts need 800 rows; the 400 of the sample do not tell."""
+    inputs = keras.Input((6,))
+    moe = layers.MoE(40, (8, 6), top_k=1, name="moe", dispatch="dense")
+    model = keras.Model(inputs, keras.layers.Dense(1)(inputs + moe(inputs)))
+    moe.router.kernel.assign(np.eye(6, 40, dtype="float32"))
+    moe.router.trainable = False
+    model.compile("adam", "mse")
+    monitor = ExpertMonitor(X)
+    alarm = CollapseAlarm(monitor)
+    with pytest.warns(UserWarning, match="400 rows; with fewer than 800") as caught:
+        model.fit(X, Y, epochs=3, callbacks=[monitor, alarm], verbose=0)
+    assert len([w for w in caught if "more rows" in str(w.message)]) == 1
+    assert not [one for one in alarm.alarms if one.sign.kind == "dead expert"]
+
+
+def test_gates_that_give_each_row_one_expert():
+    """A temperature near 0 polarizes, though the rows have different experts."""
+    model = gated(layers.MMoE(4, (8, 4), TASKS, name="mmoe", gate_temperature=1e-3))
+    alarm, said, _ = alarms(model, LABELS)
+    signs = [one.sign for one in alarm.alarms if one.sign.kind == "polarized gate"]
+    assert [(sign.gate, sign.experts) for sign in signs] == [
+        ("click", ()),
+        ("stars", ()),
+    ]
+    assert "the gate of stars gives one expert" in " ".join(said)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_gates_that_choose_one_expert_by_design(static):
+    for layer in (
+        layers.DSelectK(4, (8, 4), TASKS, top_k=1, static=static),
+        layers.MMoE(4, (8, 4), TASKS, top_k=1),
+    ):
+        alarm, _, _ = alarms(gated(layer), LABELS)
+        kinds = {one.sign.kind for one in alarm.alarms}
+        assert "polarized gate" not in kinds
+
+
+def test_two_gates_on_one_expert():
+    mmoe = layers.MMoE(4, (8, 4), [*TASKS, "stay"], name="mmoe", gate_use_bias=True)
+    inputs = keras.Input((6,))
+    shared = mmoe(inputs)
+    outputs = {task: layers.Tower((4,))(shared[task]) for task in shared}
+    model = multitask.MultiTaskModel(inputs, outputs)
+    mmoe.gates.trainable = False
+    model.compile("adam", "mse")
+    bias = np.zeros((3, 4), "float32")
+    bias[0, 1] = bias[1, 1] = 30.0
+    mmoe.gates.biases[-1].assign(bias)
+    alarm, _, _ = alarms(model, {**LABELS, "stay": X[:, 2:3]})
+    signs = [one.sign for one in alarm.alarms if one.sign.kind == "polarized gate"]
+    assert [(sign.gate, sign.experts) for sign in signs] == [
+        ("click", (1,)),
+        ("stars", (1,)),
+    ]
+
+
+class Scripted(CollapseAlarm):
+    """Sees given dead experts in each observation."""
+
+    script: tuple[tuple[int, ...], ...] = ()
+
+    def _read_new(self):
+        for seen in self._monitor.observations[self._read :]:
+            figures = seen["mixtures"]["moe"]
+            usage = np.full((1, 4), 1 / 4)
+            usage[0, list(self.script[seen["epoch"]])] = 0.0
+            figures |= {"usage": usage, "relative_usage": usage[0] * 4}
+            figures["load"] = usage[0]
+        super()._read_new()
+
+
+def scripted(script, **options):
+    model, _ = sparse()
+    monitor = ExpertMonitor(X)
+    alarm = Scripted(monitor, **options)
+    alarm.script = script
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(*(X, Y), epochs=len(script), callbacks=[monitor, alarm], verbose=0)
+    said = [str(w.message) for w in caught if str(w.message).startswith("epoch ")]
+    return [(one.epoch, one.sign.experts, one.revived) for one in alarm.alarms], said
+
+
+def test_a_collapse_that_grows_warns_again():
+    found, _ = scripted(((3,), (3,), (3,), (2, 3), (2, 3), (2, 3)))
+    assert found == [(1, (3,), ()), (4, (2, 3), ())]
+
+
+def test_a_revived_expert_that_dies_again():
+    found, said = scripted(((3,), (), (3,), (3,)), action="revive", patience=1)
+    assert found == [(0, (3,), (3,)), (2, (3,), ())]
+    assert said[0].endswith("Revived: 3")
+    assert said[1].endswith("Revived before, and dead again: 3")
+
+
+def test_revive_names_an_optimizer_that_it_cannot_reset():
+    model, _ = sparse()
+    model.compile(keras.optimizers.Adafactor(), "mse")
+    monitor = ExpertMonitor(X)
+    callbacks = [monitor, CollapseAlarm(monitor, action="revive")]
+    with pytest.raises(ValueError, match="`optimizer` must have slots"):
+        model.fit(X, Y, callbacks=callbacks, verbose=0)
+
+
 class Alternating(CollapseAlarm):
     """Sees one dead expert in each observation, each time another."""
 

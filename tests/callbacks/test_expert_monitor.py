@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_moe import layers, multitask
+from keras_moe import layers, multitask, telemetry
 from keras_moe.callbacks import ExpertMonitor
 
 BACKEND = keras.backend.backend()
@@ -104,6 +104,16 @@ def test_every_steps():
     assert len(history.history["moe_load_cv"]) == 2
 
 
+def test_a_second_fit_goes_on_counting():
+    monitor = ExpertMonitor(X)
+    model = two_tasks()
+    for first in (0, 2):
+        options = {"initial_epoch": first, "epochs": first + 2, "verbose": 0}
+        model.fit(X, Y, batch_size=16, callbacks=[monitor], **options)
+    assert [seen["step"] for seen in monitor.observations] == [18, 24]
+    assert [seen["epoch"] for seen in monitor.observations] == [2, 3]
+
+
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras on torch has one step")
 def test_several_steps_an_execution():
     monitor = ExpertMonitor(X, every_steps=4)
@@ -158,8 +168,52 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     one.compile("sgd", "mse")
     with pytest.raises(ValueError, match="`y` must be None unless"):
         one.fit(X, Y["stars"], callbacks=[ExpertMonitor(X, Y["stars"])], verbose=0)
+    with pytest.raises(ValueError, match=r"`x` must be an array.*type _Iterable"):
+        ExpertMonitor(_Iterable())
     import importlib.util
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install tensorflow"):
-        ExpertMonitor(X, log_dir=tmp_path)
+    find = importlib.util.find_spec
+    for package in ("tensorflow", "tensorboard", "matplotlib"):
+        monkeypatch.setattr(
+            *(importlib.util, "find_spec"),
+            lambda name, lacks=package: None if name == lacks else find(name),
+        )
+        with pytest.raises(ImportError, match=f"pip install {package}"):
+            ExpertMonitor(X, log_dir=tmp_path)
+
+
+class _Iterable:
+    def __iter__(self):
+        return iter([X])
+
+
+def test_what_fails_later_fails_when_fit_begins(tmp_path):
+    model = two_tasks()
+    for monitor, message in (
+        (ExpertMonitor(X, file=tmp_path), "`file` must be a file"),
+        (ExpertMonitor(X, {"click": Y["click"]}), "stars"),
+    ):
+        with pytest.raises((ValueError, KeyError), match=message):
+            model.fit(X, Y, callbacks=[monitor], verbose=0)
+    assert model.optimizer.iterations == 0
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's programs")
+def test_a_model_with_a_program_of_its_own_is_named():
+    import tensorflow as tf
+
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.moe = layers.MoE(4, 1, name="moe")
+
+        @tf.function
+        def call(self, x):
+            return self.moe(x)
+
+    model = Own()
+    model(X)
+    with pytest.raises(ValueError, match=r"calls none of \['.*moe'\]"):
+        telemetry.observe(model, X)
+    with pytest.raises(ValueError, match=r"moe cannot be observed.*tf\.function"):
+        telemetry.observe(model, X[:3])  # traced anew
