@@ -486,8 +486,8 @@ of the rate is 0.0040 for all bodies, not the lowest or the highest of the four 
 - **Time.** A step takes 14.8 ms with the small dense layer, 15.8 with Switch, 17.4
   with expert choice, 17.1 with SoftMoE, and 22.8 with the large dense layer.
 - **Experts specialise by word**, with no label that says so: one has most of the
-  closing parentheses, another the asterisks and most of the opening parentheses, a third the
-  commas. The CV of the load is 0.407.
+  closing parentheses, another the asterisks and most of the opening parentheses, a
+  third the commas. The CV of the load is 0.407.
 
 The loss of word frequencies alone is 5.625, so the models have learned more than the
 frequencies. In four passes, a larger layer in this one place is of no measurable use.
