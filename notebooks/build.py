@@ -33,7 +33,7 @@ _QUIET_TENSORFLOW = [
     # In a notebook TensorFlow logs to stdout from INFO, such as the paths of exports.
     "--IPKernelApp.exec_lines=__import__('tensorflow').get_logger().setLevel('ERROR')",
 ]
-_CELL_TIMEOUT = 1800  # seconds
+_CELL_TIMEOUT = 3600  # seconds
 _MAX_BYTES = 400_000  # of a file
 
 
