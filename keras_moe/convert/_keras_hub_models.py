@@ -15,9 +15,10 @@ from keras_moe.layers import MoE
 def replace_keras_hub_blocks(model: keras.Model) -> list[MoE]:
     """Replace every sparse block of a KerasHub model by a `MoE`, in place.
 
-    The model then has the same outputs and generates the same tokens. Outputs at
-    padding, which no other position reads, may differ. An optimizer that has already
-    trained the model knows the old variables: compile the model again to train it.
+    The model then has the same outputs, and with a greedy sampler it generates the same
+    tokens; KerasHub's default sampler draws them at random. Outputs at padding, which
+    no other position reads, may differ. An optimizer that has already trained the model
+    knows the old variables: compile the model again to train it.
 
     The class of the model still makes KerasHub's blocks, so a file of the changed
     model is one of weights: `model.save_weights`, and `load_weights` of a model with
@@ -41,6 +42,7 @@ def replace_keras_hub_blocks(model: keras.Model) -> list[MoE]:
     >>> moes = keras_moe.convert.replace_keras_hub_blocks(  # doctest: +SKIP
     ...     language_model
     ... )
+    >>> language_model.compile(sampler="greedy")  # doctest: +SKIP
     >>> language_model.generate("The experts", max_length=32)  # doctest: +SKIP
     """
     if not isinstance(model, keras.Model):
