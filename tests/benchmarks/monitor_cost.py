@@ -72,7 +72,7 @@ class _Observed(callbacks.ExpertMonitor):
         self.until.append(self.seconds)
 
 
-def share(make, epochs, steps):
+def share(make, epochs, steps, log_dir=None):
     """Return the shares of the observations in the epochs after the first."""
     keras.utils.set_random_seed(0)
     x = np.random.default_rng(0).normal(size=(ROWS * steps, WIDTH)).astype("float32")
@@ -80,7 +80,7 @@ def share(make, epochs, steps):
     several = isinstance(model, multitask.MultiTaskModel)
     y = {task: x[:, :1] for task in TASKS} if several else x[:, :1]
     sample = keras.tree.map_structure(lambda part: part[:1000], y) if several else None
-    monitor, timed = _Observed(x[:1000], sample), _Epochs()
+    monitor, timed = _Observed(x[:1000], sample, log_dir=log_dir), _Epochs()
     model.fit(x, y, ROWS, epochs=epochs, callbacks=[monitor, timed], verbose=0)
     taken = np.diff(monitor.until)
     return taken / np.array(timed.seconds[1:]), taken
@@ -91,9 +91,10 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--log-dir", help="write for TensorBoard there, too")
     given = parser.parse_args()
     for name, make in CASES.items():
-        shares, taken = share(make, given.epochs, given.steps)
+        shares, taken = share(make, given.epochs, given.steps, given.log_dir)
         print(
             f"{name}: {statistics.median(shares):.2%} of an epoch of {given.steps} "
             f"batches ({min(shares):.2%} to {max(shares):.2%}), "
