@@ -114,16 +114,20 @@ def learning_curves(
             ax.plot([], [], color="grey", label=label, **style)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     is_negative = any(history[name][0] < 0 for name in names)
-    first = "|first training loss|" if is_negative else "first training loss"
+    divisor = "|first training loss|" if is_negative else "first training loss"
     ax.set_xlabel("epoch")
-    ax.set_ylabel(f"loss / {first}")
+    ax.set_ylabel(f"loss / {divisor}")
     ax.set_title("learning curves")
     ax.legend(fontsize=SMALL)
     return ax
 
 
-_TRAINING = {"marker": "o", "linewidth": 2.0}
-_VALIDATION = {"marker": "s", "linewidth": 1.0, "markerfacecolor": "none"}
+_TRAINING: dict[str, Any] = {"marker": "o", "linewidth": 2.0}
+_VALIDATION: dict[str, Any] = {
+    "marker": "s",
+    "linewidth": 1.0,
+    "markerfacecolor": "none",
+}
 
 
 def _curve(ax: Axes, values: np.ndarray, **style: Any) -> None:
@@ -132,7 +136,7 @@ def _curve(ax: Axes, values: np.ndarray, **style: Any) -> None:
 
 def calibration(
     predictions: Mapping[str, np.ndarray],
-    labels: np.ndarray,
+    labels: np.ndarray | Mapping[str, np.ndarray],
     num_bins: int = 10,
     ax: Axes | None = None,
 ) -> Axes:
