@@ -225,27 +225,29 @@ def test_several_observations_an_epoch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "top_k", "line"),
+    ("gate", "rows", "top_k", "line"),
     [
         # 20 choices an expert of 4 are 80 rows, or 40 with two choices a row.
-        (80, 1, None),
-        (79, 1, "the sample has 79 rows; fewer than 80 do not show dead experts."),
-        (40, 2, None),
-        (39, 2, "the sample has 39 rows; fewer than 40 do not show dead experts."),
-        (19, 2, "the sample has 19 rows; fewer than 40 show no sign."),
-        (20, None, None),
-        (19, None, "the sample has 19 rows; fewer than 20 show no sign."),
+        ("router", 80, 1, None),
+        ("router", 79, 1, "79 rows; fewer than 80 do not show dead experts."),
+        ("router", 40, 2, None),
+        ("router", 39, 2, "39 rows; fewer than 40 do not show dead experts."),
+        ("router", 19, 2, "19 rows; fewer than 20 show no sign."),
+        ("router", 20, None, None),
+        # Weights of gates are no counts.
+        ("click", 20, 1, None),
+        ("click", 20, None, None),
+        ("click", 19, None, "19 rows; fewer than 20 show no sign."),
     ],
 )
-def test_a_sample_that_is_too_small_is_named(rows, top_k, line, tmp_path):
-    gates = ("router",) if top_k else ("click",)
-    seen = [observation(0, EVEN, rows=rows, top_k=top_k, gates=gates)]
+def test_a_sample_that_is_too_small_is_named(gate, rows, top_k, line, tmp_path):
+    seen = [observation(0, EVEN, rows=rows, top_k=top_k, gates=(gate,))]
     found = alarms_of(page_with(seen, tmp_path))
     if line is None:
         assert found == ["No sign of collapse in one observation."]
     else:
         what = "No sign of collapse that the sample can show, in one observation."
-        assert found == [what, f"moe: {line}"]
+        assert found == [what, f"moe: the sample has {line}"]
 
 
 def cells_of(html):

@@ -116,8 +116,8 @@ def _write_values(
         if cmap == DIVERGING:  # Dark at both ends.
             dark = abs(value - middle) > 0.6 * (limits[1] - middle)
         colour = "white" if dark else "black"
-        place = {"ha": "center", "va": "center"}
-        ax.text(column, row, text, color=colour, fontsize=size, **place)
+        cell = ax.text(column, row, text, color=colour, fontsize=size)
+        cell.set(ha="center", va="center")
 
 
 def spread_ticks(ax: Axes, names: list[Any]) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from keras_moe.telemetry import Sign, signs_of_collapse
+from keras_moe.telemetry import Sign, rows_needed, signs_of_collapse
 
-# Of `signs_of_collapse`: rows, and choices of an expert, below which it says nothing.
-_EXPECTED = 20
-_PERCENT = re.compile(r"\d+(\.\d+)?%")
+_LEAST_ROWS = 20  # fewer show `signs_of_collapse` nothing
 
 
 class When(NamedTuple):
@@ -56,11 +53,10 @@ def too_small(observation: dict[str, Any]) -> list[str]:
     """Return a line for each mixture whose sample does not show all signs."""
     lines = []
     for name, figures in observation["mixtures"].items():
-        rows, top_k = figures["rows"], figures.get("top_k")
-        needed = math.ceil(_EXPECTED * len(figures["load"]) / top_k) if top_k else 0
-        if rows < _EXPECTED:
-            hidden, needed = "show no sign", max(needed, _EXPECTED)
-        else:
+        rows, top_k, needed = figures["rows"], figures.get("top_k"), _LEAST_ROWS
+        hidden = "show no sign"
+        if rows >= needed and figures["gates"] == ("router",) and top_k is not None:
+            needed = rows_needed(len(figures["load"]), top_k)
             hidden = "do not show dead experts"
         if rows < needed:
             lines.append(
@@ -79,11 +75,9 @@ def _signs(observation: dict[str, Any]) -> Iterator[Sign]:
 def _subject(sign: Sign) -> tuple[str, ...]:
     """Return what the signs of two observations have in common if they are the same.
 
-    Figures differ between observations, and dead experts come and go. A mixture may
-    have several polarized gates, which the text names.
+    Figures differ between observations, and dead experts come and go.
     """
-    named = _PERCENT.sub("", sign.text) if sign.kind == "polarized gate" else ""
-    return sign.kind, sign.mixture, named
+    return sign.kind, sign.mixture, sign.gate
 
 
 def _text(those: list[Sign], with_sign: list[When], times: list[When]) -> str:
