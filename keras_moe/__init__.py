@@ -15,8 +15,8 @@ Models: `keras_moe.multitask` (MultiTaskModel, UncertaintyWeighting),
         `keras_moe.upcycling` (convert a trained MLP to a MoE, add experts),
         `keras_moe.convert` (sparse blocks of KerasHub as MoE), `keras_moe.export`
         (SavedModel with one signature per task, ONNX, LiteRT, OpenVINO).
-Plots:  `keras_moe.plots` (gates, experts, conflicts), not imported by default because
-        it needs matplotlib; `keras_moe.report` writes a page about a run.
+Plots:  `keras_moe.plots` (gates, experts, conflicts); `keras_moe.report` writes a page
+        about a run. They need matplotlib, which is imported by the first plot.
 """
 
 from keras_moe import (
@@ -31,6 +31,7 @@ from keras_moe import (
     metrics,
     multitask,
     optimizers,
+    plots,
     routers,
     telemetry,
     upcycling,
@@ -51,6 +52,7 @@ __all__ = [
     "metrics",
     "multitask",
     "optimizers",
+    "plots",
     "report",
     "routers",
     "telemetry",

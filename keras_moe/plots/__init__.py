@@ -1,7 +1,9 @@
 """Plots of gates, experts and training, in one style. They need matplotlib.
 
 Each takes the axes to draw on (`ax=`, by default the current ones) and returns them.
-Colours are those of Okabe & Ito, for the colour-blind; lines differ in style too.
+Colours are those of Okabe & Ito, for the colour-blind, visible on light and on dark
+pages; lines differ in style and bars in hatches too. Without matplotlib, an ImportError
+says what to install.
 """
 
 from keras_moe.plots._experts import expert_similarity, load_over_time

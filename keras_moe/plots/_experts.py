@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_moe.plots._style import DIVERGING, axes, line, matrix
+from keras_moe.plots._style import COLOURS, DIVERGING, SMALL, axes, line, matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,9 +40,15 @@ def expert_similarity(
     similarity = _square("similarity", similarity)
     ax = axes(ax)
     experts = range(len(similarity))
-    matrix(ax, similarity, experts, experts, (-1.0, 1.0), DIVERGING)
-    ax.set_xlabel("expert")
-    ax.set_ylabel("expert")
+    matrix(
+        ax,
+        similarity,
+        experts,
+        experts,
+        (-1.0, 1.0),
+        DIVERGING,
+        labels=("expert", "expert", "similarity"),
+    )
     ax.set_title(title)
     return ax
 
@@ -91,17 +97,17 @@ def load_over_time(
     if e <= 12:
         for k in range(e):
             ax.plot(steps, loads[:, k], label=f"expert {k}", **line(k))
-        ax.legend(fontsize="small", ncols=2)
+        ax.legend(fontsize=SMALL, ncols=2)
     else:
         low, first, median, third, high = np.quantile(loads, np.linspace(0, 1, 5), 1)
-        ax.fill_between(steps, low, high, color="#56B4E9", alpha=0.3, label="all")
-        ax.fill_between(steps, first, third, color="#0072B2", alpha=0.4, label="half")
-        ax.plot(steps, median, color="#0072B2", label="median")
-        ax.legend(fontsize="small")
+        ax.fill_between(steps, low, high, color=COLOURS[5], alpha=0.3, label="all")
+        ax.fill_between(steps, first, third, color=COLOURS[0], alpha=0.4, label="half")
+        ax.plot(steps, median, color=COLOURS[0], label="median")
+        ax.legend(fontsize=SMALL)
     ax.axhline(1 / e, color="grey", linestyle=":")
     ax.set_ylim(bottom=0.0)
     ax.set_xlabel("batches trained")
-    ax.set_ylabel("share of the load (dotted: even)")
+    ax.set_ylabel("load (dotted: even)")
     ax.set_title(f"load of the experts of {mixture}")
     return ax
 

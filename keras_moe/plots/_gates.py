@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from keras_moe import _checks
-from keras_moe.plots._style import COLOURS, SEQUENTIAL, axes, matrix
+from keras_moe.plots._style import (
+    SEQUENTIAL,
+    SMALL,
+    axes,
+    bars,
+    matrix,
+    spread_ticks,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,9 +44,16 @@ def gate_heatmap(
     """
     ax = axes(ax)
     means = _by_task(gate_weights, tasks).mean(axis=0)
-    limits = (0.0, max(float(means.max()), 1e-9))
-    matrix(ax, means, tasks, range(means.shape[1]), limits, SEQUENTIAL)
-    ax.set_xlabel("expert")
+    labels = ("expert", "gate", "mean gate weight")
+    matrix(
+        ax,
+        means,
+        tasks,
+        range(means.shape[1]),
+        _limits(means),
+        SEQUENTIAL,
+        labels=labels,
+    )
     ax.set_title("mean gate weight")
     return ax
 
@@ -73,14 +87,13 @@ def expert_usage(
         favourites = weights[:, t].argmax(axis=-1)
         shares = np.bincount(favourites, minlength=num_experts) / len(weights)
         positions = np.arange(num_experts) + (t - (len(tasks) - 1) / 2) * width
-        colour = COLOURS[t % len(COLOURS)]
-        ax.bar(positions, shares, width, label=task, color=colour)
+        ax.bar(positions, shares, width, label=task, **bars(t))
     ax.axhline(1 / num_experts, color="grey", linestyle=":", label="even")
-    ax.set_xticks(range(num_experts))
+    spread_ticks(ax, list(range(num_experts)))
     ax.set_xlabel("expert")
     ax.set_ylabel("share of rows")
     ax.set_title("expert usage")
-    ax.legend()
+    ax.legend(fontsize=SMALL)
     return ax
 
 
@@ -128,12 +141,23 @@ def who_goes_where(
     shown = found[np.argsort(-counts, kind="stable")[:most]]
     means = np.stack([weights[kinds == kind].mean(axis=0) for kind in shown])
     names = [f"{kind} ({(kinds == kind).sum()})" for kind in shown]
-    limits = (0.0, max(float(means.max()), 1e-9))
-    matrix(ax, means, names, range(weights.shape[1]), limits, SEQUENTIAL)
-    ax.set_xlabel("expert")
-    ax.set_ylabel("value (rows)")
+    labels = ("expert", "value (rows)", "mean weight")
+    matrix(
+        ax,
+        means,
+        names,
+        range(weights.shape[1]),
+        _limits(means),
+        SEQUENTIAL,
+        labels=labels,
+    )
     ax.set_title("mean weight of an expert")
     return ax
+
+
+def _limits(means: np.ndarray) -> tuple[float, float]:
+    """Return 0 and the largest mean."""
+    return 0.0, float(means[np.isfinite(means)].max(initial=1e-9))
 
 
 def _by_task(gate_weights: np.ndarray, tasks: Sequence[str]) -> np.ndarray:

@@ -6,11 +6,12 @@ Axis letters: n rows, t tasks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keras_moe.plots._style import COLOURS, DIVERGING, axes, line, matrix
+from keras_moe import _checks
+from keras_moe.plots._style import DIVERGING, SMALL, axes, line, matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +22,8 @@ def gradient_conflict(
 ) -> Axes:
     """Plot the cosines between the gradients of tasks.
 
-    Red pairs pull the shared parameters in opposite directions.
+    Red pairs pull the shared parameters in opposite directions. A task without a
+    gradient (NaN) is grey.
 
     Args:
         cosines: array of shape `(t, t)`, of `keras_moe.telemetry.gradient_conflict`.
@@ -46,7 +48,16 @@ def gradient_conflict(
             f"task. Received: shape {found.shape} for tasks={list(tasks)}"
         )
     ax = axes(ax)
-    matrix(ax, found, tasks, tasks, (-1.0, 1.0), DIVERGING)
+    matrix(
+        ax,
+        found,
+        tasks,
+        tasks,
+        (-1.0, 1.0),
+        DIVERGING,
+        labels=("task", "task", "cosine"),
+        missing="no gradient",
+    )
     ax.set_title("cosine of the tasks' gradients")
     return ax
 
@@ -58,11 +69,13 @@ def learning_curves(
 ) -> Axes:
     """Plot the loss of each task over the epochs, in training and in validation.
 
-    Each is divided by its first value in training, so that tasks with different losses
-    fit into one picture.
+    Each is divided by the size of its first value in training, so that tasks with
+    different losses fit into one picture. A negative loss stays below 0. Validation is
+    thin, with squares.
 
     Args:
-        history: dict from names of logs to one value an epoch: `history.history`.
+        history: dict from names of logs to one value an epoch, lists or arrays:
+            `history.history`.
         tasks: the names of the tasks, with the logs `{task}_loss`. Default: the total
             `loss` alone.
         ax: matplotlib axes to draw on. Default: the current axes.
@@ -79,33 +92,51 @@ def learning_curves(
     >>> ax = keras_moe.plots.learning_curves(history)
     """
     names = [f"{task}_loss" for task in tasks] or ["loss"]
-    missing = [name for name in names if name not in history or not history[name]]
+    missing = [name for name in names if not len(history.get(name, ()))]
     if missing:
         raise ValueError(
             f"`history` must have the losses {names}. Received: {sorted(history)}"
         )
     ax = axes(ax)
+    from matplotlib.ticker import MaxNLocator
+
     for i, name in enumerate(names):
-        first = history[name][0] or 1.0
-        label, colour = name.removesuffix("_loss"), COLOURS[i % len(COLOURS)]
-        epochs = np.arange(1, len(history[name]) + 1)
-        ax.plot(
-            epochs, np.array(history[name]) / first, "o-", color=colour, label=label
-        )
-        if f"val_{name}" in history:
-            validation = np.array(history[f"val_{name}"]) / first
-            ax.plot(epochs[: len(validation)], validation, "s:", color=colour)
-    ax.plot([], [], "s:", color="grey", label="validation")
+        first = float(history[name][0])
+        size = abs(first) if np.isfinite(first) and first else 1.0
+        own = {"label": name.removesuffix("_loss"), **line(i)}
+        _curve(ax, np.asarray(history[name]) / size, **_TRAINING, **own)
+        if len(history.get(f"val_{name}", ())):
+            _curve(
+                ax, np.asarray(history[f"val_{name}"]) / size, **_VALIDATION, **line(i)
+            )
+    if any(len(history.get(f"val_{name}", ())) for name in names):
+        for label, style in (("training", _TRAINING), ("validation", _VALIDATION)):
+            ax.plot([], [], color="grey", label=label, **style)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    is_negative = any(history[name][0] < 0 for name in names)
+    divisor = "|first training loss|" if is_negative else "first training loss"
     ax.set_xlabel("epoch")
-    ax.set_ylabel("loss / first training loss")
+    ax.set_ylabel(f"loss / {divisor}")
     ax.set_title("learning curves")
-    ax.legend(fontsize="small")
+    ax.legend(fontsize=SMALL)
     return ax
+
+
+_TRAINING: dict[str, Any] = {"marker": "o", "linewidth": 2.0}
+_VALIDATION: dict[str, Any] = {
+    "marker": "s",
+    "linewidth": 1.0,
+    "markerfacecolor": "none",
+}
+
+
+def _curve(ax: Axes, values: np.ndarray, **style: Any) -> None:
+    ax.plot(np.arange(1, len(values) + 1), values, **style)
 
 
 def calibration(
     predictions: Mapping[str, np.ndarray],
-    labels: np.ndarray,
+    labels: np.ndarray | Mapping[str, np.ndarray],
     num_bins: int = 10,
     ax: Axes | None = None,
 ) -> Axes:
@@ -117,14 +148,15 @@ def calibration(
         predictions: dict from a name (a task, a model) to probabilities, `(n,)`.
         labels: array of 0 and 1, `(n,)`, or a dict of them by the same names. NaN:
             no label.
-        num_bins: int, number of bins.
+        num_bins: int, number of bins, at least 1.
         ax: matplotlib axes to draw on. Default: the current axes.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: if labels are missing, or numbers of rows differ.
+        ValueError: if labels are missing, numbers of rows differ, or `num_bins` is not
+            positive.
 
     Example:
 
@@ -133,6 +165,7 @@ def calibration(
     >>> happened = rng.uniform(size=500) < probability
     >>> ax = keras_moe.plots.calibration({"click": probability}, happened)
     """
+    num_bins = _checks.positive_int("num_bins", num_bins)
     ax = axes(ax)
     highest = 0.0
     for i, (name, predicted) in enumerate(predictions.items()):
@@ -155,5 +188,5 @@ def calibration(
     ax.set_xlabel("mean prediction of a bin")
     ax.set_ylabel("share that happened")
     ax.set_title("calibration")
-    ax.legend(fontsize="small")
+    ax.legend(fontsize=SMALL)
     return ax

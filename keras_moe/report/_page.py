@@ -5,34 +5,41 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from keras_moe import _checks, _files
+from keras_moe.report import _alarms as _signs
 from keras_moe.report import _pictures
 from keras_moe.report._run import Run, read_run
-from keras_moe.telemetry import signs_of_collapse
 
 _PACKAGES = ("keras-moe", "keras", "tensorflow", "jax", "torch", "numpy")
 _NUMERIC = ' class="number"'
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]\d+)?([ %([]|$)")
 _STYLE = """
-:root { color-scheme: light dark; --line: #bbb; --soft: #f2f2f2; --warn: #a33; }
+:root { color-scheme: light dark; --line: #bbb; --soft: #f2f2f2; --warn: #a33;
+  --shadow: #0006; }
 @media (prefers-color-scheme: dark) {
-  :root { --line: #555; --soft: #2a2a2a; --warn: #f99; }
+  :root { --line: #555; --soft: #2a2a2a; --warn: #f99; --shadow: #fff6; }
 }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto;
   padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; scrollbar-width: thin;
+  /* A shadow where a part is hidden: the covers scroll with the table. */
+  background: linear-gradient(to right, Canvas 1rem, transparent 2.5rem) local,
+    linear-gradient(to left, Canvas 1rem, transparent 2.5rem) local,
+    linear-gradient(to right, var(--shadow), transparent 1rem) scroll,
+    linear-gradient(to left, var(--shadow), transparent 1rem) scroll; }
 table { border-collapse: collapse; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .75rem .25rem 0;
   text-align: left; vertical-align: top; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
+.long { display: inline-block; min-width: 11rem; }
 img { max-width: 100%; height: auto; background: white; }
 figure { margin: 1rem 0; }
 .alarm { border-left: 4px solid var(--warn); background: var(--soft);
@@ -57,7 +64,9 @@ def report(
             page, some items of the JSON object `metrics.json` have a place of their
             own: `results`, an object of models, each an object of figures; `tables`, a
             list of objects with `title`, `columns` and `rows`; `findings` and
-            `warnings`, lists of text. All others are settings.
+            `warnings`, lists of text; `curves`, an object of lists with one number an
+            epoch, such as `history.history`. All others are settings, but for `crc32`,
+            a checksum of the file.
         path: str or path, the file to write. Default: `report.html` in the folder. It
             appears whole or not at all.
         title: str, the title of the page. Default: the name of the folder.
@@ -114,12 +123,15 @@ def _sections(run: Run) -> Iterator[tuple[str, str]]:
     has_table = isinstance(results, dict) and all(
         isinstance(of_model, dict) for of_model in results.values()
     )
+    curves = record.get("curves")
+    has_curves = isinstance(curves, dict) and all(
+        isinstance(curve, list) for curve in curves.values()
+    )
     yield "Results", _results(results or {}) if has_table else ""
     for table in run.tables:
         yield table["title"], _table(table["rows"], table["columns"])
     yield "Findings", "".join(f"<p>{escape(str(text))}</p>" for text in run.findings)
-    warned = record.get("warnings") or []
-    yield "Warnings", "".join(_alarm(str(text)) for text in warned)
+    yield "Warnings", "".join(_alarm(str(text)) for text in run.warnings)
     if run.observations:
         yield "Alarms", _alarms(run.observations)
         yield "Experts", _experts(run.observations)
@@ -130,7 +142,9 @@ def _sections(run: Run) -> Iterator[tuple[str, str]]:
             for path in run.pictures
         ),
     )
-    elsewhere = ["crc32", "curves", "tables", "findings"] + ["results"] * has_table
+    yield "Curves", _curves(curves) if has_curves and curves else ""
+    elsewhere = ["crc32", "tables", "findings", "warnings"]
+    elsewhere += ["results"] * has_table + ["curves"] * has_curves
     settings = {k: v for k, v in record.items() if k not in elsewhere}
     yield "Settings", _settings(settings)
     yield "Versions of this page", _table(_versions())
@@ -144,19 +158,34 @@ def _results(results: dict[str, Any]) -> str:
     )
 
 
-def _alarms(observations: list[dict[str, Any]]) -> str:
-    """Return what looks wrong in the last observation."""
-    last = observations[-1]
-    signs = [
-        sign
-        for name, figures in last["mixtures"].items()
-        for sign in signs_of_collapse(
-            name, figures["gates"], figures, figures.get("top_k")
-        )
+def _curves(curves: dict[str, list[Any]]) -> str:
+    """Return a table with a row an epoch, folded."""
+    epochs = max(map(len, curves.values()))
+    rows = [
+        [epoch + 1, *(c[epoch] if epoch < len(c) else None for c in curves.values())]
+        for epoch in range(epochs)
     ]
-    if not signs:
-        return "<p>None: no sign of collapse in the last observation.</p>"
-    return "".join(_alarm(f"{sign.kind}: {sign.text}") for sign in signs)
+    table = _table(rows, ["epoch", *curves])
+    return f"<details><summary>{epochs} epochs</summary>{table}</details>"
+
+
+def _alarms(observations: list[dict[str, Any]]) -> str:
+    """Return what looks wrong, in the last observation and before."""
+    found = _signs.alarms(observations)
+    now = [_alarm(alarm.text) for alarm in found if alarm.is_last]
+    before = [_alarm(alarm.text) for alarm in found if not alarm.is_last]
+    hidden = _signs.too_small(observations[-1])
+    notes = [f"<p>{escape(line)}</p>" for line in hidden]
+    if not found:
+        what = "that the sample can show, " if hidden else ""
+        number = len(observations)
+        seen = f"{number} observations" if number > 1 else "one observation"
+        return f"<p>No sign of collapse {what}in {seen}.</p>" + "".join(notes)
+    if not now:
+        now = ["<p>None in the last observation.</p>"]
+    if before:
+        before.insert(0, "<p>Earlier, not in the last observation:</p>")
+    return "".join([*now, *before, *notes])
 
 
 def _alarm(text: str) -> str:
@@ -164,35 +193,50 @@ def _alarm(text: str) -> str:
 
 
 def _experts(observations: list[dict[str, Any]]) -> str:
-    last = observations[-1]
-    parts = [
-        _table(
-            [
-                [
-                    name,
-                    ", ".join(figures["gates"]),
-                    len(figures["load"]),
-                    figures["relative_usage"].min(),
-                    figures["load_cv"],
-                    figures["largest_weight"].mean(),
-                    figures["entropy"].mean(),
-                ]
-                for name, figures in last["mixtures"].items()
-            ],
-            [
-                "mixture",
-                "gates",
-                "experts",
-                "least used (1: even)",
-                "load: spread",
-                "largest weight",
-                "entropy (1: even)",
-            ],
-        )
-    ]
+    mixtures = observations[-1]["mixtures"]
+    columns = {
+        title: [figure(name, figures) for name, figures in mixtures.items()]
+        for title, figure in _COLUMNS.items()
+    }
+    shown = {
+        title: values
+        for title, values in columns.items()
+        if title not in _IF_KNOWN or any(value is not None for value in values)
+    }
+    rows = [list(row) for row in zip(*shown.values(), strict=True)]
+    parts = [_table(rows, list(shown))]
     for caption, picture in _pictures.of_experts(observations):
-        parts.append(_figure(picture, caption))
+        parts.append(_figure(picture, caption, _pictures.WIDTH))
     return "\n".join(parts)
+
+
+def _dropped(name: str, figures: dict[str, Any]) -> Any:
+    is_router = figures["gates"] == ("router",)
+    return figures.get("dropped") if is_router else None
+
+
+def _zeros(name: str, figures: dict[str, Any]) -> Any:
+    zeros = figures.get("zero_activations")
+    return None if zeros is None or not len(zeros) else zeros.mean()
+
+
+# The largest share of an expert in any gate over an even share can be above 1 for all
+# experts, if each is preferred by some gate.
+_COLUMNS: dict[str, Callable[[str, dict[str, Any]], Any]] = {
+    "mixture": lambda name, _: name,
+    "gates": lambda _, figures: ", ".join(figures["gates"]),
+    "experts": lambda _, figures: len(figures["load"]),
+    "rows": lambda _, figures: figures["rows"],
+    "least used expert: its largest share in a gate (1: even share)": (
+        lambda _, figures: figures["relative_usage"].min()
+    ),
+    "load: spread": lambda _, figures: figures["load_cv"],
+    "largest weight": lambda _, figures: figures["largest_weight"].mean(),
+    "entropy (1: even)": lambda _, figures: figures["entropy"].mean(),
+    "dropped choices": _dropped,
+    "zeros in hidden units": _zeros,
+}
+_IF_KNOWN = ("dropped choices", "zeros in hidden units")
 
 
 def _settings(settings: dict[str, Any]) -> str:
@@ -222,11 +266,17 @@ def _versions() -> list[list[Any]]:
 def _table(rows: list[list[Any]], head: list[str] | None = None) -> str:
     cells = [[_cell(value) for value in row] for row in rows]
     top = "".join(
-        f"<th{_NUMERIC if _is_numeric(column) else ''}>{escape(str(name))}</th>"
+        f"<th{_NUMERIC if _is_numeric(column) else ''}>{_heading(str(name))}</th>"
         for name, *column in zip(head or [], *cells, strict=False)
     )
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+
+
+def _heading(name: str) -> str:
+    # A column of short figures would break a long name into single words.
+    text = escape(name)
+    return f'<span class="long">{text}</span>' if len(name) > 30 else text
 
 
 def _is_numeric(column: list[str]) -> bool:
@@ -248,9 +298,10 @@ def _cell(value: Any) -> str:
     return f"<td{_NUMERIC}>{escape(text)}</td>"
 
 
-def _figure(source: str, caption: str) -> str:
+def _figure(source: str, caption: str, width: int | None = None) -> str:
     text = escape(caption)
+    size = "" if width is None else f' width="{width}"'
     return (
-        f'<figure><img src="{source}" alt="{text}"><figcaption>{text}</figcaption>'
-        "</figure>"
+        f'<figure><img src="{source}" alt="{text}"{size}><figcaption>{text}'
+        "</figcaption></figure>"
     )

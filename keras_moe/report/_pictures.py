@@ -10,6 +10,7 @@ from typing import Any
 from keras_moe import plots
 from keras_moe.plots._style import as_png
 
+WIDTH = 480  # CSS px of a drawn picture, where the page has so many
 _TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
@@ -28,16 +29,18 @@ def of_experts(observations: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
                 f"{name}: load of the experts over the training",
                 _drawn(plots.load_over_time, seen, name),
             )
+        sample = f"on the sample of {figures['rows']:,} rows"
         usage = figures["usage"]
         if len(usage) > 1:
             yield (
-                f"{name}: mean weight of each expert for each gate",
+                f"{name}: mean weight of each expert for each gate, {sample}",
                 _drawn(plots.gate_heatmap, usage[None], figures["gates"]),
             )
         similarity = figures.get("output_similarity")
         if similarity is not None:
             yield (
-                f"{name}: correlation of the outputs of two experts",
+                f"{name}: correlation of the outputs of two experts, on the first rows "
+                "of the sample, at most 256",
                 _drawn(plots.expert_similarity, similarity),
             )
     cosines = last["gradient_cosines"]

@@ -21,6 +21,7 @@ class Run(NamedTuple):
         record: dict, the content of `metrics.json`; empty without one.
         tables: list of dicts with `title`, `columns` and `rows`, from the record.
         findings: list of texts, from the record.
+        warnings: list of texts, from the record.
         observations: list of dicts, those of an `ExpertMonitor` with
             `file="experts.jsonl"`; empty without one.
         pictures: paths of the pictures in the folder.
@@ -30,6 +31,7 @@ class Run(NamedTuple):
     record: dict[str, Any]
     tables: list[dict[str, Any]]
     findings: list[Any]
+    warnings: list[Any]
     observations: list[dict[str, Any]]
     pictures: list[Path]
 
@@ -55,17 +57,20 @@ def read_run(folder: Path) -> Run:
     if not isinstance(found, dict):
         raise ValueError(f"{record}: not the results of a run. Delete it and run again")
     tables, findings = found.get("tables") or [], found.get("findings") or []
-    if not (_are_tables(tables) and isinstance(findings, list)):
+    warnings = found.get("warnings") or []
+    texts = isinstance(findings, list) and isinstance(warnings, list)
+    if not (_are_tables(tables) and texts):
         raise ValueError(
             f"{record}: `tables` must be a list of objects with `title`, `columns` and "
-            "rows of as many cells, and `findings` a list. Delete it and run again"
+            "rows of as many cells, and `findings` and `warnings` lists. Delete it and "
+            "run again"
         )
     content = observations.read_bytes() if observations.exists() else b""
     # A process that was killed may have left a part of a line.
     lines = content[: content.rfind(b"\n") + 1].splitlines()
     pictures = [p for p in sorted(folder.iterdir()) if p.suffix in _PICTURES]
     seen = [_observation(observations, _json(observations, line)) for line in lines]
-    return Run(folder, found, tables, findings, seen, pictures)
+    return Run(folder, found, tables, findings, warnings, seen, pictures)
 
 
 def _are_tables(value: Any) -> bool:

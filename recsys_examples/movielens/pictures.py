@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -10,8 +11,8 @@ matplotlib.use("Agg")  # works without a display
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from sklearn.calibration import calibration_curve
 
 from keras_moe import plots
 from keras_moe.layers import MMoE
@@ -20,6 +21,9 @@ from recsys_examples.movielens.features import Catalogue, Sequences
 from recsys_examples.movielens.model import TASKS, Ranker
 from recsys_examples.movielens.profiles import KINDS, Profile, profile_experts
 from recsys_examples.movielens.ranking import LIKED
+
+# Inches and dots an inch: text is readable where a phone shows the report of a run.
+WIDTH, DPI = 4.4, 120
 
 
 def draw(
@@ -32,30 +36,38 @@ def draw(
     predictions: dict[str, np.ndarray],
 ) -> None:
     """Write all plots of a run as PNG files into a folder."""
-    _learning_curves(curves).savefig(folder / "learning_curves.png", dpi=120)
-    _calibration(rows, predictions).savefig(folder / "calibration.png", dpi=120)
+    figures = {
+        "learning_curves": _learning_curves(curves),
+        "calibration": _calibration(rows, predictions),
+    }
     if isinstance(ranker.body, MMoE):
         users = np.flatnonzero(sequences.lengths)
         features = ranker.user.predict(
             sequences.histories(catalogue, users), batch_size=256, verbose=0
         )
         gates = np.asarray(ranker.body.gate_weights(features))
-        figure, ax = plt.subplots(figsize=(6, 3), layout="constrained")
-        plots.gate_heatmap(gates, TASKS, ax)
-        figure.savefig(folder / "gate_weights.png", dpi=120)
-        figure, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
-        plots.expert_usage(gates, TASKS, ax)
-        figure.savefig(folder / "expert_usage.png", dpi=120)
+        figures["gate_weights"] = _of_users(plots.gate_heatmap, gates)
+        figures["expert_usage"] = _of_users(plots.expert_usage, gates)
     profile = profile_experts(ranker, sequences, catalogue)
     if profile.num_experts:
-        _lifts(profile).savefig(folder / "expert_lifts.png", dpi=120)
+        figures["expert_lifts"] = _lifts(profile)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=DPI)
     plt.close("all")
+
+
+def _of_users(plot: Callable[..., Axes], gates: np.ndarray) -> plt.Figure:
+    """Plot the gates of all users; the page of a run also has those of a sample."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 3.3), layout="constrained")
+    plot(gates, TASKS, ax)
+    ax.set_title(f"{ax.get_title()}, all {len(gates):,} users")
+    return figure
 
 
 def _lifts(profile: Profile) -> plt.Figure:
     """What each expert's users have more (or less) of than the average user."""
     figure, axes = plt.subplots(
-        len(KINDS), 1, figsize=(7, 2.4 * len(KINDS)), layout="constrained"
+        len(KINDS), 1, figsize=(WIDTH, 2.4 * len(KINDS)), layout="constrained"
     )
     changes = [100 * (getattr(profile, kind).values - 1) for kind in KINDS]
     largest = max(np.abs(change).max(initial=1.0) for change in changes)
@@ -67,55 +79,41 @@ def _lifts(profile: Profile) -> plt.Figure:
         ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
         ax.set_yticks(range(profile.num_experts))
         ax.set_ylabel("expert")
-    axes[0].set_title("what an expert's users have more of than the average user, %")
-    figure.colorbar(image, ax=axes, shrink=0.5)
+    axes[0].set_title("users of an expert, compared with all users", fontsize="medium")
+    figure.colorbar(
+        image,
+        ax=axes,
+        location="bottom",
+        aspect=40,
+        label="more of it than the average user, %",
+    )
     return figure
 
 
 def _learning_curves(curves: dict[str, list[float]]) -> plt.Figure:
-    """Losses by task on the left, validation NDCG on the right."""
+    """Losses by task, and the validation NDCG below."""
     figure, (losses, quality) = plt.subplots(
-        1, 2, figsize=(9, 3.5), layout="constrained"
+        2, 1, figsize=(WIDTH, 5.5), layout="constrained", height_ratios=(3, 2)
     )
-    epochs = np.arange(1, len(curves["loss"]) + 1)
-    for task, colour in zip(TASKS, ("C0", "C1", "C2"), strict=True):
-        first = curves[f"{task}_loss"][0]
-        for name, style in ((f"{task}_loss", "o-"), (f"val_{task}_loss", "s:")):
-            losses.plot(epochs, np.array(curves[name]) / first, style, color=colour)
-        losses.plot([], [], color=colour, label=task)
-    losses.plot([], [], "o-", color="grey", label="training")
-    losses.plot([], [], "s:", color="grey", label="validation")
-    losses.set_title("loss, first epoch's training loss = 1")
-    losses.legend()
-    quality.plot(epochs, curves["val_ndcg@10"], "s:", color="black")
-    quality.set_ylim(0, 1.1 * max(curves["val_ndcg@10"]))
-    quality.set_title("validation NDCG@10, whole catalogue")
-    for ax in (losses, quality):
-        ax.set_xlabel("epoch")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    plots.learning_curves(curves, TASKS, losses)
+    ndcg = curves["val_ndcg@10"]
+    epochs = range(1, len(ndcg) + 1)
+    # As validation is drawn above.
+    quality.plot(epochs, ndcg, "s-", color="grey", markerfacecolor="none")
+    quality.set_ylim(0, 1.1 * max(ndcg))
+    quality.set(xlabel="epoch", ylabel="NDCG@10")
+    quality.set_title("validation, whole catalogue")
+    quality.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
 def _calibration(rows: Rows, predictions: dict[str, np.ndarray]) -> plt.Figure:
-    """Reliability diagrams with ten quantile bins."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
+    """Reliability diagram with ten bins: watches, and likes of what was watched."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 3.3), layout="constrained")
     watched = rows.watched
-    panels = {
-        "watch": (watched, predictions["watch"]),
-        "like": (rows.ratings[watched] >= LIKED, predictions["like"][watched]),
-    }
-    for ax, (task, (labels, probabilities)) in zip(axes, panels.items(), strict=True):
-        observed, predicted = calibration_curve(
-            labels, probabilities, n_bins=10, strategy="quantile"
-        )
-        ax.plot([0, 1], [0, 1], ":", color="grey")
-        ax.plot(predicted, observed, "o-")
-        ax.set(
-            title=task,
-            xlabel="predicted probability",
-            ylabel="observed share",
-            xlim=(0, 1),
-            ylim=(0, 1),
-            aspect="equal",
-        )
+    plots.calibration(
+        {"watch": predictions["watch"], "like": predictions["like"][watched]},
+        {"watch": watched, "like": rows.ratings[watched] >= LIKED},
+        ax=ax,
+    )
     return figure
