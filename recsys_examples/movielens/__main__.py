@@ -220,6 +220,7 @@ def recommend(options: argparse.Namespace) -> None:
         return
     import tensorflow as tf
 
+    from recsys_examples.movielens.fusion import SCORE_MEANING
     from recsys_examples.movielens.serving import load_recommender
 
     signature = load_recommender(options.model, ("user_id", "k"))
@@ -232,7 +233,7 @@ def recommend(options: argparse.Namespace) -> None:
         raise InputError(
             f"--k {options.k}: {f'k {reason[1]}' if reason else error.message}"
         ) from error
-    print_list(options.user, answer, options.k)
+    print_list(options.user, answer, options.k, SCORE_MEANING)
 
 
 def _prepare(

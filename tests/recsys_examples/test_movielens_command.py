@@ -277,12 +277,19 @@ class TestRecommend:
         # The last tenth is the test window, which the exported model does not contain.
         assert len(rated) == 27
         known = rated[: 27 - 27 // 10]
-        for _, movie, title, watch, like, stars in rows:
+        headings = ("rank", "movie", "title", "score", "watch", "like", "rating")
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith("┃"))
+        assert tuple(line.strip("┃ ").replace("┃", " ").split()) == headings
+        scores = [float(row[3]) for row in rows]
+        assert scores == sorted(scores, reverse=True)
+        assert "sorted by score = ln p(watch) + ln p(like)" in done.stdout
+        for _, movie, title, score, watch, like, rating in rows:
             assert movie not in known
             assert title == f"Movie, The {(int(movie) - 1) // 3}th"
             assert 0 < float(watch) < 1
             assert 0 < float(like) < 1
-            assert 0 < float(stars) < 6
+            assert float(score) < np.log(float(like) + 0.005)
+            assert 0 < float(rating) < 6
 
     def test_all_movies_for_an_unknown_user(self, run, command):
         status, output, _ = command(

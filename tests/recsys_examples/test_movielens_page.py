@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from recsys_examples.movielens import serve_command
@@ -110,9 +111,27 @@ class TestEndpoint:
         assert len(found["movies"]) == 3
         for movie, other in zip(found["movies"], expected.movies, strict=True):
             assert movie["movie_id"] == other.movie_id
+            assert movie["score"] == other.score
             assert movie["scores"] == other.scores
             assert movie["contributions"] == other.contributions
             assert ", ".join(movie["genres"]) == other.genres
+
+    def test_the_order_follows_from_what_is_shown(self, address, trained):
+        """The score of each movie, computed from its calibrated predictions."""
+        found = json.loads(get(f"{address}/api/recommend?user=7&k=20")[2])
+        slope, offset = (float(v) for v in trained.fit.ranker.calibration[:2])
+        scores = [movie["score"] for movie in found["movies"]]
+        assert scores == sorted(scores, reverse=True)
+        for movie, score in zip(found["movies"], scores, strict=True):
+            watch, like = movie["scores"]["watch"], movie["scores"]["like"]
+            before = (np.log(watch / (1 - watch)) - offset) / slope  # log odds
+            assert score == pytest.approx(
+                np.log(1 / (1 + np.exp(-before))) + np.log(like), abs=1e-3
+            )
+        meaning = found["meaning"]
+        assert "score = ln p(watch) + ln p(like)" in meaning["score"]
+        assert "before calibration" in meaning["score"]
+        assert "log odds of watch before calibration" in meaning["contributions"]
 
     def test_a_newcomer(self, address, model):
         _, _, text = get(f"{address}/api/recommend?movie=4&movie=10&movie=4&k=3")
@@ -256,8 +275,18 @@ class TestPage:
             for place, movie in enumerate(expected.movies, start=1)
         ]
         first = page.locator("ol.movies > li").first
-        scores = first.locator("thead strong").all_inner_texts()
-        assert scores == [f"{expected.movies[0].scores[task]:.2f}" for task in TASKS]
+        shown = first.locator("thead th").all_inner_texts()
+        assert [text.split() for text in shown] == [
+            ["score", f"{expected.movies[0].score:.2f}"],
+            *([t, f"{expected.movies[0].scores[t]:.2f}"] for t in TASKS),
+        ]
+        # The order is that of the first number.
+        columns = page.locator("thead th:first-child strong").all_inner_texts()
+        assert len(columns) == 4
+        assert columns == sorted(columns, key=float, reverse=True)
+        text = page.locator("section[aria-labelledby=list]").inner_text()
+        assert "sorted by score = ln p(watch) + ln p(like)" in text
+        assert "log odds of watch before calibration" in text
         for expert in range(2):
             row = first.get_by_role("row", name=f"Expert {expert}")
             assert [text.strip() for text in row.locator("td").all_inner_texts()] == [

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from starlette.exceptions import HTTPException
 
 from recsys_examples.movielens.explain_command import MEANING
+from recsys_examples.movielens.fusion import SCORE_MEANING
 from recsys_examples.movielens.recommendations import Explained, ExplainedModel
 from recsys_examples.movielens.web import views
 from recsys_examples.movielens.web.asked import (
@@ -80,6 +81,7 @@ class Page:
             popular=self._model.popular,
             most_movies=min(MOST_MOVIES, self._model.num_movies),
             most_ticked=MOST_TICKED,
+            score_meaning=SCORE_MEANING,
             meaning=MEANING,
         )
         headers = {"Content-Security-Policy": self.policy}
