@@ -103,9 +103,9 @@ def make_app(model: ExplainedModel) -> FastAPI:
     )
     page = Page(model)
 
-    # Not `async`: each call of the model runs in a thread of its own.
     once = [Depends(check_given_once)]
 
+    # Not `async`: each call of the model runs in a thread of its own.
     @app.head("/", include_in_schema=False, dependencies=once)
     @app.get("/", response_class=HTMLResponse, dependencies=once)
     def show(request: Request, asked: Annotated[Asked, Query()]) -> Response:
