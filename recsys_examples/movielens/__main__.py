@@ -23,6 +23,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 from rich.console import Console
+from rich.table import Table
 
 from recsys_examples.command import interrupt_on_sigterm, make_console, run_command
 from recsys_examples.errors import InputError
@@ -36,6 +37,7 @@ from recsys_examples.movielens.command import (
     run_metadata,
 )
 from recsys_examples.movielens.serve_command import add_serve
+from recsys_examples.study_report import PAGE, write_study_report
 
 if TYPE_CHECKING:
     from recsys_examples.movielens.data import MovieLens
@@ -57,6 +59,7 @@ METRICS = {
 BODIES = {"mmoe": "MMoE", "shared_bottom": "shared bottom", "moe": "sparse MoE"}
 OPTIMIZERS = ("adam", "fused_adam", "lazy_adam", "rowwise_adagrad")
 OUT = "runs/movielens"
+QUICK = "A quick run, to test the installation: figures mean nothing."
 # Seconds for tuning ALS on other data than the default: in a run, and with --quick.
 ALS_BUDGET, QUICK_ALS_BUDGET = 180.0, 5.0
 
@@ -168,44 +171,67 @@ def _write_models_and_plots(folder: Path, windows: Windows, outcome: Outcome) ->
 def study(options: argparse.Namespace) -> None:
     """Run all models over several seeds; results on disk are reused."""
     data = read_data(options)
+    from recsys_examples.runs import make_folder
+
+    console = make_console()
+    windows, settings, warnings = _prepare(data, options, console)
+    results = options.out / "study"
+    make_folder(results)
+    kind, table, findings = _studied(windows, settings, options, data.name, console)
+    console.print(table)
+    for line in findings:
+        console.print(line, markup=False)
+    folder = results / kind
+    make_folder(folder)
+    record = {
+        **run_metadata(options, data.name, settings, "implicit"),
+        "warnings": [QUICK] * options.quick + warnings,
+    }
+    del record["seed"]  # A study has seeds from 0.
+    title = f"MovieLens: study of {kind}"
+    write_study_report(folder, title, [table], findings, record)
+    console.print(f"Results in {results}, a page in {folder / PAGE}", soft_wrap=True)
+
+
+def _studied(
+    windows: Windows,
+    settings: Settings,
+    options: argparse.Namespace,
+    name: str,
+    console: Console,
+) -> tuple[str, Table, list[str]]:
+    """Return what is compared, the table, and the differences in words."""
     from recsys_examples.movielens.body_study import bodies_table, run_bodies
     from recsys_examples.movielens.optimizer_study import (
         optimizers_table,
         run_optimizers,
     )
     from recsys_examples.movielens.study import run_study
-    from recsys_examples.runs import make_folder
+    from recsys_examples.movielens.tuned import comparisons
     from recsys_examples.tables import results_table
 
-    console = make_console()
-    windows, settings, _ = _prepare(data, options, console)
-    folder = options.out / "study"
-    make_folder(folder)
-    title = f"{data.name}: test window, {options.seeds} seeds"
+    seeds, folder, announce = options.seeds, options.out / "study", console.print
+    title = f"{name}: test window, {seeds} seeds"
     if options.body == "moe":
-        bodies = run_bodies(
-            windows, settings, options.seeds, folder, data.name, console.print
-        )
-        console.print(bodies_table(title, bodies))
-        return
+        bodies = run_bodies(windows, settings, seeds, folder, name, announce)
+        metrics = {body: studied.metrics for body, studied in bodies.items()}
+        first, *others = metrics
+        pairs = [(first, other) for other in others]
+        return "bodies", bodies_table(title, bodies), comparisons(metrics, pairs)
     if options.optimizer:
-        names = dict.fromkeys(options.optimizer)  # each once
-        found = run_optimizers(
-            windows,
-            settings,
-            list(names),
-            options.seeds,
-            folder,
-            data.name,
-            console.print,
-        )
-        console.print(optimizers_table(title, found))
-        return
-    results = run_study(
-        windows, settings, options.seeds, folder, data.name, console.print
-    )
+        names = list(dict.fromkeys(options.optimizer))  # each once
+        found = run_optimizers(windows, settings, names, seeds, folder, name, announce)
+        metrics = {optimizer: studied.metrics for optimizer, studied in found.items()}
+        first, *others = names
+        pairs = [(other, first) for other in others]
+        table = optimizers_table(title, found)
+        return "optimizers", table, comparisons(metrics, pairs)
+    results = run_study(windows, settings, seeds, folder, name, announce)
     title += ", mean ± standard deviation"
-    console.print(results_table(title, results, METRICS))
+    # The others have no seed.
+    pairs = [("MMoE", other) for other in ("shared bottom", "single-task", "ALS")]
+    table = results_table(title, results, METRICS)
+    return "models", table, comparisons(results, pairs)
 
 
 def recommend(options: argparse.Namespace) -> None:
@@ -220,6 +246,7 @@ def recommend(options: argparse.Namespace) -> None:
         return
     import tensorflow as tf
 
+    from recsys_examples.movielens.fusion import SCORE_MEANING
     from recsys_examples.movielens.serving import load_recommender
 
     signature = load_recommender(options.model, ("user_id", "k"))
@@ -232,7 +259,7 @@ def recommend(options: argparse.Namespace) -> None:
         raise InputError(
             f"--k {options.k}: {f'k {reason[1]}' if reason else error.message}"
         ) from error
-    print_list(options.user, answer, options.k)
+    print_list(options.user, answer, options.k, SCORE_MEANING)
 
 
 def _prepare(
@@ -247,7 +274,7 @@ def _prepare(
         settings = replace(settings, optimizer=options.optimizer[0])
     if options.quick:
         settings = replace(settings, max_epochs=2)
-        console.print("A quick run, to test the installation: figures mean nothing.")
+        console.print(QUICK)
     windows = make_windows(data)
     console.print(
         f"{data.name}: {len(data.ratings):,} ratings of {len(windows.catalogue):,} "

@@ -18,7 +18,8 @@ from recsys_examples.movielens.order import order_warnings
 from recsys_examples.runs import versions
 
 QUICK_USERS = 150
-PRINTED = ("movie_id", "title", "watch", "like", "rating")  # columns of a list
+# Columns of a list.
+PRINTED = ("movie_id", "title", "score", "watch", "like", "rating")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, out: str, study: str) -> None:
@@ -134,23 +135,35 @@ def _arguments(options: argparse.Namespace, without: tuple[str, ...]) -> dict[st
     return {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
 
 
-def print_list(user: int, answer: dict[str, Any], most: int) -> None:
-    """Print the first `most` movies that a SavedModel recommends to a user."""
+def print_list(
+    user: int, answer: dict[str, Any], most: int, score_meaning: str
+) -> None:
+    """Print the first `most` movies that a SavedModel recommends to a user.
+
+    Args:
+        user: the id of the user.
+        answer: what the signature `recommend` returns.
+        most: length of the list.
+        score_meaning: sentence on how the score is made, printed below the list.
+    """
     title = f"For user {user}"
     if not answer["known_user"][0]:
         title = f"For unknown user {user}: the list of a new user"
     table = Table(title=title, title_justify="left")
-    for heading in ("rank", "movie", "title", "watch", "like", "stars"):
+    for heading in ("rank", "movie", *PRINTED[1:]):
         table.add_column(heading, justify="left" if heading == "title" else "right")
     rows = zip(*(answer[name][0].numpy()[:most] for name in PRINTED), strict=True)
-    for place, (movie, title, watch, like, stars) in enumerate(rows, start=1):
+    for place, (movie, title, score, watch, like, rating) in enumerate(rows, start=1):
         if movie:
             table.add_row(
                 str(place),
                 str(movie),
                 title.decode() or "(no title)",
+                f"{score:.2f}",
                 f"{watch:.2f}",
                 f"{like:.2f}",
-                f"{stars:.1f}",
+                f"{rating:.2f}",
             )
-    make_console().print(table)
+    console = make_console()
+    console.print(table)
+    console.print(score_meaning)

@@ -9,13 +9,14 @@ from rich.table import Table
 
 from recsys_examples.command import make_console
 from recsys_examples.errors import InputError
+from recsys_examples.movielens.fusion import SCORE_MEANING
 from recsys_examples.movielens.profiles import KINDS, Profile
 from recsys_examples.movielens.recommendations import Explained, ExplainedModel
 
 MEANING = (
-    "An expert's contribution to a score: how far the score (log odds of watch and "
-    "like, stars) would fall without the expert, its gate weight 0 and the others of "
-    "the gate renormalized."
+    "An expert's contribution to a task: how far its prediction (log odds of watch "
+    "before calibration, log odds of like, stars of rating) would fall without the "
+    "expert, its gate weight 0 and the others of the gate renormalized."
 )
 
 
@@ -34,33 +35,36 @@ def recommend_explained(options: argparse.Namespace) -> None:
 def print_explained(
     console: Console, user: int, found: Explained, profile: Profile
 ) -> None:
-    """Print a list: scores, and what each expert contributes to them."""
+    """Print a list: scores, and what each expert contributes to the tasks."""
     title = f"For user {user}"
     if not found.known:
         title = f"For unknown user {user}: the list of a new user"
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("movie")
+    table.add_column("score", justify="right")
     for task in profile.tasks:
         table.add_column(task, justify="right")
         table.add_column(f"experts of {task}", justify="left")
     for movie in found.movies:
-        row = [f"{movie.title or '(no title)'} ({movie.year or '?'})"]
+        name = f"{movie.title or '(no title)'} ({movie.year or '?'})"
+        row = [name, f"{movie.score:.2f}"]
         for task in profile.tasks:
             row += [f"{movie.scores[task]:.2f}", _signed(movie.contributions[task])]
         table.add_row(*row)
     table.add_section()
-    row = ["mean of all movies"]
+    row = ["mean of all movies", ""]
     for task in profile.tasks:
         row += ["", _signed(found.mean_contributions[task])]
     table.add_row(*row)
-    row = ["gate weights of this user"]
+    row = ["gate weights of this user", ""]
     for task in profile.tasks:
         row += ["", "  ".join(f"{w:5.0%}" for w in found.gate_weights[task])]
     table.add_row(*row)
     experts = "  ".join(f"{e:>5}" for e in range(profile.num_experts))
-    for column in table.columns[2::2]:
+    for column in table.columns[3::2]:
         column.header = f"{column.header}\n{experts}"
     console.print(table)
+    console.print(SCORE_MEANING)
     console.print(MEANING)
 
 

@@ -11,6 +11,11 @@ from recsys_examples.movielens.features import Catalogue, Sequences
 from recsys_examples.movielens.model import Ranker
 from recsys_examples.movielens.ranking import Scorer
 
+SCORE_MEANING = (
+    "The list is sorted by score = ln p(watch) + ln p(like), where p(watch) is before "
+    "calibration: the probability among all unseen movies, not against 4 random ones."
+)
+
 
 def fused_scorer(ranker: Ranker, sequences: Sequences, catalogue: Catalogue) -> Scorer:
     """Return a scorer of the catalogue by fused scores, see `fuse`."""

@@ -49,15 +49,17 @@ class Movie(NamedTuple):
         title: the title, "" if it has none.
         year: the year of release, 0 if unknown.
         genres: the genres, separated by ", ".
+        score: the fused score, by which the list is sorted; see `fusion.fuse`.
         scores: the prediction of each task: probabilities, or stars.
-        contributions: for each task, what each expert contributes to the score of the
-            movie; see `experts`.
+        contributions: for each task, what each expert contributes to the prediction;
+            see `experts`.
     """
 
     movie_id: int
     title: str
     year: int
     genres: str
+    score: float
     scores: dict[str, float]
     contributions: dict[str, list[float]]
 
@@ -162,6 +164,7 @@ class ExplainedModel:
                 found["title"][j].decode(),
                 int(found["year"][j]),
                 found["genres"][j].decode(),
+                float(found["score"][j]),
                 {task: float(found[task][j]) for task in tasks},
                 by_task(found["contributions"][j]),
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -59,6 +59,25 @@ def paired_difference(one: Sequence[Metrics], other: Sequence[Metrics]) -> str:
         return f"{differences[0]:+.4f}"
     error = differences.std(ddof=1) / np.sqrt(len(differences))
     return f"{differences.mean():+.4f} ({error:.4f})"
+
+
+def comparisons(
+    found: Mapping[str, Sequence[Metrics]], pairs: Iterable[tuple[str, str]]
+) -> list[str]:
+    """Return a line for each pair of names: one minus the other in NDCG@10.
+
+    Args:
+        found: metrics by seed, by name.
+        pairs: names of models with as many seeds.
+    """
+    lines = []
+    for one, other in pairs:
+        difference = paired_difference(found[one], found[other])
+        difference = difference.replace("(", "(standard error ")
+        count = len(found[one])
+        seeds = "1 seed" if count == 1 else f"{count} seeds"
+        lines.append(f"{one} minus {other}: NDCG@10 {difference}, {seeds}")
+    return lines
 
 
 def _validate(windows: Windows, settings: Settings, seed: int) -> dict[str, Any]:

@@ -248,10 +248,11 @@ def recommend(options: argparse.Namespace) -> None:
     import tensorflow as tf
 
     from recsys_examples.movielens.serving import load_recommender
+    from recsys_examples.two_stage.fusion import SCORE_MEANING
 
     signature = load_recommender(options.model, ("user_id",))
     answer = signature(user_id=tf.constant([options.user], tf.int64))
-    print_list(options.user, answer, options.k)
+    print_list(options.user, answer, options.k, SCORE_MEANING)
 
 
 def _prepare(

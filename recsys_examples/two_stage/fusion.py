@@ -17,6 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+SCORE_MEANING = (
+    "score = watch (log odds) + a ln p(like) + b rating, with a and b tuned on "
+    "validation; the list is in the order of the score, less a penalty for movies "
+    "with the genres of those above."
+)
 _SHORTLIST = 50  # number of best candidates that are re-ranked
 
 

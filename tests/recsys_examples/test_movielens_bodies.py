@@ -15,7 +15,7 @@ from recsys_examples.movielens.body_study import (
     run_bodies,
 )
 from recsys_examples.movielens.model import TASKS, build_ranker
-from tests.recsys_examples.test_movielens_command import write_csv
+from tests.recsys_examples.test_movielens_command import check_study, write_csv
 from tests.support import processes
 
 BODIES = ["sparse MoE", "dense, equal FLOPs", "dense, equal parameters"]
@@ -125,6 +125,12 @@ class TestStudy:
         assert (status, err) == (0, "")
         assert "test window, 2 seeds" in output
         assert "equal parameters" in output
+        record = check_study(tmp_path / "out", "bodies", output)
+        # Differences 1/8 and 1/4: mean 3/16, deviation sqrt(2) / 16, error 1/16.
+        assert record["findings"][0] == (
+            "sparse MoE minus dense, equal FLOPs: NDCG@10 +0.1875 "
+            "(standard error 0.0625), 2 seeds"
+        )
 
 
 @pytest.mark.usefixtures("eager_training")

@@ -1,5 +1,6 @@
 """The command line: files of a run, output, and errors."""
 
+import html
 import json
 import os
 import re
@@ -51,6 +52,30 @@ def write_csv(folder, movielens, users=25):
         lines.append(f'{movie.movie_id},"{movie.title}{year}",{genres}')
     (folder / "movies.csv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def check_study(out, kind, output):
+    """Check that a study wrote what it printed; return its record."""
+    folder = out / "study" / kind
+    record = json.loads((folder / "metrics.json").read_text())
+    page = html.unescape((folder / "report.html").read_text())
+    assert f"<h1>MovieLens: study of {kind}</h1>" in page
+    assert f"a page in {folder / 'report.html'}" in output
+    assert record["findings"]
+    for line in record["findings"]:
+        assert line in output
+        assert line in page
+    for table in record["tables"]:
+        assert table["title"] in output
+        cells = [cell for row in table["rows"] for cell in row]
+        for text in (table["title"], *table["columns"], *cells):
+            assert text in page
+    assert record["warnings"][0].startswith("A quick run")
+    assert record["warnings"][0] in page
+    assert record["arguments"]["seeds"] > 0
+    assert "seed" not in record
+    assert set(record["versions"]) >= {"keras-moe", "keras", "tensorflow"}
+    return record
 
 
 @pytest.fixture(scope="module")
@@ -277,12 +302,19 @@ class TestRecommend:
         # The last tenth is the test window, which the exported model does not contain.
         assert len(rated) == 27
         known = rated[: 27 - 27 // 10]
-        for _, movie, title, watch, like, stars in rows:
+        headings = ("rank", "movie", "title", "score", "watch", "like", "rating")
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith("┃"))
+        assert tuple(line.strip("┃ ").replace("┃", " ").split()) == headings
+        scores = [float(row[3]) for row in rows]
+        assert scores == sorted(scores, reverse=True)
+        assert "sorted by score = ln p(watch) + ln p(like)" in done.stdout
+        for _, movie, title, score, watch, like, rating in rows:
             assert movie not in known
             assert title == f"Movie, The {(int(movie) - 1) // 3}th"
             assert 0 < float(watch) < 1
             assert 0 < float(like) < 1
-            assert 0 < float(stars) < 6
+            assert float(score) < np.log(float(like) + 0.005)
+            assert 0 < float(rating) < 6
 
     def test_all_movies_for_an_unknown_user(self, run, command):
         status, output, _ = command(
@@ -508,9 +540,26 @@ class TestStudy:
         ]
         labels = [line.split("│")[1].strip() for line in table]
         assert labels == list(METRICS.values())
-        kept = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
+        kept = {p: p.stat().st_mtime_ns for p in (out / "study").glob("*.json")}
         assert len(kept) == 6  # two tuned, four trained
-        assert not [p for p in out.rglob("*") if p.is_file() and p not in kept]
+        others = [p for p in out.rglob("*") if p.is_file() and p not in kept]
+        pages = {out / "study" / "models" / n for n in ("metrics.json", "report.html")}
+        assert set(others) == pages
+        record = check_study(out, "models", output)
+        (written,) = record["tables"]
+        assert written["columns"] == ["", *models]
+        assert [row[0] for row in written["rows"]] == labels
+        for row, line in zip(written["rows"], table, strict=True):
+            assert [c.strip() for c in line.strip("│").split("│")] == row
+        shown = [float(value) for value in written["rows"][0][1:]]
+        assert len(record["findings"]) == 3
+        for model, ndcg, line in zip(
+            models[1:4], shown[1:4], record["findings"], strict=True
+        ):
+            found = re.fullmatch(
+                rf"MMoE minus {model}: NDCG@10 ([+-]\d\.\d{{4}}), 1 seed", line
+            )
+            assert float(found[1]) == pytest.approx(shown[0] - ndcg, abs=2e-4)
 
         # The second run reads all results and trains nothing.
         def none(*_, **__):
@@ -521,8 +570,9 @@ class TestStudy:
         status, again, _ = command(*arguments)
         assert status == 0
         assert [line for line in again.splitlines() if line in table] == table
-        found = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
+        found = {p: p.stat().st_mtime_ns for p in (out / "study").glob("*.json")}
         assert found == kept
+        assert check_study(out, "models", again) == record
 
         # Results of other data with the same name are not reused.
         other = write_csv(tmp_path / "other", movielens, users=11)

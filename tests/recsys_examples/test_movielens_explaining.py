@@ -186,6 +186,10 @@ class TestExplainedModel:
         assert [movie.movie_id for movie in found.movies] == ids[ids > 0].tolist()
         assert found.known
         first = found.movies[0]
+        for movie, score in zip(
+            found.movies, served["recommend score"][0], strict=False
+        ):
+            assert movie.score == pytest.approx(score)
         for t, task in enumerate(TASKS):
             assert first.scores[task] == pytest.approx(served[f"explain {task}"][0, 0])
             np.testing.assert_allclose(
@@ -257,11 +261,22 @@ class TestCommand:
         ids = served["explain movie_id"][0, :3]
         for j, movie in enumerate(ids):
             (line,) = [x for x in lines if f"Movie, The {(movie - 1) // 3}th (" in x]
+            cells = [cell.strip() for cell in line.strip("│").split("│")]
+            assert cells[1] == f"{served['recommend score'][0, j]:.2f}"
             for t, task in enumerate(TASKS):
                 assert f"{served[f'explain {task}'][0, j]:.2f}" in line
                 own = served["explain contributions"][0, j, t]
                 assert "  ".join(f"{c:+5.2f}" for c in own) in line
-        assert "would fall without the expert, its gate weight 0" in output
+        (heading,) = (x for x in lines if "experts of watch" in x)
+        (names,) = (x for x in lines if x.startswith("┃ movie"))
+        assert heading.count("experts of ") == len(TASKS)
+        assert [c.strip() for c in names.strip("┃").split("┃")][:3] == [
+            *("movie", "score", "watch")
+        ]
+        text = " ".join(output.split())
+        assert "sorted by score = ln p(watch) + ln p(like)" in text
+        assert "log odds of watch before calibration" in text
+        assert "would fall without the expert, its gate weight 0" in text
         assert "What the experts stand for" in output
         assert "mean of all movies" in output
 

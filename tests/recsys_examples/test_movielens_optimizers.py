@@ -13,7 +13,7 @@ from recsys_examples.movielens.optimizer_study import (
     run_optimizers,
 )
 from recsys_examples.movielens.training import OPTIMIZERS, fit_ranker
-from tests.recsys_examples.test_movielens_command import write_csv
+from tests.recsys_examples.test_movielens_command import check_study, write_csv
 from tests.support import processes
 
 
@@ -91,6 +91,11 @@ class TestStudy:
         assert (status, err) == (0, "")
         assert "test window, 2 seeds" in output
         assert "minus adam" in output
+        record = check_study(tmp_path / "out", "optimizers", output)
+        # Differences 1/8 and 1/4: mean 3/16, deviation sqrt(2) / 16, error 1/16.
+        assert record["findings"][0] == (
+            "lazy_adam minus adam: NDCG@10 +0.1875 (standard error 0.0625), 2 seeds"
+        )
 
 
 def test_table_by_hand():

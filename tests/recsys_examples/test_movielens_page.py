@@ -1,5 +1,6 @@
 """`serve`: the JSON endpoint over HTTP, and the page in a real browser."""
 
+import html
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from recsys_examples.movielens import serve_command
@@ -110,9 +112,27 @@ class TestEndpoint:
         assert len(found["movies"]) == 3
         for movie, other in zip(found["movies"], expected.movies, strict=True):
             assert movie["movie_id"] == other.movie_id
+            assert movie["score"] == other.score
             assert movie["scores"] == other.scores
             assert movie["contributions"] == other.contributions
             assert ", ".join(movie["genres"]) == other.genres
+
+    def test_the_order_follows_from_what_is_shown(self, address, trained):
+        """The score of each movie, computed from its calibrated predictions."""
+        found = json.loads(get(f"{address}/api/recommend?user=7&k=20")[2])
+        slope, offset = (float(v) for v in trained.fit.ranker.calibration[:2])
+        scores = [movie["score"] for movie in found["movies"]]
+        assert scores == sorted(scores, reverse=True)
+        for movie, score in zip(found["movies"], scores, strict=True):
+            watch, like = movie["scores"]["watch"], movie["scores"]["like"]
+            before = (np.log(watch / (1 - watch)) - offset) / slope  # log odds
+            assert score == pytest.approx(
+                np.log(1 / (1 + np.exp(-before))) + np.log(like), abs=1e-3
+            )
+        meaning = found["meaning"]
+        assert "score = ln p(watch) + ln p(like)" in meaning["score"]
+        assert "before calibration" in meaning["score"]
+        assert "log odds of watch before calibration" in meaning["contributions"]
 
     def test_a_newcomer(self, address, model):
         _, _, text = get(f"{address}/api/recommend?movie=4&movie=10&movie=4&k=3")
@@ -137,7 +157,13 @@ class TestEndpoint:
             ("user=-1", 422, "`user`: should be greater than or equal to 0"),
             ("user=9999999999999999999", 422, "`user`: should be less than or equal"),
             ("user=", 422, "`user`: should be a valid integer"),
-            ("movie=" + "&movie=".join(["4"] * 21), 422, "`movie`: list should have"),
+            (
+                "movie=" + "&movie=".join(["4"] * 21),
+                422,
+                "`movie`: choose at most 20 movies; got 21",
+            ),
+            ("user=7&user=9", 422, "`user` must be given once; got 2 values"),
+            ("user=7&k=3&k=4&k=5", 422, "`k` must be given once; got 3 values"),
             ("usr=7", 422, "there is no parameter `usr`; there are user, newcomer"),
             ("user=" + "x" * 5000, 422, "`user`: should be a valid integer"),
         ],
@@ -156,7 +182,23 @@ class TestEndpoint:
         if query:
             found, _, text = get(f"{address}/?{query}")
             assert found == status
-            assert 'role="alert"' in text
+            assert f'role="alert">{message}</p>' in html.unescape(text)
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            *("/", "/?user=7", "/?user=8888", "/?k=0"),
+            *("/api/recommend?user=7", "/api/recommend", "/api/experts", "/api/health"),
+        ],
+    )
+    def test_head(self, address, path):
+        """The status and the headers of GET, without a body."""
+        status, headers, text = get(f"{address}{path}")
+        found, same, empty = get(f"{address}{path}", "HEAD")
+        assert (found, empty) == (status, "")
+        assert text
+        for name in ("Content-Type", "Content-Length", "Content-Security-Policy"):
+            assert same[name] == headers[name]
 
     def test_other_addresses(self, address):
         assert json.loads(get(f"{address}/api/health")[2]) == {
@@ -244,6 +286,10 @@ class TestPage:
         page.get_by_role("button", name="Recommend").nth(number).click()
         page.wait_for_load_state()
 
+    def ticked(self, page):
+        boxes = page.locator(".choices input:checked").all()
+        return {box.get_attribute("value") for box in boxes}
+
     def test_a_known_user(self, page, model):
         page.get_by_label("User id").fill("7")
         page.get_by_label("Number of movies").first.fill("4")
@@ -256,8 +302,18 @@ class TestPage:
             for place, movie in enumerate(expected.movies, start=1)
         ]
         first = page.locator("ol.movies > li").first
-        scores = first.locator("thead strong").all_inner_texts()
-        assert scores == [f"{expected.movies[0].scores[task]:.2f}" for task in TASKS]
+        shown = first.locator("thead th").all_inner_texts()
+        assert [text.split() for text in shown] == [
+            ["score", f"{expected.movies[0].score:.2f}"],
+            *([t, f"{expected.movies[0].scores[t]:.2f}"] for t in TASKS),
+        ]
+        # The order is that of the first number.
+        columns = page.locator("thead th:first-child strong").all_inner_texts()
+        assert len(columns) == 4
+        assert columns == sorted(columns, key=float, reverse=True)
+        text = page.locator("section[aria-labelledby=list]").inner_text()
+        assert "sorted by score = ln p(watch) + ln p(like)" in text
+        assert "log odds of watch before calibration" in text
         for expert in range(2):
             row = first.get_by_role("row", name=f"Expert {expert}")
             assert [text.strip() for text in row.locator("td").all_inner_texts()] == [
@@ -314,11 +370,55 @@ class TestPage:
             .inner_text()
             .startswith("`k`: should be less than or equal to 50")
         )
+        assert page.get_by_label("User id").input_value() == "7"
+        field = page.get_by_label("Number of movies").first
+        assert field.input_value() == "51"
+        field.fill("3")
+        self.submit(page, 0)
+        assert page.locator("ol.movies > li").count() == 3
+
+    def test_k_too_large_for_a_newcomer(self, page, address):
+        page.goto(f"{address}/?newcomer=1&movie=10&movie=13&k=100")
+        assert page.get_by_role("alert").count() == 1
+        assert self.ticked(page) == {"10", "13"}
+        page.get_by_label("Number of movies").nth(1).fill("3")
+        self.submit(page, 1)
+        assert page.get_by_role(
+            "heading", name="For a newcomer who likes 2 of the movies"
+        ).is_visible()
+
+    def test_too_many_ticks(self, page):
+        boxes = page.locator(".choices input:not([value='4'])")
+        for i in range(21):
+            boxes.nth(i).check()
+        chosen = self.ticked(page)
+        page.get_by_label("Number of movies").nth(1).fill("7")
+        self.submit(page, 1)
+        alert = page.get_by_role("alert")
+        assert alert.inner_text() == "`movie`: choose at most 20 movies; got 21"
+        assert self.ticked(page) == chosen
+        assert len(chosen) == 21
+        boxes.nth(20).uncheck()
+        self.submit(page, 1)
+        assert page.get_by_role("alert").count() == 0
+        assert page.locator("ol.movies > li").count() == 7
+        assert len(self.ticked(page)) == 20
+
+    def test_two_users(self, page, address):
+        page.goto(f"{address}/?user=7&user=9")
+        alert = page.get_by_role("alert")
+        assert alert.inner_text() == "`user` must be given once; got 2 values"
+        assert page.locator("ol.movies").count() == 0
 
     def test_text_of_others(self, page, address):
         assert page.get_by_label(f"{ATTACK} & more").count() == 1
-        page.goto(f"{address}/?user={ATTACK}".replace(" ", "%20"))
+        attack = f"%22%3E{ATTACK}".replace(" ", "%20")
+        page.goto(f"{address}/?user={attack}&movie={attack}&movie=10&k={attack}")
         assert "<script>" in page.get_by_role("alert").inner_text()
+        # Only what is a number is kept in the form.
+        assert page.get_by_label("User id").input_value() == ""
+        assert page.get_by_label("Number of movies").first.input_value() == "10"
+        assert self.ticked(page) == {"10"}
         assert page.title() == "movies and the experts behind them"
 
     def test_without_scripts(self, started, address):

@@ -111,11 +111,13 @@ class TestRecommend:
         ratings = (data_dir / "ratings.csv").read_text().splitlines()
         rated = [line.split(",")[1] for line in ratings if line.startswith("7,")]
         known = rated[: len(rated) - len(rated) // 10]
-        for _, movie, title, watch, like, _ in rows:
+        for _, movie, title, score, watch, like, _ in rows:
             assert movie not in known
             assert title == f"Movie, The {(int(movie) - 1) // 3}th"
+            assert np.isfinite(float(score))
             assert 0 < float(watch) < 1
             assert 0 < float(like) < 1
+        assert "score = watch (log odds) + a ln p(like) + b rating" in output
 
     def test_an_unknown_user_and_fewer_movies(self, run, command):
         status, output, _ = command(

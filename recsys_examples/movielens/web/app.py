@@ -14,21 +14,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jinja2
-from fastapi import FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from markupsafe import Markup
 from starlette.exceptions import HTTPException
 
 from recsys_examples.movielens.explain_command import MEANING
+from recsys_examples.movielens.fusion import SCORE_MEANING
 from recsys_examples.movielens.recommendations import Explained, ExplainedModel
 from recsys_examples.movielens.web import views
 from recsys_examples.movielens.web.asked import (
+    DEFAULT_MOVIES,
     MOST_MOVIES,
     MOST_TICKED,
     Asked,
+    Form,
     ProblemError,
     answer,
+    check_given_once,
 )
 
 _FOLDER = Path(__file__).parent
@@ -60,7 +64,8 @@ class Page:
 
     def render(
         self,
-        asked: Asked,
+        form: Form,
+        heading: str = "",
         found: Explained | None = None,
         error: str = "",
         status: int = 200,
@@ -70,9 +75,9 @@ class Page:
         text = self._template.render(
             style=Markup(self._style),
             script=Markup(self._script),
-            asked=asked,
+            form=form,
             error=error,
-            heading=_heading(asked),
+            heading=heading,
             found=found,
             movies=[] if found is None else views.movies(found, profile),
             experts=views.experts(profile, found),
@@ -80,6 +85,8 @@ class Page:
             popular=self._model.popular,
             most_movies=min(MOST_MOVIES, self._model.num_movies),
             most_ticked=MOST_TICKED,
+            default_k=DEFAULT_MOVIES,
+            score_meaning=SCORE_MEANING,
             meaning=MEANING,
         )
         headers = {"Content-Security-Policy": self.policy}
@@ -96,24 +103,28 @@ def make_app(model: ExplainedModel) -> FastAPI:
     )
     page = Page(model)
 
-    # Not `async`: each call of the model runs in a thread of its own.
-    @app.get("/", response_class=HTMLResponse)
-    def show(asked: Annotated[Asked, Query()]) -> Response:
-        if asked.is_empty:
-            return page.render(asked)
-        try:
-            return page.render(asked, answer(model, asked))
-        except ProblemError as error:  # The form keeps what was asked for.
-            return page.render(asked, error=error.text, status=error.status)
+    once = [Depends(check_given_once)]
 
-    @app.get("/api/recommend")
+    # Not `async`: each call of the model runs in a thread of its own.
+    @app.head("/", include_in_schema=False, dependencies=once)
+    @app.get("/", response_class=HTMLResponse, dependencies=once)
+    def show(request: Request, asked: Annotated[Asked, Query()]) -> Response:
+        form = Form.of(request.query_params)
+        if asked.is_empty:
+            return page.render(form)
+        return page.render(form, _heading(asked), answer(model, asked))
+
+    @app.head("/api/recommend", include_in_schema=False, dependencies=once)
+    @app.get("/api/recommend", dependencies=once)
     def recommend(asked: Annotated[Asked, Query()]) -> dict[str, Any]:
         return views.as_json(answer(model, asked), asked.user)
 
+    @app.head("/api/experts", include_in_schema=False)
     @app.get("/api/experts")
     def experts() -> dict[str, Any]:
         return views.experts_as_json(model.profile)
 
+    @app.head("/api/health", include_in_schema=False)
     @app.get("/api/health")
     def health() -> dict[str, Any]:
         return {
@@ -125,7 +136,9 @@ def make_app(model: ExplainedModel) -> FastAPI:
     def failed(request: Request, status: int, text: str) -> Response:
         if request.url.path.startswith("/api/"):
             return JSONResponse({"error": text}, status)
-        return page.render(Asked(), error=text, status=status)
+        # The form keeps what was asked for, for whoever corrects it.
+        form = Form.of(request.query_params)
+        return page.render(form, error=text, status=status)
 
     @app.exception_handler(ProblemError)
     def problem(request: Request, error: ProblemError) -> Response:
@@ -164,6 +177,9 @@ def _first(error: RequestValidationError) -> str:
     if fault["type"] == "extra_forbidden":
         known = ", ".join(Asked.model_fields)
         return f"there is no parameter `{name[:_LONGEST]}`; there are {known}"
+    if fault["type"] == "too_long":
+        most, count = (fault["ctx"][key] for key in ("max_length", "actual_length"))
+        return f"`{name}`: choose at most {most} movies; got {count}"
     rule = fault["msg"][0].lower() + fault["msg"][1:]
     value = repr(fault.get("input"))[:_LONGEST]
     return f"`{name}`: {rule.removeprefix('input ')}; got {value}"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import Annotated, NamedTuple
 
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import QueryParams
 
 from recsys_examples.movielens.recommendations import Explained, ExplainedModel
 
-MOST_MOVIES = 50  # of a list
+DEFAULT_MOVIES, MOST_MOVIES = 10, 50  # of a list
 MOST_TICKED = 20  # of a newcomer
 _HIGHEST_ID = 2**63 - 1
+_NUMBER = re.compile(r"-?\d{1,20}(\.\d{1,20})?", re.ASCII)
 
 MovieId = Annotated[int, Field(ge=1, le=_HIGHEST_ID)]
 
@@ -30,12 +34,40 @@ class Asked(BaseModel):
     user: Annotated[int | None, Field(ge=0, le=_HIGHEST_ID)] = None
     newcomer: bool = False
     movie: Annotated[list[MovieId], Field(max_length=MOST_TICKED)] = []
-    k: Annotated[int, Field(ge=1, le=MOST_MOVIES)] = 10
+    k: Annotated[int, Field(ge=1, le=MOST_MOVIES)] = DEFAULT_MOVIES
 
     @property
     def is_empty(self) -> bool:
         """Whether it asks for no list."""
         return self.user is None and not self.newcomer and not self.movie
+
+
+class Form(NamedTuple):
+    """What the form shows: what was asked for, also if that cannot be answered.
+
+    Attributes:
+        user: the user id, "" if none or no number: a field of numbers has no other.
+        movies: ids of the movies that are ticked, also if there are too many.
+        k: the length of the list, "" if none or no number.
+    """
+
+    user: str
+    movies: frozenset[int]
+    k: str
+
+    @classmethod
+    def of(cls, parameters: QueryParams) -> Form:
+        """Return the form of a request, whether or not it is valid."""
+        movies = filter(_NUMBER.fullmatch, parameters.getlist("movie"))
+        return cls(
+            _number(parameters.get("user", "")),
+            frozenset(int(movie) for movie in movies if "." not in movie),
+            _number(parameters.get("k", "")),
+        )
+
+
+def _number(text: str) -> str:
+    return text if _NUMBER.fullmatch(text) else ""
 
 
 class ProblemError(Exception):
@@ -49,6 +81,18 @@ class ProblemError(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status, self.text = status, text
+
+
+def check_given_once(request: Request) -> None:
+    """Check that no parameter but `movie` has several values.
+
+    Raises:
+        ProblemError: 422 if one has; the last value would be taken.
+    """
+    for name in Asked.model_fields:
+        count = len(request.query_params.getlist(name))
+        if name != "movie" and count > 1:
+            raise ProblemError(422, f"`{name}` must be given once; got {count} values")
 
 
 def answer(model: ExplainedModel, asked: Asked) -> Explained:

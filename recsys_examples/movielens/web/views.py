@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from recsys_examples.movielens.explain_command import stands_for
+from recsys_examples.movielens.explain_command import MEANING, stands_for
+from recsys_examples.movielens.fusion import SCORE_MEANING
 from recsys_examples.movielens.profiles import KINDS, Profile
 from recsys_examples.movielens.recommendations import Explained, Movie
 
@@ -36,7 +37,7 @@ def bar(value: float, largest: float) -> Bar:
 
 
 def movies(found: Explained, profile: Profile) -> list[dict[str, Any]]:
-    """Return the rows of a list: each movie, its scores and its experts' bars.
+    """Return the rows of a list: a movie, its score, predictions and experts' bars.
 
     The bars of a task have the same scale in the whole list.
     """
@@ -52,7 +53,8 @@ def movies(found: Explained, profile: Profile) -> list[dict[str, Any]]:
             "title": movie.title or "(no title)",
             "year": movie.year or "year unknown",
             "genres": movie.genres or "no genres listed",
-            "scores": [f"{movie.scores[task]:.2f}" for task in profile.tasks],
+            "score": f"{movie.score:.2f}",
+            "predictions": [f"{movie.scores[task]:.2f}" for task in profile.tasks],
             "experts": [
                 (
                     expert,
@@ -92,6 +94,7 @@ def as_json(found: Explained, user: int | None) -> dict[str, Any]:
     """Return a list as the JSON endpoint gives it."""
     return {
         "user": user,
+        "meaning": {"score": SCORE_MEANING, "contributions": MEANING},
         "gate_weights": found.gate_weights,
         "mean_contributions": found.mean_contributions,
         "movies": [
