@@ -95,7 +95,8 @@ def _times(observations: list[dict[str, Any]]) -> list[When]:
     times: list[When] = []
     training, before = 0, (math.inf, 0)
     for observation in observations:
-        # After a resumption the epochs go on and the steps start again.
+        # In a training both grow; a further `fit` starts again from epoch 0, and one
+        # of another model from step 0.
         epoch, step = observation["epoch"], observation["step"]
         if epoch < before[0] or (epoch == before[0] and step <= before[1]):
             training += 1
