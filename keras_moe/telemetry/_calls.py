@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -32,7 +33,8 @@ def call_arguments(
         for layer in layers:
             # Not by `layer.call = `: Keras tracks what is assigned.
             object.__setattr__(layer, "call", _recording(layer, found))
-        model(x)
+        with _without_compilation():
+            model(x)
     finally:
         for layer, own in zip(layers, before, strict=True):
             vars(layer).pop("call", None)
@@ -41,6 +43,21 @@ def call_arguments(
         for metric in active:
             metric.active = True
     return [found.get(id(layer)) for layer in layers]
+
+
+@contextlib.contextmanager
+def _without_compilation() -> Iterator[None]:
+    """On JAX: an eager call compiles the loops of a dispatch anew each time.
+
+    With layers that are split over devices, JAX needs the compiled form.
+    """
+    if _backend.name() != "jax" or keras.distribution.distribution() is not None:
+        yield
+        return
+    import jax
+
+    with jax.disable_jit():
+        yield
 
 
 def _recording(
@@ -55,8 +72,8 @@ def _recording(
         if any(_backend.is_traced(part) for part in keras.tree.flatten(given)):
             raise ValueError(
                 f"{layer.path} cannot be observed: it is called in a program that is "
-                "compiled by itself, such as `tf.function`, or on JAX `keras.remat`, "
-                "`keras.RematScope` or `ops.map`. "
+                "compiled by itself, such as `tf.function`, or on JAX `keras.remat` or "
+                "`keras.RematScope`. "
                 f"Received: layer {layer.name!r} of {type(layer).__name__}"
             )
         found.setdefault(id(layer), given)
