@@ -357,8 +357,8 @@ def test_a_model_with_other_blocks_is_refused_by_name():
         num_key_value_heads=1,
         hidden_dim=8,
         intermediate_dim=8,
-        num_experts=2,
-        top_k=1,
+        num_experts=4,
+        top_k=2,
     )
     kinds = "which has only GptOssExperts, GptOssSparseMoeBlock"
     refused(ValueError, kinds, convert.replace_keras_hub_blocks, backbone)

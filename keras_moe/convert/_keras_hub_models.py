@@ -55,10 +55,9 @@ def replace_keras_hub_blocks(model: keras.Model) -> list[MoE]:
         if is_block(value)
     ]
     if not places:
-        others = sorted(
-            {class_of(layer) or "" for layer in layers if _is_sparse(layer)}
-        )
-        has = f"whose {', '.join(others)} is of another kind" if others else "without"
+        others = {class_of(layer) or "" for layer in layers if _is_sparse(layer)}
+        kinds = ", ".join(sorted(others))
+        has = f"which has only {kinds}" if others else "which has none"
         raise ValueError(
             "`model` must have a sparse block of KerasHub's Mixtral or Qwen MoE "
             f"models. Received: model {model.name!r} of type {type(model).__name__}, "

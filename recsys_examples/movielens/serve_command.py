@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import socket
 from pathlib import Path
@@ -46,11 +47,14 @@ def serve(options: argparse.Namespace) -> None:
         if importlib.util.find_spec(package) is None:
             raise InputError(f'serve needs {package}: run `pip install ".[serve]"`')
     find_saved_model(options.model)
-    try:
-        with _listening(options.host, options.port) as listener:
-            _run(options.model, listener)
-    except KeyboardInterrupt:  # `uvicorn` raises it again after it has stopped.
-        make_console().print("Stopped.")
+    # `uvicorn` raises it again after it has stopped, unless interrupts are ignored, as
+    # in the background of a shell.
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        _listening(options.host, options.port) as listener,
+    ):
+        _run(options.model, listener)
+    make_console().print("Stopped.")
 
 
 def _run(run: Path, listener: socket.socket) -> None:

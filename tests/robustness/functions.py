@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 import keras_moe
-from keras_moe import losses, metrics, multitask, routers, routing, upcycling
+from keras_moe import losses, metrics, multitask, routers, routing, telemetry, upcycling
 from keras_moe.multitask import gradients, heads, weighting
 from tests.support import local_experts_oracles, routing_oracles, task_oracles
 
@@ -63,6 +63,11 @@ _expected_error = _masked(local_experts_oracles.expected_squared_error)
 _mixture_error = _masked(local_experts_oracles.mixture_squared_error)
 
 FUNCTIONS: dict[str, Subject] = {
+    "telemetry.rows_needed": Subject(
+        telemetry.rows_needed,
+        {"num_experts": ["4", "64"], "top_k": ["1", "2"]},
+        lambda num_experts, top_k: -(-20 * num_experts // top_k),
+    ),
     "losses.local_experts_loss": Subject(
         losses.local_experts_loss,
         _LOCAL_EXPERTS,

@@ -156,7 +156,7 @@ def write_recommender(folder: Path) -> None:
             "movie_id": rows,
             "title": titles,
             "known_user": user_id < 100,
-            **{name: best for name in ("watch", "like", "rating")},
+            **{name: best for name in ("score", "watch", "like", "rating")},
         }
 
     module.recommend = recommend
