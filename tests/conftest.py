@@ -53,7 +53,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True, scope="module")
 def _cheap_collections():
-    """Collections took half of the time of the tests, in objects that stay for ever."""
+    """They visit what stays for ever: at 1.5 GiB, 12% of the CPU on JAX."""
     yield
     _exempt_from_collections()
 

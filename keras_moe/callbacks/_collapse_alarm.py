@@ -10,7 +10,8 @@ import numpy as np
 
 from keras_moe import _checks
 from keras_moe.callbacks._expert_monitor import ExpertMonitor
-from keras_moe.telemetry import Sign, rows_needed, signs_of_collapse
+from keras_moe.telemetry import Sign, signs_of_collapse
+from keras_moe.telemetry._collapse import rows_for_all_signs
 from keras_moe.upcycling._revive import can_revive, check_optimizer, revive
 
 _ACTIONS = ("warn", "stop", "revive")
@@ -146,17 +147,14 @@ class CollapseAlarm(keras.callbacks.Callback):
         self._read = len(self._monitor.observations)
 
     def _check_rows(self, name: str, figures: dict[str, Any]) -> None:
-        """Warn once of a router that has too many experts for the sample."""
-        if figures["gates"] != ("router",) or figures["top_k"] is None:
-            return
-        e, rows = len(figures["load"]), figures["rows"]
-        needed = rows_needed(e, figures["top_k"])
+        """Warn once of a mixture that has too many experts for the sample."""
+        rows, needed = figures["rows"], rows_for_all_signs(figures)
         if rows < needed and name not in self._too_small:
             self._too_small.add(name)
             warnings.warn(
-                f"{name}: the sample has {rows} rows; with fewer than {needed}, an "
-                f"unused expert of {e} may be chance, and no alarm of dead experts is "
-                "given. Give `ExpertMonitor` more rows",
+                f"{name}: the sample has {rows} rows; with fewer than {needed}, what "
+                "looks like a dead expert may be chance, and no such alarm is given. "
+                "Give `ExpertMonitor` more rows",
                 stacklevel=2,
             )
 

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from keras_moe.telemetry import Sign, rows_needed, signs_of_collapse
-
-_LEAST_ROWS = 20  # fewer show `signs_of_collapse` nothing
+from keras_moe.telemetry import Sign, signs_of_collapse
+from keras_moe.telemetry._collapse import LEAST_ROWS, rows_for_all_signs
 
 
 class When(NamedTuple):
@@ -53,11 +52,10 @@ def too_small(observation: dict[str, Any]) -> list[str]:
     """Return a line for each mixture whose sample does not show all signs."""
     lines = []
     for name, figures in observation["mixtures"].items():
-        rows, top_k, needed = figures["rows"], figures.get("top_k"), _LEAST_ROWS
-        hidden = "show no sign"
-        if rows >= needed and figures["gates"] == ("router",) and top_k is not None:
-            needed = rows_needed(len(figures["load"]), top_k)
-            hidden = "do not show dead experts"
+        rows, needed = figures["rows"], rows_for_all_signs(figures)
+        hidden = "do not show dead experts"
+        if rows < LEAST_ROWS:
+            needed, hidden = LEAST_ROWS, "show no sign"
         if rows < needed:
             lines.append(
                 f"{name}: the sample has {rows} rows; fewer than {needed} {hidden}."

@@ -13,7 +13,7 @@ import numpy as np
 from keras_moe import _checks
 
 # Below so many rows, or expected choices of an expert, chance alone gives signs.
-_EXPECTED = 20
+LEAST_ROWS = 20
 
 
 class Sign(NamedTuple):
@@ -54,7 +54,19 @@ def rows_needed(num_experts: int, top_k: int) -> int:
     """
     num_experts = _checks.positive_int("num_experts", num_experts)
     top_k = _checks.positive_int("top_k", top_k)
-    return math.ceil(_EXPECTED * num_experts / top_k)
+    return math.ceil(LEAST_ROWS * num_experts / top_k)
+
+
+def rows_for_all_signs(figures: dict[str, Any]) -> int:
+    """Return the rows that all signs of a mixture need.
+
+    Args:
+        figures: dict, of `summarise`, with "gates" and "top_k" of the mixture.
+    """
+    top_k = figures.get("top_k")
+    if figures["gates"] != ("router",) or top_k is None:
+        return LEAST_ROWS
+    return max(LEAST_ROWS, rows_needed(len(figures["load"]), top_k))
 
 
 def signs_of_collapse(
@@ -107,7 +119,7 @@ def signs_of_collapse(
     silent_share = _checks.rate("silent_share", silent_share)
     alike = _checks.rate("alike", alike)
     seen = _Seen(name, gates, figures, top_k)
-    if seen.num_experts < 2 or seen.rows < _EXPECTED:
+    if seen.num_experts < 2 or seen.rows < LEAST_ROWS:
         return []
     signs = [*_not_finite(seen)]
     if seen.usage.any():

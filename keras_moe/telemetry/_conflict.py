@@ -79,7 +79,11 @@ class GradientConflict:
                 f"`model` must have two tasks or more. Received: tasks={model.tasks}"
             )
         self._model = model
-        self._gradients = _GRADIENTS[_backend.name()]()
+        self._gradients: Any = {
+            "tensorflow": _on_tensorflow,
+            "jax": _OnJax(),
+            "torch": _on_torch,
+        }[_backend.name()]
 
     def __call__(self, x: Any, y: Any, sample_weight: Any = None) -> np.ndarray:
         """Return the cosines `(t, t)`."""
@@ -125,33 +129,31 @@ def _without_state(*arguments: Any) -> list[Any]:
         return _losses(*arguments)
 
 
-class _OnTensorFlow:
-    def __call__(self, model: Any, *data: Any) -> list[list[np.ndarray | None]]:
-        import tensorflow as tf
+def _on_tensorflow(model: Any, *data: Any) -> list[list[np.ndarray | None]]:
+    import tensorflow as tf
 
-        with tf.GradientTape(persistent=True) as tape:
-            losses = _without_state(model, *data)
-        variables = [variable.value for variable in model.trainable_variables]
-        return [
-            [None if g is None else _dense(g) for g in tape.gradient(loss, variables)]
-            for loss in losses
-        ]
+    with tf.GradientTape(persistent=True) as tape:
+        losses = _without_state(model, *data)
+    variables = [variable.value for variable in model.trainable_variables]
+    return [
+        [None if g is None else _dense(g) for g in tape.gradient(loss, variables)]
+        for loss in losses
+    ]
 
 
-class _OnTorch:
-    def __call__(self, model: Any, *data: Any) -> list[list[np.ndarray | None]]:
-        import torch
+def _on_torch(model: Any, *data: Any) -> list[list[np.ndarray | None]]:
+    import torch
 
-        values = [variable.value for variable in model.trainable_variables]
-        found = []
-        for loss in _without_state(model, *data):
-            gradients: Sequence[Any] = [None] * len(values)
-            if loss.requires_grad:
-                gradients = torch.autograd.grad(
-                    loss, values, retain_graph=True, allow_unused=True
-                )
-            found.append([None if g is None else _dense(g) for g in gradients])
-        return found
+    values = [variable.value for variable in model.trainable_variables]
+    found = []
+    for loss in _without_state(model, *data):
+        gradients: Sequence[Any] = [None] * len(values)
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(
+                loss, values, retain_graph=True, allow_unused=True
+            )
+        found.append([None if g is None else _dense(g) for g in gradients])
+    return found
 
 
 class _OnJax:
@@ -197,13 +199,6 @@ def _gradients_of(model: Any) -> Any:
         return found
 
     return gradients
-
-
-_GRADIENTS: dict[str, Any] = {
-    "tensorflow": _OnTensorFlow,
-    "jax": _OnJax,
-    "torch": _OnTorch,
-}
 
 
 def _dense(gradient: Any) -> np.ndarray:
