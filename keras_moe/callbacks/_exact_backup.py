@@ -120,7 +120,13 @@ class ExactBackup(keras.callbacks.Callback):
         self._logs: dict[str, Any] = {}
         self._check_model()
         SkippedBatches.end_of(self.model)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(
+                "`folder` must be a folder, or a path where one can be made. "
+                f"Received: {self.folder}, which is or lies below a file"
+            ) from error
         self._found = self._last_whole()
         self.model._initial_epoch = None
         if self._found is not None:

@@ -124,6 +124,13 @@ def test_no_whole_backup_is_named(damage, interrupted_at_7):
         interrupted.train(interrupted_at_7, "fixed_order", EPOCHS)
 
 
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="`folder` must be a folder"):
+            interrupted.train(path, "fixed_order", EPOCHS)
+
+
 def test_another_model_is_refused(interrupted_at_7):
     inputs = keras.Input((6,))
     model = keras.Model(inputs, {"click": keras.layers.Dense(1)(inputs)})
