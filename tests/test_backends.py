@@ -14,7 +14,7 @@ from keras_moe.multitask import MultiTaskModel
 from tests.support import processes
 
 ROOT = Path(__file__).parent.parent
-DISPATCH = ("test_dispatch.py",)
+DISPATCH = ("test_dispatch.py", "test_eager_on_jax.py")
 OTHERS = (
     "callbacks",
     "layers",

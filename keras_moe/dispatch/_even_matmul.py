@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_moe import _backend
 from keras_moe import routing as routing_lib
+from keras_moe.dispatch._compiled import compiled_once
 from keras_moe.dispatch._rows import (
     affine,
     block_of,
@@ -56,104 +57,115 @@ def even_dense(
     e is the expert of row r: that of the slot, or for an overflow row its own.
     """
     rows = rows if isinstance(rows, tuple) else (rows,)
-    activate = prologue or identity
     weights = [_backend.as_tensor(w) for w in (kernel, bias) if w is not None]
-    width, e = len(rows), weights[0].shape[0]
-
-    def forward(*inputs_and_overflow: Any) -> Any:
-        *inputs, overflow = inputs_and_overflow
-        rows, weights = inputs[:width], inputs[width:]
-        row_weights = [weights[0], *[ops.expand_dims(w, 1) for w in weights[1:]]]
-        outputs = affine(activate(*rows), *row_weights)
-        rows = [flat(row) for row in rows]
-
-        def step(expert: Any, first: Any, inside: Any, outputs: Any) -> Any:
-            own = [part_of(w, expert) for w in weights]
-            block = affine(activate(*[block_of(row, first, b) for row in rows]), *own)
-            return (_updated(outputs, first, inside, block),)
-
-        carry = (flat(outputs),)
-        _, outputs = _for_overflow(overflow, b, ops.shape(rows[0])[0], step, carry)
-        return ops.reshape(outputs, (e, -1, outputs.shape[-1]))
-
-    def gradient(inputs: Any, overflow: Overflow, upstream: Any) -> Any:
-        rows, weights = inputs[:width], inputs[width:]
-        hidden, pull = _backend.pullback(activate, rows)
-        by_hidden = ops.matmul(upstream, ops.transpose(weights[0], (0, 2, 1)))
-        # Sums over blocks use float32 under half precision.
-        dtype = keras.backend.standardize_dtype(weights[0].dtype)
-        sums_dtype = "float32" if dtype in ("float16", "bfloat16") else dtype
-
-        # No other rows than its own reach the kernel of an expert, even NaN.
-        slots = ops.expand_dims(ops.arange(ops.shape(hidden)[1], dtype="int32"), 0)
-        hidden = routing_lib.rows_where(
-            slots < ops.expand_dims(overflow.own, -1), hidden
-        )
-        rows = [flat(row) for row in rows]
-        by_output, by_hidden = flat(upstream), flat(by_hidden)
-        num_slots = ops.shape(by_output)[0]
-
-        def step(expert: Any, first: Any, inside: Any, *carry: Any) -> Any:
-            last, by_hidden, *sums = carry
-            parts, totals = sums[: len(weights)], sums[len(weights) :]
-            block = activate(*[block_of(row, first, b) for row in rows])
-            block, by_block = (
-                routing_lib.rows_where(inside, x)
-                for x in (block, block_of(by_output, first, b))
-            )
-            products = [
-                ops.matmul(ops.transpose(block), by_block),
-                ops.sum(by_block, axis=0),
-            ]
-            # The turns of an expert follow each other: one sum is enough.
-            parts = [
-                ops.where(expert == last, part, ops.zeros_like(part))
-                + ops.cast(product, sums_dtype)
-                for part, product in zip(parts, products, strict=False)
-            ]
-            kernel = part_of(weights[0], expert)
-            by_block = ops.matmul(by_block, ops.transpose(kernel))
-            totals = [
-                with_part(total, expert, part)
-                for total, part in zip(totals, parts, strict=True)
-            ]
-            by_hidden = _updated(by_hidden, first, inside, by_block)
-            return expert, by_hidden, *parts, *totals
-
-        def remove(expert: Any, first: Any, inside: Any, by_output: Any) -> Any:
-            zeros = ops.zeros((b, by_output.shape[-1]), by_output.dtype)
-            return (_updated(by_output, first, inside, zeros),)
-
-        carry = (
-            index(-1),
-            by_hidden,
-            *[ops.zeros(w.shape[1:], sums_dtype) for w in weights],
-            *[ops.zeros_like(w) for w in weights],
-        )
-        turns, _, by_hidden, *sums = _for_overflow(overflow, b, num_slots, step, carry)
-        # A loop of its own, after the other: XLA copies the whole of a tensor that a
-        # loop reads and writes, in every turn.
-        start = turns - overflow.turns[-1]
-        _, by_output = _for_overflow(
-            overflow, b, num_slots, remove, (by_output,), start
-        )
-        by_output, by_hidden = (
-            ops.reshape(x, (e, -1, x.shape[-1])) for x in (by_output, by_hidden)
-        )
-        by_weights = [
-            ops.matmul(ops.transpose(hidden, (0, 2, 1)), by_output),
-            ops.sum(by_output, axis=1),
-        ]
-        totals = sums[len(weights) :]
-        return (
-            *pull(by_hidden),
-            *[
-                ops.cast(own, total.dtype) + total
-                for own, total in zip(by_weights, totals, strict=False)
-            ],
-        )
-
+    activate = prologue or identity
+    matmul = _Matmul(activate, len(rows), b)
+    forward = compiled_once(_forward, matmul, activate)
+    gradient = compiled_once(_gradient, matmul, activate)
     return _backend.with_gradient(forward, gradient, (*rows, *weights), overflow)
+
+
+class _Matmul(NamedTuple):
+    """What is fixed when the matmul is traced: prologue, its tensors, b."""
+
+    activate: Prologue
+    width: int
+    b: int
+
+
+def _forward(matmul: _Matmul, *inputs_and_overflow: Any) -> Any:
+    activate, width, b = matmul
+    *inputs, overflow = inputs_and_overflow
+    rows, weights = inputs[:width], inputs[width:]
+    e = weights[0].shape[0]
+    row_weights = [weights[0], *[ops.expand_dims(w, 1) for w in weights[1:]]]
+    outputs = affine(activate(*rows), *row_weights)
+    rows = [flat(row) for row in rows]
+
+    def step(expert: Any, first: Any, inside: Any, outputs: Any) -> Any:
+        own = [part_of(w, expert) for w in weights]
+        block = affine(activate(*[block_of(row, first, b) for row in rows]), *own)
+        return (_updated(outputs, first, inside, block),)
+
+    carry = (flat(outputs),)
+    _, outputs = _for_overflow(overflow, b, ops.shape(rows[0])[0], step, carry)
+    return ops.reshape(outputs, (e, -1, outputs.shape[-1]))
+
+
+def _gradient(matmul: _Matmul, inputs: Any, overflow: Overflow, upstream: Any) -> Any:
+    activate, width, b = matmul
+    rows, weights = inputs[:width], inputs[width:]
+    e = weights[0].shape[0]
+    hidden, pull = _backend.pullback(activate, rows)
+    by_hidden = ops.matmul(upstream, ops.transpose(weights[0], (0, 2, 1)))
+    # Sums over blocks use float32 under half precision.
+    dtype = keras.backend.standardize_dtype(weights[0].dtype)
+    sums_dtype = "float32" if dtype in ("float16", "bfloat16") else dtype
+
+    # No other rows than its own reach the kernel of an expert, even NaN.
+    slots = ops.expand_dims(ops.arange(ops.shape(hidden)[1], dtype="int32"), 0)
+    hidden = routing_lib.rows_where(slots < ops.expand_dims(overflow.own, -1), hidden)
+    rows = [flat(row) for row in rows]
+    by_output, by_hidden = flat(upstream), flat(by_hidden)
+    num_slots = ops.shape(by_output)[0]
+
+    def step(expert: Any, first: Any, inside: Any, *carry: Any) -> Any:
+        last, by_hidden, *sums = carry
+        parts, totals = sums[: len(weights)], sums[len(weights) :]
+        block = activate(*[block_of(row, first, b) for row in rows])
+        block, by_block = (
+            routing_lib.rows_where(inside, x)
+            for x in (block, block_of(by_output, first, b))
+        )
+        products = [
+            ops.matmul(ops.transpose(block), by_block),
+            ops.sum(by_block, axis=0),
+        ]
+        # The turns of an expert follow each other: one sum is enough.
+        parts = [
+            ops.where(expert == last, part, ops.zeros_like(part))
+            + ops.cast(product, sums_dtype)
+            for part, product in zip(parts, products, strict=False)
+        ]
+        kernel = part_of(weights[0], expert)
+        by_block = ops.matmul(by_block, ops.transpose(kernel))
+        totals = [
+            with_part(total, expert, part)
+            for total, part in zip(totals, parts, strict=True)
+        ]
+        by_hidden = _updated(by_hidden, first, inside, by_block)
+        return expert, by_hidden, *parts, *totals
+
+    def remove(expert: Any, first: Any, inside: Any, by_output: Any) -> Any:
+        zeros = ops.zeros((b, by_output.shape[-1]), by_output.dtype)
+        return (_updated(by_output, first, inside, zeros),)
+
+    carry = (
+        index(-1),
+        by_hidden,
+        *[ops.zeros(w.shape[1:], sums_dtype) for w in weights],
+        *[ops.zeros_like(w) for w in weights],
+    )
+    turns, _, by_hidden, *sums = _for_overflow(overflow, b, num_slots, step, carry)
+    # A loop of its own, after the other: XLA copies the whole of a tensor that a
+    # loop reads and writes, in every turn.
+    start = turns - overflow.turns[-1]
+    _, by_output = _for_overflow(overflow, b, num_slots, remove, (by_output,), start)
+    by_output, by_hidden = (
+        ops.reshape(x, (e, -1, x.shape[-1])) for x in (by_output, by_hidden)
+    )
+    by_weights = [
+        ops.matmul(ops.transpose(hidden, (0, 2, 1)), by_output),
+        ops.sum(by_output, axis=1),
+    ]
+    totals = sums[len(weights) :]
+    return (
+        *pull(by_hidden),
+        *[
+            ops.cast(own, total.dtype) + total
+            for own, total in zip(by_weights, totals, strict=False)
+        ],
+    )
 
 
 def _for_overflow(

@@ -6,7 +6,7 @@ Axis letters: e experts, m rows; here k is the expert of a loop iteration.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
@@ -14,6 +14,7 @@ from keras import ops
 from keras_moe import _backend
 from keras_moe import routing as routing_lib
 from keras_moe.dispatch import _tpu
+from keras_moe.dispatch._compiled import compiled_once
 from keras_moe.dispatch._rows import (
     affine,
     block_of,
@@ -33,7 +34,7 @@ def grouped_dense(
     bias: Any,
     prologue: Prologue | None,
     runs: SortedChoices,
-    sizes: Any,
+    sizes: tuple[int, ...],
     tpu_kernels: bool = False,
 ) -> Any:
     """(m, in), (e, in, out) -> (m, out): y_r = prologue(x_r) W_e + b_e for row r of e.
@@ -43,95 +44,140 @@ def grouped_dense(
     use its kernels in place of the loop.
     """
     rows = rows if isinstance(rows, tuple) else (rows,)
-    activate = prologue or identity
     weights = [w for w in (kernel, bias) if w is not None]
     dtype = _backend.as_tensor(kernel).dtype
     # The kernels cast what they read, and return gradients that were not rounded.
     read = _backend.without_autocast if tpu_kernels else _backend.as_tensor
     weights = [read(w) for w in weights]
-    width = len(rows)
+    on_tpu = tpu_kernels and _tpu.supports(rows, weights[0], dtype)
+    activate = prologue or identity
+    matmul = _Matmul(activate, len(rows), sizes, dtype, on_tpu)
+    forward = compiled_once(_forward, matmul, activate)
+    gradient = compiled_once(_gradient, matmul, activate)
+    return _backend.with_gradient(forward, gradient, (*rows, *weights), runs)
+
+
+class _Matmul(NamedTuple):
+    """What is fixed when a grouped matmul is traced.
+
+    Attributes:
+        activate: the prologue.
+        width: int, the number of tensors that it reads.
+        sizes: the sizes of a block, ascending.
+        dtype: that of the products.
+        on_tpu: bool, whether programs for a TPU use its kernels.
+    """
+
+    activate: Prologue
+    width: int
+    sizes: tuple[int, ...]
+    dtype: Any
+    on_tpu: bool
+
+
+def _forward(matmul: _Matmul, *inputs_and_runs: Any) -> Any:
+    in_loop = functools.partial(_forward_in_loop, matmul)
+    if not matmul.on_tpu:
+        return in_loop(*inputs_and_runs)
+    on_tpu = functools.partial(_forward_on_tpu, matmul)
+    return _backend.on_tpu_or(on_tpu, in_loop, *inputs_and_runs)
+
+
+def _gradient(matmul: _Matmul, inputs: Any, runs: SortedChoices, upstream: Any) -> Any:
+    in_loop = functools.partial(_gradient_in_loop, matmul)
+    if not matmul.on_tpu:
+        return in_loop(inputs, runs, upstream)
+    on_tpu = functools.partial(_gradient_on_tpu, matmul)
+    return _backend.on_tpu_or(on_tpu, in_loop, inputs, runs, upstream)
+
+
+def _forward_in_loop(matmul: _Matmul, *inputs_and_runs: Any) -> Any:
+    activate, width, sizes, dtype, _ = matmul
+    *inputs, runs = inputs_and_runs
+    rows, weights = inputs[:width], inputs[width:]
     e = weights[0].shape[0]
 
-    def forward(*inputs_and_runs: Any) -> Any:
-        *inputs, runs = inputs_and_runs
-        rows, weights = inputs[:width], inputs[width:]
+    def expert(k: Any, outputs: Any) -> Any:
+        own = [ops.cast(part_of(w, k), dtype) for w in weights]
 
-        def expert(k: Any, outputs: Any) -> Any:
-            own = [ops.cast(part_of(w, k), dtype) for w in weights]
+        def step(first: Any, size: int, inside: Any, carry: Any) -> Any:
+            (outputs,) = carry
+            block = affine(
+                activate(*[block_of(row, first, size) for row in rows]), *own
+            )
+            # On torch, Keras computes float64 matmuls in float32.
+            block = ops.cast(block, outputs.dtype)
+            return (with_block(outputs, first, block),)
 
-            def step(first: Any, size: int, inside: Any, carry: Any) -> Any:
-                (outputs,) = carry
-                block = affine(
-                    activate(*[block_of(row, first, size) for row in rows]), *own
-                )
-                # On torch, Keras computes float64 matmuls in float32.
-                block = ops.cast(block, outputs.dtype)
-                return (with_block(outputs, first, block),)
+        return k + 1, *_for_blocks(runs, k, sizes, step, (outputs,))
 
-            return k + 1, *_for_blocks(runs, k, sizes, step, (outputs,))
+    shape = (ops.shape(rows[0])[0], weights[0].shape[-1])
+    outputs = ops.zeros(shape, dtype)
+    return ops.while_loop(lambda k, _: k < e, expert, (index(0), outputs))[1]
 
-        shape = (ops.shape(rows[0])[0], weights[0].shape[-1])
-        outputs = ops.zeros(shape, dtype)
-        return ops.while_loop(lambda k, _: k < e, expert, (index(0), outputs))[1]
 
-    def gradient(inputs: Any, runs: SortedChoices, upstream: Any) -> Any:
-        rows, weights = inputs[:width], inputs[width:]
-        # Sums over blocks use float32 under half precision.
-        name = keras.backend.standardize_dtype(dtype)
-        sums_dtype = "float32" if name in ("float16", "bfloat16") else dtype
+def _gradient_in_loop(
+    matmul: _Matmul, inputs: Any, runs: SortedChoices, upstream: Any
+) -> Any:
+    activate, width, sizes, dtype, _ = matmul
+    rows, weights = inputs[:width], inputs[width:]
+    e = weights[0].shape[0]
+    # Sums over blocks use float32 under half precision.
+    name = keras.backend.standardize_dtype(dtype)
+    sums_dtype = "float32" if name in ("float16", "bfloat16") else dtype
 
-        def expert(k: Any, *carry: Any) -> Any:
-            own_kernel = ops.cast(part_of(weights[0], k), dtype)
+    def expert(k: Any, *carry: Any) -> Any:
+        own_kernel = ops.cast(part_of(weights[0], k), dtype)
 
-            def step(first: Any, size: int, inside: Any, carry: Any) -> Any:
-                by_rows, by_weights = carry[:width], carry[width:]
-                blocks = [block_of(row, first, size) for row in rows]
-                by_output = block_of(upstream, first, size)
-                if inside is not None:
-                    # Exclude the rows of the next expert, even NaN.
-                    blocks = [routing_lib.rows_where(inside, block) for block in blocks]
-                    by_output = routing_lib.rows_where(inside, by_output)
-                hidden, pull = _backend.pullback(activate, blocks)
-                products = [
-                    ops.matmul(ops.transpose(hidden), by_output),
-                    ops.sum(by_output, axis=0),
-                ]
-                by_blocks = pull(ops.matmul(by_output, ops.transpose(own_kernel)))
-                return (
-                    *[
-                        with_block(whole, first, block)
-                        for whole, block in zip(by_rows, by_blocks, strict=True)
-                    ],
-                    *[
-                        total + ops.cast(product, sums_dtype)
-                        for total, product in zip(by_weights, products, strict=False)
-                    ],
-                )
-
-            zeros = [ops.zeros(w.shape[1:], sums_dtype) for w in weights]
-            inner = _for_blocks(runs, k, sizes, step, (*carry[:width], *zeros))
-            updated = [
-                with_part(whole, k, part)
-                for whole, part in zip(carry[width:], inner[width:], strict=True)
+        def step(first: Any, size: int, inside: Any, carry: Any) -> Any:
+            by_rows, by_weights = carry[:width], carry[width:]
+            blocks = [block_of(row, first, size) for row in rows]
+            by_output = block_of(upstream, first, size)
+            if inside is not None:
+                # Exclude the rows of the next expert, even NaN.
+                blocks = [routing_lib.rows_where(inside, block) for block in blocks]
+                by_output = routing_lib.rows_where(inside, by_output)
+            hidden, pull = _backend.pullback(activate, blocks)
+            products = [
+                ops.matmul(ops.transpose(hidden), by_output),
+                ops.sum(by_output, axis=0),
             ]
-            return k + 1, *inner[:width], *updated
+            by_blocks = pull(ops.matmul(by_output, ops.transpose(own_kernel)))
+            return (
+                *[
+                    with_block(whole, first, block)
+                    for whole, block in zip(by_rows, by_blocks, strict=True)
+                ],
+                *[
+                    total + ops.cast(product, sums_dtype)
+                    for total, product in zip(by_weights, products, strict=False)
+                ],
+            )
 
-        carry = [ops.zeros_like(x) for x in (*rows, *weights)]
-        found = ops.while_loop(lambda k, *_: k < e, expert, (index(0), *carry))
-        return tuple(found[1:])
+        zeros = [ops.zeros(w.shape[1:], sums_dtype) for w in weights]
+        inner = _for_blocks(runs, k, sizes, step, (*carry[:width], *zeros))
+        updated = [
+            with_part(whole, k, part)
+            for whole, part in zip(carry[width:], inner[width:], strict=True)
+        ]
+        return k + 1, *inner[:width], *updated
 
-    def forward_on_tpu(*inputs_and_runs: Any) -> Any:
-        *inputs, runs = inputs_and_runs
-        return _tpu.affine(inputs[:width], inputs[width:], activate, runs)
+    carry = [ops.zeros_like(x) for x in (*rows, *weights)]
+    found = ops.while_loop(lambda k, *_: k < e, expert, (index(0), *carry))
+    return tuple(found[1:])
 
-    def gradient_on_tpu(inputs: Any, runs: SortedChoices, upstream: Any) -> Any:
-        rows, weights = inputs[:width], inputs[width:]
-        return _tpu.affine_gradient(rows, weights, activate, runs, upstream)
 
-    if tpu_kernels and _tpu.supports(rows, weights[0], dtype):
-        forward = functools.partial(_backend.on_tpu_or, forward_on_tpu, forward)
-        gradient = functools.partial(_backend.on_tpu_or, gradient_on_tpu, gradient)
-    return _backend.with_gradient(forward, gradient, (*rows, *weights), runs)
+def _forward_on_tpu(matmul: _Matmul, *inputs_and_runs: Any) -> Any:
+    *inputs, runs = inputs_and_runs
+    rows, weights = inputs[: matmul.width], inputs[matmul.width :]
+    return _tpu.affine(rows, weights, matmul.activate, runs)
+
+
+def _gradient_on_tpu(
+    matmul: _Matmul, inputs: Any, runs: SortedChoices, upstream: Any
+) -> Any:
+    rows, weights = inputs[: matmul.width], inputs[matmul.width :]
+    return _tpu.affine_gradient(rows, weights, matmul.activate, runs, upstream)
 
 
 def _for_blocks(runs: SortedChoices, k: Any, sizes: Any, step: Any, carry: Any) -> Any:

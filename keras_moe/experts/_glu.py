@@ -5,13 +5,14 @@ Axis letters: n rows, d input features, e experts, h hidden units, u output unit
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_moe import _backend, _checks
-from keras_moe.experts._protocol import GroupedMatmul
+from keras_moe.experts._protocol import GroupedMatmul, Prologue
 from keras_moe.experts._stacked import StackedDense
 
 
@@ -116,8 +117,9 @@ class GLUExperts(StackedDense):
             return matmul(hidden, self.down_kernel, self.down_bias)
         return matmul((gate, up), self.down_kernel, self.down_bias, self._product)
 
-    def _product(self, gate: Any, up: Any) -> Any:
-        return self.activation(gate) * up
+    @property
+    def _product(self) -> Prologue:
+        return _Product(self.activation)
 
     def compute_output_shape(
         self, input_shape: tuple[int | None, ...]
@@ -131,3 +133,13 @@ class GLUExperts(StackedDense):
             "hidden_units": self.hidden_units,
             "units": self.units,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """A prologue that equals another one with the same activation."""
+
+    activation: Any
+
+    def __call__(self, gate: Any, up: Any) -> Any:
+        return self.activation(gate) * up

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -33,8 +32,7 @@ def call_arguments(
         for layer in layers:
             # Not by `layer.call = `: Keras tracks what is assigned.
             object.__setattr__(layer, "call", _recording(layer, found))
-        with _without_compilation():
-            model(x)
+        model(x)
     finally:
         for layer, own in zip(layers, before, strict=True):
             vars(layer).pop("call", None)
@@ -43,21 +41,6 @@ def call_arguments(
         for metric in active:
             metric.active = True
     return [found.get(id(layer)) for layer in layers]
-
-
-@contextlib.contextmanager
-def _without_compilation() -> Iterator[None]:
-    """On JAX: an eager call compiles the loops of a dispatch anew each time.
-
-    With layers that are split over devices, JAX needs the compiled form.
-    """
-    if _backend.name() != "jax" or keras.distribution.distribution() is not None:
-        yield
-        return
-    import jax
-
-    with jax.disable_jit():
-        yield
 
 
 def _recording(

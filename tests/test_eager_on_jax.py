@@ -1,0 +1,104 @@
+"""Sparse mixtures in eager mode of JAX: their loops are compiled once."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_moe.experts import GLUExperts, MLPExperts
+from keras_moe.layers import MoE
+from tests.support import dispatches
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="JAX compiles eager loops"
+)
+LOOPS = ["in_turn", "evenly", "ragged"]
+EXPERTS = {
+    "MLP": lambda **kwargs: MLPExperts(4, (8, 3), **kwargs),
+    "GLU": lambda **kwargs: GLUExperts(4, 8, 3, **kwargs),
+}
+
+
+def moe(way, experts):
+    layer = MoE(experts=experts, top_k=2, dispatch=dispatches.dispatch_of(way))
+    layer.build((None, 5))
+    return layer
+
+
+@pytest.fixture
+def compilations():
+    """A list that gets an entry for each program that XLA compiles."""
+    import jax
+
+    found, counts = [], True
+
+    def listen(event, seconds, **kwargs):
+        if counts and event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    counts = False
+
+
+def gradients(layer, x):
+    """Of the sum of squares, by the input and by the kernels, in eager mode."""
+    import jax
+
+    def loss(x, weights):
+        outputs, _ = layer.stateless_call(
+            weights, [w.value for w in layer.non_trainable_variables], x
+        )
+        return (outputs**2).sum()
+
+    return jax.grad(loss, (0, 1))(x, [w.value for w in layer.trainable_variables])
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+@pytest.mark.parametrize("way", LOOPS)
+def test_a_second_call_compiles_nothing(way, kind, compilations):
+    x = keras.random.normal((24, 5))
+    with dispatches.chosen(way):
+        layer = moe(way, EXPERTS[kind]())
+        layer(x)
+        gradients(layer, x)
+        assert compilations
+        compilations.clear()
+        layer(x)
+        gradients(layer, x)
+        # Another layer of this form has the same programs.
+        moe(way, EXPERTS[kind]())(x)
+    assert not compilations
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+@pytest.mark.parametrize("way", LOOPS)
+def test_new_weights_are_read(way, kind):
+    """Outputs and gradients are those of "dense", before and after the change."""
+    x = keras.random.normal((24, 5))
+    with dispatches.chosen(way):
+        layer = moe(way, EXPERTS[kind]())
+        plain = moe("dense", EXPERTS[kind]())
+        for _ in range(2):
+            for w, other in zip(layer.weights, plain.weights, strict=True):
+                w.assign(keras.random.normal(w.shape))
+                other.assign(w)
+            np.testing.assert_allclose(layer(x), plain(x), rtol=1e-4, atol=1e-4)
+            found, wanted = gradients(layer, x), gradients(plain, x)
+            for a, b in zip(
+                keras.tree.flatten(found), keras.tree.flatten(wanted), strict=True
+            ):
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_an_activation_may_have_a_state(kind):
+    slope = [1.0]
+
+    def activation(x):
+        return x * slope[0]
+
+    x = keras.random.normal((24, 5))
+    layer = moe("ragged", EXPERTS[kind](activation=activation, use_bias=False))
+    before = layer(x)
+    slope[0] = 2.0
+    np.testing.assert_allclose(layer(x), 2.0 * before, rtol=1e-5)
