@@ -8,9 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from recsys_examples.files import RECORD
 from recsys_examples.runs import write_json
-
-METRICS, PAGE = "metrics.json", "report.html"
 
 
 def write_study_report(
@@ -39,7 +38,7 @@ def write_study_report(
         "findings": list(findings),
         **settings,
     }
-    write_json(folder / METRICS, record)
+    write_json(folder / RECORD, record)
     report(folder, title=title)
 
 

@@ -1,5 +1,6 @@
 """`keras_moe.report`: one page that needs nothing else."""
 
+import base64
 import io
 import json
 import re
@@ -99,6 +100,10 @@ def test_the_page(run):
     # Pictures are inside: the loads, gates, similarities, the conflict, a file.
     assert len(page.addresses) == 2 + 1 + 2 + 1 + 1
     assert all(address.startswith("data:image/") for address in page.addresses)
+    # Those that are drawn have few dots, as they are most of a page's size.
+    drawn = [a for a in page.addresses if a.startswith("data:image/png")]
+    pixels = [plt.imread(io.BytesIO(base64.b64decode(a[22:]))) for a in drawn]
+    assert {picture.shape[:2] for picture in pixels} == {(495, 660)}
     assert "script" not in page.tags
     assert not re.search(r"https?://", text)
     assert 'name="viewport"' in text

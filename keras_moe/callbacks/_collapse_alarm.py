@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from types import FrameType
 from typing import Any, NamedTuple
 
 import keras
@@ -155,7 +157,7 @@ class CollapseAlarm(keras.callbacks.Callback):
                 f"{name}: the sample has {rows} rows; with fewer than {needed}, what "
                 "looks like a dead expert may be chance, and no such alarm is given. "
                 "Give `ExpertMonitor` more rows",
-                stacklevel=2,
+                stacklevel=_level_of_fit(),
             )
 
     def _alarm(self, sign: Sign, seen: dict[str, Any], lasting: set[_Key]) -> None:
@@ -169,7 +171,7 @@ class CollapseAlarm(keras.callbacks.Callback):
             text += f". Revived: {_listed(revived)}"
         if sign.kind == "dead expert" and again:
             text += f". Revived before, and dead again: {_listed(again)}"
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text, stacklevel=_level_of_fit())
 
     def _act(
         self, sign: Sign, seen: dict[str, Any], experts: list[Any]
@@ -201,6 +203,19 @@ def _keys(sign: Sign) -> list[_Key]:
     """What is counted: each expert that a sign is about, or the sign itself."""
     own = (sign.kind, sign.mixture, sign.gate)
     return [(*own, expert) for expert in sign.experts or (None,)]
+
+
+def _level_of_fit() -> int:
+    """Return the `stacklevel` by which a warning points to the caller of `fit`."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
+    while frame is not None and _package(frame) in ("keras", "keras_moe"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).split(".")[0]
 
 
 def _listed(experts: Any) -> str:

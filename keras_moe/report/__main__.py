@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from keras_moe.report._names import PAGE
 from keras_moe.report._page import report
 
 
@@ -16,9 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
         description="Write one self-contained HTML page about a training run.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument(
-        "--out", type=Path, help="file to write (default: RUN/report.html)"
-    )
+    parser.add_argument("--out", type=Path, help=f"file to write (default: RUN/{PAGE})")
     given = parser.parse_args(arguments)
     try:
         print(f"Written to {report(given.run, given.out)}")

@@ -18,8 +18,8 @@ class When(NamedTuple):
     epoch: int
 
 
-class Alarm(NamedTuple):
-    """A sign, with where it was seen.
+class AlarmOnPage(NamedTuple):
+    """An alarm as the page shows it: a sign, with where it was seen.
 
     Attributes:
         text: str, the sign of the last observation that has it, and its epochs.
@@ -30,7 +30,7 @@ class Alarm(NamedTuple):
     is_last: bool
 
 
-def alarms(observations: list[dict[str, Any]]) -> list[Alarm]:
+def alarms(observations: list[dict[str, Any]]) -> list[AlarmOnPage]:
     """Return the signs of all observations, those of the last one first."""
     times = _times(observations)
     seen: dict[tuple[str, ...], list[tuple[int, Sign]]] = {}
@@ -39,7 +39,7 @@ def alarms(observations: list[dict[str, Any]]) -> list[Alarm]:
             seen.setdefault(_subject(sign), []).append((i, sign))
     last = len(observations) - 1
     found = [
-        Alarm(
+        AlarmOnPage(
             _text([sign for _, sign in those], [times[i] for i, _ in those], times),
             those[-1][0] == last,
         )

@@ -14,6 +14,7 @@ from typing import Any
 from keras_moe import _checks, _files
 from keras_moe.report import _alarms as _signs
 from keras_moe.report import _pictures
+from keras_moe.report._names import PAGE
 from keras_moe.report._run import Run, read_run
 
 _PACKAGES = ("keras-moe", "keras", "tensorflow", "jax", "torch", "numpy")
@@ -90,7 +91,7 @@ def report(
     True
     """
     found = read_run(_checks.path("run", run))
-    out = found.folder / "report.html" if path is None else _checks.path("path", path)
+    out = found.folder / PAGE if path is None else _checks.path("path", path)
     if found.observations and importlib.util.find_spec("matplotlib") is None:
         raise ImportError(
             "the pictures of a report need matplotlib: run `pip install matplotlib`"

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-RECORD = "metrics.json"
-EXPERTS = "experts.jsonl"
+from keras_moe.report._names import EXPERTS, RECORD
+
 _PICTURES = (".png", ".svg")
 
 

@@ -43,7 +43,8 @@ from recsys_examples.command import (
     run_command,
     whole_number,
 )
-from recsys_examples.study_report import METRICS, PAGE, write_study_report
+from recsys_examples.files import PAGE, RECORD
+from recsys_examples.study_report import write_study_report
 
 if TYPE_CHECKING:
     from recsys_examples.census_income.results import Job
@@ -210,7 +211,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         default=Path("runs/census_income"),
-        help=f"folder of {RESULTS}, {METRICS} and {PAGE}, a page with all of it "
+        help=f"folder of {RESULTS}, {RECORD} and {PAGE}, a page with all of it "
         "(default: %(default)s)",
     )
     parser.add_argument(

@@ -41,8 +41,9 @@ from recsys_examples.command import (
     whole_number,
 )
 from recsys_examples.errors import InputError
+from recsys_examples.files import PAGE, RECORD
 from recsys_examples.runs import replaced
-from recsys_examples.study_report import METRICS, PAGE, write_study_report
+from recsys_examples.study_report import write_study_report
 
 if TYPE_CHECKING:
     from recsys_examples.click_conversion.sources import Source
@@ -334,7 +335,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help=f"folder of {RESULTS}, {TABLES}, {METRICS}, {PAGE} (a page with all of "
+        help=f"folder of {RESULTS}, {TABLES}, {RECORD}, {PAGE} (a page with all of "
         f"it) and, for map, {PICTURE} "
         "(default: runs/click_conversion, runs/click_conversion_map)",
     )

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # works without a display
-
 import matplotlib.pyplot as plt
 import numpy as np
 
 from recsys_examples.click_conversion.regimes import Gain
 from recsys_examples.click_conversion.settings import MIXTURES
+from recsys_examples.plotting import REFERENCE, marked
 from recsys_examples.runs import replaced
 
 
@@ -43,7 +40,7 @@ def draw(path: Path, gains: list[Gain]) -> None:
 def _panel(ax: plt.Axes, gains: list[Gain]) -> None:
     lines = list(dict.fromkeys(gain.cell.line for gain in gains))
     levels = sorted({gain.cell.level for gain in gains})
-    ax.axhline(0, color="grey", linewidth=0.8)
+    ax.axhline(0, **REFERENCE)
     for i, line in enumerate(lines):
         mine = sorted(
             (gain for gain in gains if gain.cell.line == line),
@@ -53,5 +50,5 @@ def _panel(ax: plt.Axes, gains: list[Gain]) -> None:
         places = [levels.index(g.cell.level) + 0.08 * (i - 1) for g in mine]
         means = np.array([gain.mean for gain in mine])
         ends = np.array([[g.mean - g.low, g.high - g.mean] for g in mine]).T
-        ax.errorbar(places, means, ends, fmt="o-", capsize=3, label=line or None)
+        ax.errorbar(places, means, ends, **marked(i), capsize=3, label=line or None)
     ax.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])

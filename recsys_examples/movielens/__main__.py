@@ -27,6 +27,7 @@ from rich.table import Table
 
 from recsys_examples.command import interrupt_on_sigterm, make_console, run_command
 from recsys_examples.errors import InputError
+from recsys_examples.files import EXPERTS, PAGE, RECORD
 from recsys_examples.movielens.command import (
     add_recommend,
     add_run_arguments,
@@ -37,7 +38,7 @@ from recsys_examples.movielens.command import (
     run_metadata,
 )
 from recsys_examples.movielens.serve_command import add_serve
-from recsys_examples.study_report import PAGE, write_study_report
+from recsys_examples.study_report import write_study_report
 
 if TYPE_CHECKING:
     from recsys_examples.movielens.data import MovieLens
@@ -106,7 +107,7 @@ def train(options: argparse.Namespace) -> None:
             jit_compile=options.jit_compile,
             verbose=verbose,
             backups=backups,
-            experts=folder / "experts.jsonl",
+            experts=folder / EXPERTS,
         )
         console.print("Baselines: popularity and ALS.")
         budget_s = QUICK_ALS_BUDGET if options.quick else ALS_BUDGET
@@ -121,7 +122,7 @@ def train(options: argparse.Namespace) -> None:
         record["als"] = tuning.als_record(tuned)
         record["warnings"] = warnings
         record["seconds"] = round(time.perf_counter() - started, 1)
-        write_json(folder / "metrics.json", record)
+        write_json(folder / RECORD, record)
         report(folder, title=f"{data.name}: run {final.name}")
     title = f"{data.name}: test window, seed {options.seed}"
     console.print(results_table(title, results, METRICS))

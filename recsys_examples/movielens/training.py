@@ -18,7 +18,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import optimizers
-from keras_moe.callbacks import ExactBackup, ExpertMonitor
+from keras_moe.callbacks import CollapseAlarm, ExactBackup, ExpertMonitor
 from recsys_examples.movielens.features import Catalogue, Sequences
 
 # `fuse` and `UNKNOWN_USER` are re-exported for backward compatibility.
@@ -159,7 +159,8 @@ def fit_ranker(
         jit_compile: whether to compile with XLA, see `Ranker.without_lookups`.
         verbose: as in `keras.Model.fit`.
         backup: folder of backups, from which an interrupted fit goes on.
-        experts: file for the observations of the mixture, if the body is one.
+        experts: file for the observations of the mixture, if the body is one. With it,
+            a collapse of the mixture gives a warning.
     """
     keras.utils.set_random_seed(seed)
     popularity = np.bincount(sequences.movies, minlength=len(catalogue))
@@ -194,7 +195,8 @@ def fit_ranker(
         users = Examples(sequences, catalogue, settings, tasks, known=last)
         sample = model_inputs(users)[0]
         given = sample if len(tasks) > 1 else sample[:1]
-        callbacks = [*callbacks, ExpertMonitor(*given, file=experts)]
+        monitor = ExpertMonitor(*given, file=experts)
+        callbacks = [*callbacks, monitor, CollapseAlarm(monitor)]
     history = model.fit(
         model_inputs(examples),
         epochs=epochs or settings.max_epochs,

@@ -32,13 +32,14 @@ from recsys_examples.command import (
     run_command,
     whole_number,
 )
+from recsys_examples.files import PAGE, RECORD
 from recsys_examples.task_correlation.settings import MODELS, Recipe, Settings
 
 if TYPE_CHECKING:
     from recsys_examples.task_correlation.claims import Claim, Losses
     from recsys_examples.task_correlation.study import Study
 
-RESULTS, METRICS, PICTURE = "results.jsonl", "metrics.json", "task_correlation.png"
+RESULTS, PICTURE = "results.jsonl", "task_correlation.png"
 NAMES = {name.lower().replace(" ", "-"): name for name in MODELS}
 QUICK = {
     "runs": 2,
@@ -94,7 +95,7 @@ def study(options: argparse.Namespace) -> None:
         "sizes": sizes,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    write_json(options.out / METRICS, record)
+    write_json(options.out / RECORD, record)
     report(options.out, title="Multi-task models by the correlation of the tasks")
     _print_results(record, work.losses(), console)
     _print_claims(claims, console)
@@ -329,7 +330,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         default=Path("runs/task_correlation"),
-        help=f"folder of {RESULTS}, {METRICS}, {PICTURE} and report.html, a page with "
+        help=f"folder of {RESULTS}, {RECORD}, {PICTURE} and {PAGE}, a page with "
         "all of it (default: %(default)s)",
     )
     parser.add_argument(

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # works without a display
-
 import matplotlib.pyplot as plt
 import numpy as np
 
+from recsys_examples.plotting import line, marked
 from recsys_examples.runs import replaced
 from recsys_examples.task_correlation.claims import Losses, mean, standard_deviation
 
@@ -27,13 +24,12 @@ def draw(path: Path, losses: Losses) -> None:
     offsets = (np.arange(len(models)) - (len(models) - 1) / 2) * 0.8 / len(models)
     for i, model in enumerate(models):
         values = [losses[model][p] for p in correlations]
-        at, colour = places + offsets[i], f"C{i}"
+        at, style = places + offsets[i], line(i)
         means.errorbar(
             at,
             [mean(v) for v in values],
             [standard_deviation(v) for v in values],
-            fmt="o-",
-            color=colour,
+            **marked(i),
             capsize=3,
             label=model,
         )
@@ -43,13 +39,14 @@ def draw(path: Path, losses: Losses) -> None:
             widths=0.6 / len(models),
             showfliers=False,  # every run is plotted below
             manage_ticks=False,
-            boxprops={"color": colour},
-            whiskerprops={"color": colour},
-            capprops={"color": colour},
-            medianprops={"color": colour},
+            boxprops=style,
+            whiskerprops=style,
+            capprops={"color": style["color"]},
+            medianprops={"color": style["color"]},
         )
         for place, v in zip(at, values, strict=True):
-            runs.plot(np.full(len(v), place), v, ".", color=colour, alpha=0.4, ms=5)
+            points = {"color": style["color"], "alpha": 0.4, "ms": 5}
+            runs.plot(np.full(len(v), place), v, ".", **points)
     means.set_title("mean ± standard deviation")
     means.set_ylabel("final loss: mean squared error on test rows")
     means.legend()

@@ -30,6 +30,7 @@ from recsys_examples.command import (
     run_command,
 )
 from recsys_examples.errors import InputError
+from recsys_examples.files import RECORD
 from recsys_examples.movielens.command import (
     add_recommend,
     add_run_arguments,
@@ -119,7 +120,7 @@ def train(options: argparse.Namespace) -> None:
             "warnings": warnings,
             "seconds": round(time.perf_counter() - started, 1),
         }
-        write_json(folder / "metrics.json", record)
+        write_json(folder / RECORD, record)
         report(folder, title=f"{name}: run {final.name}")
     console.print(
         results_table(f"{name}: test window, seed {options.seed}", results, METRICS)
@@ -236,7 +237,7 @@ def study(options: argparse.Namespace) -> None:
                     f"{error:.4f} over seeds"
                 )
                 record[f"{model} against {what}"] = [mean, error]
-    write_json(folder / "metrics.json", record)
+    write_json(folder / RECORD, record)
     console.print(f"Written to {folder}")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from recsys_examples.command import make_console, number, whole_number
 from recsys_examples.errors import InputError
+from recsys_examples.files import RECORD
 from recsys_examples.movielens.command import run_metadata
 from recsys_examples.two_stage.settings import Settings
 
@@ -115,7 +116,7 @@ def _users_of(model: Path) -> list[int]:
     """Return the ids of the test users of a run."""
     from recsys_examples.runs import read_json
 
-    path = model / "metrics.json"
+    path = model / RECORD
     users = read_json(path, "give the folder of another run").get("users")
     if (
         not isinstance(users, list)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # works without a display
-
 import matplotlib.pyplot as plt
 
+from recsys_examples.plotting import REFERENCE, marked
 from recsys_examples.two_stage.pipeline import Outcome
 
 
@@ -24,8 +21,8 @@ def _funnel(outcome: Outcome) -> plt.Figure:
     """Recall of the first stage by the number of candidates."""
     figure, ax = plt.subplots(figsize=(5.5, 3.5), layout="constrained")
     counts = list(outcome.funnel)
-    ax.plot(counts, list(outcome.funnel.values()), "o-")
-    ax.axvline(outcome.settings.candidates, linestyle=":", color="grey")
+    ax.plot(counts, list(outcome.funnel.values()), **marked(0))
+    ax.axvline(outcome.settings.candidates, **REFERENCE)
     ax.annotate(
         "candidates of the ranker",
         (outcome.settings.candidates, 0.02),
@@ -43,7 +40,7 @@ def _diversity(outcome: Outcome) -> plt.Figure:
     tried = outcome.chosen["validation_diversity"]
     x = [quality["diversity@10"] for quality in tried.values()]
     y = [quality["ndcg@10"] for quality in tried.values()]
-    ax.plot(x, y, "o-")
+    ax.plot(x, y, **marked(0))
     for weight, at in zip(tried, zip(x, y, strict=True), strict=True):
         chosen = float(weight) == outcome.fusion.diversity
         ax.annotate(

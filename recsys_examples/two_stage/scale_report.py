@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # works without a display
-
 import matplotlib.pyplot as plt
 import numpy as np
 
+from recsys_examples.plotting import REFERENCE, marked
 from recsys_examples.two_stage.latency import BATCH
 from recsys_examples.two_stage.scale import FULL, RANKER_OF_ALL, SEARCHED, TWO_STAGES
 
@@ -138,19 +135,19 @@ def draw(file: Path, found: Found) -> None:
 def _panel(ax: Any, found: Found, threads: int, kind: str) -> None:
     sizes = sorted(found)
     models = [found[size][threads]["models"] for size in sizes]
-    for name in _NAMES:
+    for i, name in enumerate(_NAMES):
         known = [
             (s, m[name][kind]) for s, m in zip(sizes, models, strict=True) if name in m
         ]
         if known:
-            ax.plot(*zip(*known, strict=True), "o-", label=name, markersize=4)
+            ax.plot(*zip(*known, strict=True), **marked(i), label=name, markersize=4)
     full = [m[FULL][kind] for m in models]
     ax.plot(sizes, np.array(full) * BAR, ":", color="grey", label="a third of full")
     shares = ratios(found, threads, kind, TWO_STAGES)
     for level, label in ((1.0, "faster"), (BAR, "a third")):
         size = crossing(sizes, shares, level)
         if sizes[0] < size < np.inf:
-            ax.axvline(size, color="grey", linewidth=0.8)
+            ax.axvline(size, **REFERENCE)
             ax.annotate(
                 f"{label}\n{_movies(size)}",
                 (size, 0.02),

@@ -43,6 +43,9 @@ def alarms(model, y, epochs=3, **options):
     said = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     said = [text for text in said if text.startswith("epoch ")]
     assert len(said) == len(alarm.alarms)
+    # Each warning points to the call of `fit` above.
+    files = {w.filename for w in caught if str(w.message) in said}
+    assert files <= {__file__}
     return alarm, said, history
 
 
@@ -161,7 +164,7 @@ def test_a_sample_too_small_for_dead_experts():
     alarm = CollapseAlarm(monitor)
     with pytest.warns(UserWarning, match="400 rows; with fewer than 800") as caught:
         model.fit(X, Y, epochs=3, callbacks=[monitor, alarm], verbose=0)
-    assert len([w for w in caught if "more rows" in str(w.message)]) == 1
+    assert [w.filename for w in caught if "more rows" in str(w.message)] == [__file__]
     assert not [one for one in alarm.alarms if one.sign.kind == "dead expert"]
 
 
