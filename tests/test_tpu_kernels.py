@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from keras_moe import _backend
-from keras_moe.dispatch import _tpu
+from keras_moe.dispatch import _compiled, _grouped_matmul, _tpu
 from keras_moe.dispatch._rows import identity
 from keras_moe.experts import GLUExperts, MLPExperts
 from keras_moe.layers import MoE
@@ -19,6 +19,19 @@ from tests.support import processes
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax", reason="a TPU needs JAX"
 )
+
+
+@pytest.fixture(autouse=True)
+def programs_of_a_test():
+    """No program that was traced under what another test has replaced."""
+    _forget_programs()
+    yield
+    _forget_programs()
+
+
+def _forget_programs():
+    for function in (_grouped_matmul._forward, _grouped_matmul._gradient):
+        _compiled._program(function).clear_cache()
 
 
 @pytest.fixture
