@@ -19,6 +19,7 @@ from keras import ops
 
 from keras_moe import optimizers
 from keras_moe.callbacks import CollapseAlarm, ExactBackup, ExpertMonitor
+from keras_moe.telemetry import rows_needed
 from recsys_examples.movielens.features import Catalogue, Sequences
 
 # `fuse` and `UNKNOWN_USER` are re-exported for backward compatibility.
@@ -160,7 +161,7 @@ def fit_ranker(
         verbose: as in `keras.Model.fit`.
         backup: folder of backups, from which an interrupted fit goes on.
         experts: file for the observations of the mixture, if the body is one. With it,
-            a collapse of the mixture gives a warning.
+            and enough users to tell, a collapse of the mixture gives a warning.
     """
     keras.utils.set_random_seed(seed)
     popularity = np.bincount(sequences.movies, minlength=len(catalogue))
@@ -196,7 +197,10 @@ def fit_ranker(
         sample = model_inputs(users)[0]
         given = sample if len(tasks) > 1 else sample[:1]
         monitor = ExpertMonitor(*given, file=experts)
-        callbacks = [*callbacks, monitor, CollapseAlarm(monitor)]
+        callbacks = [*callbacks, monitor]
+        # Of fewer users, what looks like a collapse may be chance.
+        if len(sequences.lengths) >= rows_needed(settings.num_experts, top_k=1):
+            callbacks.append(CollapseAlarm(monitor))
     history = model.fit(
         model_inputs(examples),
         epochs=epochs or settings.max_epochs,
