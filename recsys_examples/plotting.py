@@ -10,15 +10,16 @@ matplotlib.use("Agg")  # works without a display
 
 from keras_moe.plots import _style
 
-REFERENCE: dict[str, Any] = {"color": "grey", "linewidth": 0.8}  # what is compared
+# The style of a line with which others are compared.
+REFERENCE: dict[str, Any] = {"color": "grey", "linewidth": 0.8}
 _MARKERS = "osD^vPX"
 
 
 def line(i: int) -> dict[str, Any]:
-    """Return colour and line style of the i-th line; they differ also in print."""
+    """Return colour and line style of the i-th line."""
     return _style.line(i)
 
 
 def marked(i: int) -> dict[str, Any]:
-    """Return them and the marker of its points."""
+    """Return the style of `line(i)`, with a marker."""
     return {**line(i), "marker": _MARKERS[i % len(_MARKERS)]}

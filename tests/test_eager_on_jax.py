@@ -24,24 +24,24 @@ def moe(way, experts):
     return layer
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def compilations():
     """A list that gets an entry for each program that XLA compiles."""
     import jax
 
-    found, counts = [], True
+    found = []
 
     def listen(event, seconds, **kwargs):
-        if counts and event == "/jax/core/compile/backend_compile_duration":
+        if event == "/jax/core/compile/backend_compile_duration":
             found.append(event)
 
+    # JAX has no public way to remove it.
     jax.monitoring.register_event_duration_secs_listener(listen)
-    yield found
-    counts = False
+    return found
 
 
 def gradients(layer, x):
-    """Of the sum of squares, by the input and by the kernels, in eager mode."""
+    """Return the gradients of the sum of squares by the input and the weights."""
     import jax
 
     def loss(x, weights):
@@ -90,15 +90,43 @@ def test_new_weights_are_read(way, kind):
                 np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", EXPERTS)
-def test_an_activation_may_have_a_state(kind):
-    slope = [1.0]
+SLOPE = 1.0
 
-    def activation(x):
+
+def scaled(x):
+    """An activation that reads more than its argument, without a closure."""
+    return x * SLOPE
+
+
+class Scaled:
+    """An activation with a state; not hashable."""
+
+    slope = 1.0
+    __hash__ = None
+
+    def __call__(self, x):
+        return x * self.slope
+
+
+@pytest.mark.parametrize(
+    ("way", "kind"), [("ragged", "MLP"), ("ragged", "GLU"), ("evenly", "MLP")]
+)
+def test_an_activation_may_have_a_state(way, kind, monkeypatch):
+    """Of a closure, of a module, of an object: the change is seen."""
+    slope, scaled_object = [1.0], Scaled()
+
+    def closure(x):
         return x * slope[0]
 
     x = keras.random.normal((24, 5))
-    layer = moe("ragged", EXPERTS[kind](activation=activation, use_bias=False))
-    before = layer(x)
-    slope[0] = 2.0
-    np.testing.assert_allclose(layer(x), 2.0 * before, rtol=1e-5)
+    activations = (closure, scaled, scaled_object)
+    with dispatches.chosen(way):
+        layers = [
+            moe(way, EXPERTS[kind](activation=activation, use_bias=False))
+            for activation in activations
+        ]
+        before = [layer(x) for layer in layers]
+        slope[0] = scaled_object.slope = 2.0
+        monkeypatch.setitem(globals(), "SLOPE", 2.0)
+        for layer, outputs in zip(layers, before, strict=True):
+            np.testing.assert_allclose(layer(x), 2.0 * outputs, rtol=1e-5)

@@ -157,7 +157,7 @@ class CollapseAlarm(keras.callbacks.Callback):
                 f"{name}: the sample has {rows} rows; with fewer than {needed}, what "
                 "looks like a dead expert may be chance, and no such alarm is given. "
                 "Give `ExpertMonitor` more rows",
-                stacklevel=_level_of_fit(),
+                stacklevel=_level_of_caller(),
             )
 
     def _alarm(self, sign: Sign, seen: dict[str, Any], lasting: set[_Key]) -> None:
@@ -171,7 +171,7 @@ class CollapseAlarm(keras.callbacks.Callback):
             text += f". Revived: {_listed(revived)}"
         if sign.kind == "dead expert" and again:
             text += f". Revived before, and dead again: {_listed(again)}"
-        warnings.warn(text, stacklevel=_level_of_fit())
+        warnings.warn(text, stacklevel=_level_of_caller())
 
     def _act(
         self, sign: Sign, seen: dict[str, Any], experts: list[Any]
@@ -205,8 +205,8 @@ def _keys(sign: Sign) -> list[_Key]:
     return [(*own, expert) for expert in sign.experts or (None,)]
 
 
-def _level_of_fit() -> int:
-    """Return the `stacklevel` by which a warning points to the caller of `fit`."""
+def _level_of_caller() -> int:
+    """Return the `stacklevel` of the first caller outside of Keras and keras_moe."""
     frame: FrameType | None = sys._getframe(1)
     level = 1
     while frame is not None and _package(frame) in ("keras", "keras_moe"):

@@ -60,13 +60,19 @@ def even_dense(
     weights = [_backend.as_tensor(w) for w in (kernel, bias) if w is not None]
     activate = prologue or identity
     matmul = _Matmul(activate, len(rows), b)
-    forward = compiled_once(_forward, matmul, activate)
-    gradient = compiled_once(_gradient, matmul, activate)
+    forward = compiled_once(_forward, matmul)
+    gradient = compiled_once(_gradient, matmul)
     return _backend.with_gradient(forward, gradient, (*rows, *weights), overflow)
 
 
 class _Matmul(NamedTuple):
-    """What is fixed when the matmul is traced: prologue, its tensors, b."""
+    """What tracing reads beside tensors. All of it must be here: traces are reused.
+
+    Attributes:
+        activate: the prologue.
+        width: int, the number of tensors that it reads.
+        b: int, the rows per turn.
+    """
 
     activate: Prologue
     width: int

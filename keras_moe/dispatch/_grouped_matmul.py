@@ -52,13 +52,13 @@ def grouped_dense(
     on_tpu = tpu_kernels and _tpu.supports(rows, weights[0], dtype)
     activate = prologue or identity
     matmul = _Matmul(activate, len(rows), sizes, dtype, on_tpu)
-    forward = compiled_once(_forward, matmul, activate)
-    gradient = compiled_once(_gradient, matmul, activate)
+    forward = compiled_once(_forward, matmul)
+    gradient = compiled_once(_gradient, matmul)
     return _backend.with_gradient(forward, gradient, (*rows, *weights), runs)
 
 
 class _Matmul(NamedTuple):
-    """What is fixed when a grouped matmul is traced.
+    """What tracing reads beside tensors. All of it must be here: traces are reused.
 
     Attributes:
         activate: the prologue.

@@ -5,14 +5,13 @@ Axis letters: n rows, d input features, e experts, h hidden units, u output unit
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_moe import _backend, _checks
-from keras_moe.experts._protocol import GroupedMatmul, Prologue
+from keras_moe.experts._protocol import GatedProduct, GroupedMatmul
 from keras_moe.experts._stacked import StackedDense
 
 
@@ -110,16 +109,13 @@ class GLUExperts(StackedDense):
         """Compute one expert per row, with the matmul of a dispatch."""
         gate = matmul(rows, self.gate_kernel, self.gate_bias)
         up = matmul(rows, self.up_kernel, self.up_bias)
+        product = GatedProduct(self.activation)
         if training and self.dropout > 0.0:
             hidden = keras.random.dropout(
-                self._product(gate, up), self.dropout, seed=self.seed_generator
+                product(gate, up), self.dropout, seed=self.seed_generator
             )
             return matmul(hidden, self.down_kernel, self.down_bias)
-        return matmul((gate, up), self.down_kernel, self.down_bias, self._product)
-
-    @property
-    def _product(self) -> Prologue:
-        return _Product(self.activation)
+        return matmul((gate, up), self.down_kernel, self.down_bias, product)
 
     def compute_output_shape(
         self, input_shape: tuple[int | None, ...]
@@ -133,13 +129,3 @@ class GLUExperts(StackedDense):
             "hidden_units": self.hidden_units,
             "units": self.units,
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Product:
-    """A prologue that equals another one with the same activation."""
-
-    activation: Any
-
-    def __call__(self, gate: Any, up: Any) -> Any:
-        return self.activation(gate) * up

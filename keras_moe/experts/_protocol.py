@@ -6,6 +6,7 @@ m rows in a layout of the dispatch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -70,3 +71,16 @@ def apply_prologue(prologue: Prologue | None, rows: Any) -> Any:
     if prologue is None:
         return rows
     return prologue(*rows) if isinstance(rows, tuple) else prologue(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedProduct:
+    """The prologue `activation(gate) * up`.
+
+    Equal for equal activations, so that JAX reuses a program.
+    """
+
+    activation: Callable[..., Any]
+
+    def __call__(self, gate: Any, up: Any) -> Any:
+        return self.activation(gate) * up

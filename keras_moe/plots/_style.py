@@ -23,8 +23,8 @@ DIVERGING = "RdBu"
 MISSING = "#BBBBBB"  # no value; light enough beside both ends of the colours
 SMALL = 9.0  # points, of legends
 # Inches of a picture on a page. On a phone, 358 CSS px wide, 9 points are 10 CSS px.
-# The dots an inch give 1.4 dots a CSS px of a page's width, 1.8 on a phone; with 200, a
-# picture is a third larger, and its text no easier to read.
+# 150 dots per inch are 1.4 pixels per CSS px of a page, 1.8 on a phone; with 200 the
+# file is a third larger, and the text no easier to read.
 SIZE, DPI = (4.4, 3.3), 150
 _NEEDED = "`keras_moe.plots` needs matplotlib: run `pip install matplotlib`"
 _CHARACTER = 0.65  # width of a digit over the size of the font

@@ -198,7 +198,8 @@ def fit_ranker(
         given = sample if len(tasks) > 1 else sample[:1]
         monitor = ExpertMonitor(*given, file=experts)
         callbacks = [*callbacks, monitor]
-        # Of fewer users, what looks like a collapse may be chance.
+        # Of fewer users, what looks like a collapse may be chance: the alarm would only
+        # warn that it cannot tell. A user has a row or more, so this is a safe bound.
         if len(sequences.lengths) >= rows_needed(settings.num_experts, top_k=1):
             callbacks.append(CollapseAlarm(monitor))
     history = model.fit(
