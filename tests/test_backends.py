@@ -14,7 +14,7 @@ from keras_moe.multitask import MultiTaskModel
 from tests.support import processes
 
 ROOT = Path(__file__).parent.parent
-DISPATCH = ("test_dispatch.py", "test_eager_on_jax.py")
+DISPATCH = ("test_dispatch.py",)
 OTHERS = (
     "callbacks",
     "layers",
@@ -44,7 +44,12 @@ RUNS = {
     "jax": ("jax", OTHERS, UNOPTIMISED),
     "jax-dispatch": (
         "jax",
-        (*DISPATCH, "test_tpu_kernels.py", "test_tpu_mixtures.py"),
+        (
+            *DISPATCH,
+            "test_eager_on_jax.py",
+            "test_tpu_kernels.py",
+            "test_tpu_mixtures.py",
+        ),
         "",
     ),
     "torch": ("torch", (*OTHERS, *DISPATCH), ""),

@@ -70,6 +70,18 @@ def test_a_second_call_compiles_nothing(way, kind, compilations):
     assert not compilations
 
 
+@pytest.mark.parametrize("name", ["gelu", "relu", "silu", "soft_sign"])
+def test_so_with_activations_of_jax(name, compilations):
+    import jax
+
+    x = keras.random.normal((24, 5))
+    layer = moe("ragged", EXPERTS["GLU"](activation=getattr(jax.nn, name)))
+    layer(x)
+    compilations.clear()
+    layer(x)
+    assert not compilations
+
+
 @pytest.mark.parametrize("kind", EXPERTS)
 @pytest.mark.parametrize("way", LOOPS)
 def test_new_weights_are_read(way, kind):
@@ -113,13 +125,15 @@ class Scaled:
 )
 def test_an_activation_may_have_a_state(way, kind, monkeypatch):
     """Of a closure, of a module, of an object: the change is seen."""
+    import jax
+
     slope, scaled_object = [1.0], Scaled()
 
     def closure(x):
         return x * slope[0]
 
     x = keras.random.normal((24, 5))
-    activations = (closure, scaled, scaled_object)
+    activations = (closure, scaled, scaled_object, jax.tree_util.Partial(scaled))
     with dispatches.chosen(way):
         layers = [
             moe(way, EXPERTS[kind](activation=activation, use_bias=False))

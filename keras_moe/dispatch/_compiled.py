@@ -4,43 +4,62 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from keras_moe import _backend
 from keras_moe.experts._protocol import GatedProduct
 
+_PACKAGES = ("jax", "keras", "keras_moe")
 
-def compiled_once(function: Callable[..., Any], static: Any) -> Callable[..., Any]:
-    """Return `function` with `static` as its first argument; on JAX, compiled once.
 
-    In eager mode, JAX would compile the loops of `function` anew in each call, which
-    takes seconds. Inside a program that is being traced, its operations are inlined,
-    and the trace is reused. Programs are kept for each `static` and all shapes and
-    dtypes, until `jax.clear_caches()`.
+def with_gradient(
+    forward: Callable[..., Any],
+    gradient: Callable[..., Any],
+    static: Any,
+    inputs: Sequence[Any],
+    constants: Any,
+) -> Any:
+    """`_backend.with_gradient` of two functions that JAX compiles once.
+
+    In eager mode, JAX would compile their loops anew in each call, which takes seconds.
+    Inside a program that is being traced, their operations are inlined, and the trace
+    is reused. Programs are kept for each `static` and all shapes and dtypes, until
+    `jax.clear_caches()`.
 
     Args:
-        function: a function at module level, whose other arguments are tensors in any
-            structure.
-        static: a hashable record of all else that tracing reads. If its `activate` may
-            read more than its arguments, nothing is kept.
+        forward: a function at module level, of `static`, the inputs and the constants.
+        gradient: a function at module level, of `static`, all inputs, the constants and
+            the upstream gradient.
+        static: a hashable record of all that tracing reads beside tensors. If its
+            `activate` may read more than its arguments, nothing is kept.
+        inputs: float tensors.
+        constants: tensors without a gradient, in any structure.
     """
-    if _backend.name() == "jax" and _is_known(static.activate):
-        function = _program(function)
-    return functools.partial(function, static)
+    if _backend.name() == "jax" and _is_stateless(static.activate):
+        forward, gradient = _program(forward), _program(gradient)
+    return _backend.with_gradient(
+        functools.partial(forward, static),
+        functools.partial(gradient, static),
+        inputs,
+        constants,
+    )
 
 
-def _is_known(activate: Any) -> bool:
-    """Whether a prologue is of Keras, JAX or this library, and has no state.
+def _is_stateless(activate: Any) -> bool:
+    """Whether a prologue is a function of Keras, JAX or this library.
 
     A user's function may read a variable that changes between two calls.
     """
+    import jax
+
     if isinstance(activate, GatedProduct):
-        return _is_known(activate.activation)
-    package = str(getattr(activate, "__module__", "")).split(".")[0]
-    if inspect.isfunction(activate) and activate.__closure__ is not None:
-        return False
-    return package in ("keras", "keras_moe", "jax")
+        return _is_stateless(activate.activation)
+    if inspect.isfunction(activate):
+        package = activate.__module__.split(".")[0]
+        return activate.__closure__ is None and package in _PACKAGES
+    # Some functions of `jax.nn` are objects.
+    return activate is getattr(jax.nn, getattr(activate, "__name__", ""), None)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_moe import _backend
 from keras_moe import routing as routing_lib
-from keras_moe.dispatch._compiled import compiled_once
+from keras_moe.dispatch._compiled import with_gradient
 from keras_moe.dispatch._rows import (
     affine,
     block_of,
@@ -58,11 +58,8 @@ def even_dense(
     """
     rows = rows if isinstance(rows, tuple) else (rows,)
     weights = [_backend.as_tensor(w) for w in (kernel, bias) if w is not None]
-    activate = prologue or identity
-    matmul = _Matmul(activate, len(rows), b)
-    forward = compiled_once(_forward, matmul)
-    gradient = compiled_once(_gradient, matmul)
-    return _backend.with_gradient(forward, gradient, (*rows, *weights), overflow)
+    matmul = _Matmul(prologue or identity, len(rows), b)
+    return with_gradient(_forward, _gradient, matmul, (*rows, *weights), overflow)
 
 
 class _Matmul(NamedTuple):

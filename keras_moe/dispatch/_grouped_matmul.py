@@ -14,7 +14,7 @@ from keras import ops
 from keras_moe import _backend
 from keras_moe import routing as routing_lib
 from keras_moe.dispatch import _tpu
-from keras_moe.dispatch._compiled import compiled_once
+from keras_moe.dispatch._compiled import with_gradient
 from keras_moe.dispatch._rows import (
     affine,
     block_of,
@@ -50,11 +50,8 @@ def grouped_dense(
     read = _backend.without_autocast if tpu_kernels else _backend.as_tensor
     weights = [read(w) for w in weights]
     on_tpu = tpu_kernels and _tpu.supports(rows, weights[0], dtype)
-    activate = prologue or identity
-    matmul = _Matmul(activate, len(rows), sizes, dtype, on_tpu)
-    forward = compiled_once(_forward, matmul)
-    gradient = compiled_once(_gradient, matmul)
-    return _backend.with_gradient(forward, gradient, (*rows, *weights), runs)
+    matmul = _Matmul(prologue or identity, len(rows), sizes, dtype, on_tpu)
+    return with_gradient(_forward, _gradient, matmul, (*rows, *weights), runs)
 
 
 class _Matmul(NamedTuple):
