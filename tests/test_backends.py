@@ -15,7 +15,34 @@ from tests.support import processes
 
 ROOT = Path(__file__).parent.parent
 DISPATCH = ("test_dispatch.py",)
-OTHERS = (
+# What depends on programs, states or seeds: JAX takes long to compile every shape.
+CORE = (
+    "callbacks",
+    "layers/test_contracts.py",
+    "layers/test_moe_compiled.py",
+    "layers/test_moe_dispatch.py",
+    "layers/test_moe_half_precision.py",
+    "layers/test_moe_losses.py",
+    "layers/test_moe_not_finite.py",
+    "layers/test_multi_gate_sparse.py",
+    "layers/test_seeds.py",
+    "metrics/test_metrics_in_models.py",
+    "metrics/test_routing_metrics.py",
+    "multitask/gradients",
+    "multitask/test_labels.py",
+    "multitask/test_model.py",
+    "multitask/test_per_task_gradients.py",
+    "multitask/weighting",
+    "routers/test_every_router.py",
+    "telemetry",
+    "test_experts.py",
+    "test_initializers.py",
+    "test_losses.py",
+    "test_remat.py",
+    "test_revive.py",
+    "test_routing.py",
+)
+ALL = (
     "callbacks",
     "layers",
     "metrics",
@@ -38,10 +65,14 @@ UNOPTIMISED = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false"
 )
-# The checks of arguments do not depend on the backend.
-SAME = "--ignore-glob=*_arguments.py"
+OPTIONS = (
+    "-q",
+    *("-n", "0"),  # The programs that JAX has compiled serve all files.
+    *("-p", "no:cacheprovider"),
+    "--ignore-glob=*_arguments.py",  # Their checks do not depend on the backend.
+)
 RUNS = {
-    "jax": ("jax", OTHERS, UNOPTIMISED),
+    "jax": ("jax", CORE, UNOPTIMISED),
     "jax-dispatch": (
         "jax",
         (
@@ -52,8 +83,10 @@ RUNS = {
         ),
         "",
     ),
-    "torch": ("torch", (*OTHERS, *DISPATCH), ""),
+    "torch": ("torch", (*ALL, *DISPATCH), ""),
+    "jax-all": ("jax", ALL, UNOPTIMISED),
 }
+LONG = {"jax-all"}
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="started from TensorFlow's run"
@@ -65,16 +98,19 @@ def _needs(backend):
         pytest.skip(f"{backend} is not installed")
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    "run",
+    [pytest.param(run, marks=[pytest.mark.long] * (run in LONG)) for run in RUNS],
+)
 def test_layers_on_another_backend(run, tmp_path):
     backend, names, flags = RUNS[run]
     _needs(backend)
     if not metadata.version(backend).startswith("0.10."):
         flags = ""
     tests = [str(ROOT / "tests" / name) for name in names]
+    markers = "long or not long" if run in LONG else "not long"
     done = processes.run(
-        # One process: the programs that JAX has compiled serve all files.
-        ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", SAME, *tests],
+        ["-m", "pytest", *OPTIONS, "-m", markers, *tests],
         cwd=ROOT,
         timeout=3600,
         KERAS_BACKEND=backend,

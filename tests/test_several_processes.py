@@ -11,9 +11,12 @@ from tests.support import processes
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="started from TensorFlow's run"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        keras.backend.backend() != "tensorflow", reason="started from TensorFlow's run"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from tests.support import processes
 ROOT = Path(__file__).parent.parent
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(
         keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
     ),

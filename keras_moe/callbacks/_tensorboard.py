@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from keras_moe.plots._style import as_png
 from keras_moe.telemetry import Mixture
 
 _NEEDED = ("tensorflow", "tensorboard", "matplotlib")
+# Of the time of a `fit`. A picture takes 0.1 s or more, nearly all of it in matplotlib.
+_SHARE = 0.01
+# Step, tag, plot and its arguments.
+_Pictures = list[tuple[Any, ...]]
 
 
 class TensorBoardWriter:
@@ -35,6 +40,13 @@ class TensorBoardWriter:
 
         self._tf = tf
         self._writer = tf.summary.create_file_writer(str(log_dir))
+        self._start, self._drawing = time.perf_counter(), 0.0
+        self._waiting: _Pictures = []
+
+    def begin(self) -> None:
+        """Begin a `fit`: pictures may take `_SHARE` of its time."""
+        self._start, self._drawing = time.perf_counter(), 0.0
+        self._waiting = []
 
     def write(
         self,
@@ -42,7 +54,11 @@ class TensorBoardWriter:
         scalars: dict[str, float],
         mixtures: Sequence[Mixture],
     ) -> None:
-        """Write an observation of `ExpertMonitor`."""
+        """Write an observation of `ExpertMonitor`.
+
+        Its pictures are drawn now if those before have taken at most `_SHARE` of the
+        time since `begin`. Those of the last observation are drawn by `end` at latest.
+        """
         summary, step = self._tf.summary, seen["step"]
         with self._writer.as_default(step=step):
             for name, value in scalars.items():
@@ -56,19 +72,35 @@ class TensorBoardWriter:
                     )
                 for k, load in enumerate(figures["load"]):
                     summary.scalar(f"{mixture.name}/load/expert_{k}", float(load))
-                for kind, content in _pictures(mixture, figures).items():
-                    picture = self._tf.io.decode_png(content)[None]
-                    summary.image(f"{mixture.name}/{kind}", picture)
-            self._writer.flush()
-
-    def flush(self) -> None:
-        """Write to the disk what is not there yet."""
+        self._waiting = [
+            (step, *picture)
+            for mixture in mixtures
+            for picture in _pictures(mixture, seen["mixtures"][mixture.name])
+        ]
+        if self._drawing <= _SHARE * (time.perf_counter() - self._start):
+            self._draw()
         self._writer.flush()
 
+    def end(self) -> None:
+        """Draw the pictures of the last observation, and write all to the disk."""
+        self._draw()
+        self._writer.flush()
 
-def _pictures(mixture: Mixture, figures: dict[str, Any]) -> dict[str, bytes]:
-    found = {"gates": as_png(plots.gate_heatmap, mixture.weights, mixture.gates)}
+    def _draw(self) -> None:
+        start = time.perf_counter()
+        for step, tag, plot, *arguments in self._waiting:
+            picture = self._tf.io.decode_png(as_png(plot, *arguments))[None]
+            with self._writer.as_default(step=step):
+                self._tf.summary.image(tag, picture)
+        self._waiting = []
+        self._drawing += time.perf_counter() - start
+
+
+def _pictures(mixture: Mixture, figures: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """Yield the tag, the plot and its arguments."""
+    weights, gates = mixture.weights, mixture.gates
+    yield f"{mixture.name}/gates", plots.gate_heatmap, weights, gates
     similarity = figures["output_similarity"]
     if similarity is not None:
-        found["output_similarity"] = as_png(plots.expert_similarity, similarity)
-    return found
+        tag = f"{mixture.name}/output_similarity"
+        yield tag, plots.expert_similarity, similarity

@@ -5,7 +5,8 @@ Axis letters: t tasks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -57,7 +58,7 @@ def gradient_conflict(
 
 
 class GradientConflict:
-    """`gradient_conflict` of one model: on JAX, compiled once for all calls.
+    """`gradient_conflict` of one model, compiled once for all calls (not on torch).
 
     Args:
         model: as for `gradient_conflict`.
@@ -79,18 +80,24 @@ class GradientConflict:
                 f"`model` must have two tasks or more. Received: tasks={model.tasks}"
             )
         self._model = model
-        self._gradients: Any = {
-            "tensorflow": _on_tensorflow,
-            "jax": _OnJax(),
-            "torch": _on_torch,
-        }[_backend.name()]
+        self._gradients: Any = _on_torch
+        if _backend.name() == "jax":
+            self._gradients = _Compiled(_jax_program)
+        elif _backend.name() == "tensorflow":
+            eager = model.run_eagerly
+            self._gradients = (
+                _on_tensorflow if eager else _Compiled(_tensorflow_program)
+            )
 
     def __call__(self, x: Any, y: Any, sample_weight: Any = None) -> np.ndarray:
         """Return the cosines `(t, t)`."""
         check_rows(x=x, y=y, sample_weight=sample_weight)
         x, y = keras.tree.map_structure(ops.convert_to_tensor, (x, y))
         sample_weight = self._model.complete_weights(y, sample_weight)
-        return _cosines(self._gradients(self._model, x, y, sample_weight))
+        found = self._gradients(self._model, x, y, sample_weight)
+        return _cosines(
+            [[None if g is None else _dense(g) for g in own] for own in found]
+        )
 
 
 def check_rows(**given: Any) -> None:
@@ -129,19 +136,16 @@ def _without_state(*arguments: Any) -> list[Any]:
         return _losses(*arguments)
 
 
-def _on_tensorflow(model: Any, *data: Any) -> list[list[np.ndarray | None]]:
+def _on_tensorflow(model: Any, *data: Any) -> list[list[Any]]:
     import tensorflow as tf
 
     with tf.GradientTape(persistent=True) as tape:
         losses = _without_state(model, *data)
     variables = [variable.value for variable in model.trainable_variables]
-    return [
-        [None if g is None else _dense(g) for g in tape.gradient(loss, variables)]
-        for loss in losses
-    ]
+    return [tape.gradient(loss, variables) for loss in losses]
 
 
-def _on_torch(model: Any, *data: Any) -> list[list[np.ndarray | None]]:
+def _on_torch(model: Any, *data: Any) -> list[list[Any]]:
     import torch
 
     values = [variable.value for variable in model.trainable_variables]
@@ -152,27 +156,47 @@ def _on_torch(model: Any, *data: Any) -> list[list[np.ndarray | None]]:
             gradients = torch.autograd.grad(
                 loss, values, retain_graph=True, allow_unused=True
             )
-        found.append([None if g is None else _dense(g) for g in gradients])
+        found.append(list(gradients))
     return found
 
 
-class _OnJax:
-    """Compiles: operation by operation, the backward passes take seconds."""
+class _Compiled:
+    """Compiles once: operation by operation takes twice as long, on JAX seconds.
 
-    def __init__(self) -> None:
-        self._compiled: Any = None
+    Args:
+        make: function of a model; its result is called with the data.
+    """
+
+    def __init__(self, make: Callable[[Any], Callable[..., Any]]) -> None:
+        self._make = make
+        self._program: Any = None
         self._known: list[int] = []
 
-    def __call__(self, model: Any, *data: Any) -> list[list[np.ndarray]]:
-        import jax
-
+    def __call__(self, model: Any, *data: Any) -> Any:
         trained, others = model.trainable_variables, model.non_trainable_variables
         known = [id(variable) for variable in (*trained, *others)]
         if self._known != known:  # the first call, or a layer was frozen
-            self._known, self._compiled = known, jax.jit(_gradients_of(model))
-        values = [[variable.value for variable in part] for part in (trained, others)]
+            self._known, self._program = known, self._make(model)
+        return self._program(*data)
+
+
+def _tensorflow_program(model: Any) -> Callable[..., Any]:
+    import tensorflow as tf
+
+    return tf.function(functools.partial(_on_tensorflow, model), autograph=False)
+
+
+def _jax_program(model: Any) -> Callable[..., Any]:
+    import jax
+
+    compiled = jax.jit(_gradients_of(model))
+    parts = (model.trainable_variables, model.non_trainable_variables)
+
+    def program(*data: Any) -> Any:
         # Zeros where a loss does not depend on a variable.
-        return [[_dense(g) for g in own] for own in self._compiled(*values, *data)]
+        return compiled(*[[v.value for v in part] for part in parts], *data)
+
+    return program
 
 
 def _gradients_of(model: Any) -> Any:

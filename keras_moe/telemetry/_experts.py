@@ -41,14 +41,14 @@ def kernel_similarity(experts: Any) -> np.ndarray | None:
         ]
         flat = [np.concatenate(own) if own else np.zeros(0) for own in kernels]
         sizes = {part.size for part in flat}
-        return _cosines(np.stack(flat)) if len(sizes) == 1 and sizes != {0} else None
+        return _cosines([np.stack(flat)]) if len(sizes) == 1 and sizes != {0} else None
     e = getattr(experts, "num_experts", None)
     stacked = [
         array(w).reshape(e, -1)
         for w in experts.weights
         if len(w.shape) > 2 and w.shape[0] == e
     ]
-    return _cosines(np.concatenate(stacked, axis=1)) if stacked else None
+    return _cosines(stacked) if stacked else None
 
 
 def zero_activations(experts: Any, rows: Any) -> np.ndarray | None:
@@ -87,14 +87,16 @@ def outputs_and_zeros(experts: Any, rows: Any) -> tuple[np.ndarray, np.ndarray |
 def similarity_of(outputs: np.ndarray) -> np.ndarray:
     """`output_similarity` of outputs `(e, n, u)`."""
     centred = outputs - outputs.mean(axis=1, keepdims=True)
-    return _cosines(centred.reshape(len(outputs), -1))
+    return _cosines([centred.reshape(len(outputs), -1)])
 
 
-def _cosines(rows: np.ndarray) -> np.ndarray:
-    """(e, m) -> (e, e); 0 for rows of zeros."""
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    units = rows / np.where(lengths > 0, lengths, 1.0)
-    return np.clip(units @ units.T, -1.0, 1.0).astype("float64")
+def _cosines(parts: list[np.ndarray]) -> np.ndarray:
+    """Cosines of e vectors in parts (e, m), as (e, e); 0 for a vector of zeros."""
+    # Not of unit vectors: large kernels would be copied twice.
+    products = np.sum([part @ part.T for part in parts], axis=0, dtype="float64")
+    lengths = np.sqrt(np.diag(products))
+    lengths = np.where(lengths > 0, lengths, 1.0)
+    return np.clip(products / np.outer(lengths, lengths), -1.0, 1.0)
 
 
 def array(tensor: Any) -> np.ndarray:

@@ -78,11 +78,13 @@ def test_backups_are_at_the_start_of_epochs_by_default(whole, tmp_path):
 
 
 @pytest.mark.parametrize("batches", [7, 13])
+@pytest.mark.long
 def test_any_epoch_goes_on_from_its_start(batches, whole, tmp_path):
     _interrupt(tmp_path, "tf", batches, every_steps=6)
     assert interrupted.train(tmp_path, "tf", EPOCHS) == whole("tf")
 
 
+@pytest.mark.long
 def test_several_interruptions_and_steps_per_execution(tmp_path):
     steps = 1 if BACKEND == "torch" else 2  # Keras on torch has no more.
 

@@ -76,24 +76,37 @@ def test_lines_of_json(fitted):
     assert last["mixtures"]["ple/level_0"]["load_cv"] is None
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="written there")
-def test_events_of_tensorboard(fitted):
+def events(folder):
+    """Yield the step and tag of each value that TensorBoard has."""
     import tensorflow as tf
 
+    (path,) = folder.glob("events*")
+    for event in tf.compat.v1.train.summary_iterator(str(path)):
+        for value in event.summary.value:
+            yield event.step, value.tag
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="written there")
+def test_events_of_tensorboard(fitted):
     _, _, folder = fitted
-    (path,) = (folder / "board").glob("events*")
-    found = {
-        value.tag
-        for event in tf.compat.v1.train.summary_iterator(str(path))
-        for value in event.summary.value
-    }
     assert {
         "experts/moe_load_cv",
         "moe/load/expert_3",
         "moe/gates",
         "ple/level_0/output_similarity",
         "ple/level_1/largest_weight/click",
-    } <= found
+    } <= {tag for _, tag in events(folder / "board")}
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="written there")
+def test_pictures_take_a_share_of_the_time(tmp_path, monkeypatch):
+    """With a share of 0: those of the first and of the last observation."""
+    monkeypatch.setattr("keras_moe.callbacks._tensorboard._SHARE", 0.0)
+    monitor = ExpertMonitor(X[:40], log_dir=tmp_path)
+    two_tasks().fit(X, Y, batch_size=16, epochs=3, callbacks=[monitor], verbose=0)
+    found = list(events(tmp_path))
+    assert [step for step, tag in found if tag == "moe/gates"] == [6, 18]
+    assert [step for step, tag in found if tag == "moe/load/expert_0"] == [6, 12, 18]
 
 
 def test_every_steps():

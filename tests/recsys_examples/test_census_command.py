@@ -101,6 +101,7 @@ class TestRun:
         assert "0.9359" not in ours
 
 
+@pytest.mark.long
 def test_an_interrupted_run_keeps_what_is_finished(data_dir, out, tmp_path):
     environment = {
         name: value

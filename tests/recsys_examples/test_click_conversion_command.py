@@ -78,6 +78,7 @@ class TestStudy:
         assert "better than SharedBottom" in page
 
 
+@pytest.mark.long
 def test_an_interrupted_study_resumes(out, tmp_path):
     lines = (out / "results.jsonl").read_text().splitlines()
     kept = lines[:-3]

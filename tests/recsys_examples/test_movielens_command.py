@@ -238,6 +238,7 @@ class TestALSAndOrder:
         assert "meaningless for real use" in warning
 
 
+@pytest.mark.long
 def test_a_sparse_moe_compiled_by_xla(movielens, tmp_path, command):
     """In this process, where a Keras warning about a fallback would be an error."""
     folder = write_csv(tmp_path / "ml", movielens, users=12)

@@ -115,6 +115,7 @@ class TestStudy:
         assert 0.01 < np.mean(grey < 0.9) < 0.9
 
 
+@pytest.mark.long
 def test_an_interrupted_study_resumes_in_two_processes(out, tmp_path):
     """The last results of the shared bottom are missing; the last line is cut off."""
     lines = (out / "results.jsonl").read_text().splitlines()
@@ -140,6 +141,7 @@ def test_an_interrupted_study_resumes_in_two_processes(out, tmp_path):
     assert len(found) == len(lines)
 
 
+@pytest.mark.long
 def test_a_terminated_study_ends_with_its_processes(tmp_path):
     out = tmp_path / "study"
     # In a new process group, by which remaining processes are found.

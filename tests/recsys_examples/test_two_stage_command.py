@@ -281,6 +281,7 @@ class TestBadInput:
 
 
 @pytest.mark.usefixtures("eager_training")
+@pytest.mark.long
 def test_nothing_is_written_when_interrupted(data_dir, tmp_path, monkeypatch, command):
     def draw(*_):
         raise KeyboardInterrupt

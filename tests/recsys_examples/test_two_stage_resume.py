@@ -26,6 +26,7 @@ def _results(out):
 
 
 @pytest.mark.usefixtures("eager_training")
+@pytest.mark.long
 def test_an_interrupted_run_goes_on(movielens, tmp_path, monkeypatch, command):
     folder = write_csv(tmp_path / "ml", movielens, users=8)
     monkeypatch.setattr(training, "_SECONDS_BETWEEN_BACKUPS", 0.0)

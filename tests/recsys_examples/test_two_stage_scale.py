@@ -114,6 +114,7 @@ class TestReport:
         assert "faiss is not installed" in lines[3]
 
 
+@pytest.mark.long
 class TestCommand:
     def arguments(self, data_dir, out, *sizes):
         return [

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("name", serving.MODELS)
+@pytest.mark.long
 def test_answers_errors_and_memory_hold_under_many_callers(name, tmp_path):
     export.export_saved_model(serving.MODELS[name](), tmp_path / "1")
     found = serving.soak(export.load(tmp_path / "1"), callers=64, seconds=6)

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from keras_moe import experts, layers, multitask, telemetry
+from keras_moe.telemetry._conflict import GradientConflict
 
+BACKEND = keras.backend.backend()
 X = np.random.default_rng(0).normal(size=(40, 6)).astype("float32")
 
 
@@ -113,6 +115,30 @@ def test_conflict_by_numpy():
     (a, b) = gradients
     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
     np.testing.assert_allclose(found[0, 1], cosine, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_conflict_is_the_same_when_fit_is_not_compiled(frozen):
+    """With a table, whose gradients have rows of their own on TensorFlow."""
+    ids = keras.Input((3,), dtype="int32")
+    table = keras.layers.Embedding(7, 4)
+    shared = keras.layers.Dense(5, name="shared")(keras.layers.Flatten()(table(ids)))
+    outputs = {task: keras.layers.Dense(1)(shared) for task in ("a", "b")}
+    model = multitask.MultiTaskModel(ids, outputs)
+    x = np.random.default_rng(0).integers(0, 7, (8, 3))
+    y = {"a": X[:8, :1], "b": X[:8, 1:2]}
+    found = []
+    for run_eagerly in (True, False):
+        # JAX compiles its training steps in any case.
+        model.compile("sgd", "mse", run_eagerly=run_eagerly and BACKEND != "jax")
+        conflict = GradientConflict(model)
+        found.append(conflict(x, y))
+        if frozen:
+            model.get_layer("shared").trainable = False
+            found[-1] = conflict(x, y)
+            model.get_layer("shared").trainable = True
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+    assert abs(found[0][0, 1]) < 0.999
 
 
 def test_conflict_in_mixtures_leaves_out_what_one_task_has():
