@@ -11,12 +11,10 @@ from tests.support import processes
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(
-        keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
-    ),
-]
+on_tensorflow = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="tf.distribute is TensorFlow's"
+)
+pytestmark = [pytest.mark.long, on_tensorflow]
 
 
 @pytest.fixture(scope="module")

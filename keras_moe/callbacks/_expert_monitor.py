@@ -36,9 +36,9 @@ class ExpertMonitor(keras.callbacks.Callback):
       `{name}_dropped`, `{name}_zero_activations` and `{name}_output_similarity`, as
       means; with `y`, `lowest_gradient_cosine`.
     - `file`, one line of JSON an observation.
-    - `log_dir`, for TensorBoard: scalars, histograms and pictures. Drawing takes at
-      most 1% of the time, beside the pictures of the first and the last observation:
-      in short epochs, some observations have none.
+    - `log_dir`, for TensorBoard: scalars, histograms and pictures. Pictures are drawn
+      for the first and the last observation of a `fit`, and between them while they
+      take at most 1% of its time.
 
     Args:
         x: a sample of what `fit` reads: an array, or a list or dict of arrays, of equal

@@ -45,8 +45,8 @@ class TensorBoardWriter:
 
     def begin(self) -> None:
         """Begin a `fit`: pictures may take `_SHARE` of its time."""
+        self._draw()  # Of a `fit` that was interrupted.
         self._start, self._drawing = time.perf_counter(), 0.0
-        self._waiting = []
 
     def write(
         self,
@@ -57,7 +57,7 @@ class TensorBoardWriter:
         """Write an observation of `ExpertMonitor`.
 
         Its pictures are drawn now if those before have taken at most `_SHARE` of the
-        time since `begin`. Those of the last observation are drawn by `end` at latest.
+        time since `begin`. `end` draws those of the last observation.
         """
         summary, step = self._tf.summary, seen["step"]
         with self._writer.as_default(step=step):

@@ -54,17 +54,19 @@ def gradient_conflict(
     >>> keras_moe.telemetry.gradient_conflict(model, x, y).shape
     (2, 2)
     """
-    return GradientConflict(model)(x, y, sample_weight)
+    return GradientConflict(model, several=False)(x, y, sample_weight)
 
 
 class GradientConflict:
-    """`gradient_conflict` of one model, compiled once for all calls (not on torch).
+    """`gradient_conflict` of one model.
 
     Args:
         model: as for `gradient_conflict`.
+        several: bool, whether several calls follow. If so, the gradients are compiled
+            on TensorFlow, but for a model with `run_eagerly`. On JAX they always are.
     """
 
-    def __init__(self, model: MultiTaskModel) -> None:
+    def __init__(self, model: MultiTaskModel, *, several: bool = True) -> None:
         if not isinstance(model, MultiTaskModel):
             raise TypeError(
                 "`model` must be a MultiTaskModel, whose losses are known by task. "
@@ -84,10 +86,9 @@ class GradientConflict:
         if _backend.name() == "jax":
             self._gradients = _Compiled(_jax_program)
         elif _backend.name() == "tensorflow":
-            eager = model.run_eagerly
-            self._gradients = (
-                _on_tensorflow if eager else _Compiled(_tensorflow_program)
-            )
+            self._gradients = _on_tensorflow
+            if several and not model.run_eagerly:
+                self._gradients = _Compiled(_tensorflow_program)
 
     def __call__(self, x: Any, y: Any, sample_weight: Any = None) -> np.ndarray:
         """Return the cosines `(t, t)`."""
@@ -161,7 +162,9 @@ def _on_torch(model: Any, *data: Any) -> list[list[Any]]:
 
 
 class _Compiled:
-    """Compiles once: operation by operation takes twice as long, on JAX seconds.
+    """A compiled program of a model, made anew if other variables are trainable.
+
+    Operation by operation, gradients take twice as long, on JAX seconds.
 
     Args:
         make: function of a model; its result is called with the data.
@@ -170,12 +173,12 @@ class _Compiled:
     def __init__(self, make: Callable[[Any], Callable[..., Any]]) -> None:
         self._make = make
         self._program: Any = None
-        self._known: list[int] = []
+        self._known: list[Any] = []
 
     def __call__(self, model: Any, *data: Any) -> Any:
-        trained, others = model.trainable_variables, model.non_trainable_variables
-        known = [id(variable) for variable in (*trained, *others)]
-        if self._known != known:  # the first call, or a layer was frozen
+        # None between both: with all frozen, the variables are the same in all.
+        known = [*model.trainable_variables, None, *model.non_trainable_variables]
+        if [*map(id, known)] != [*map(id, self._known)]:
             self._known, self._program = known, self._make(model)
         return self._program(*data)
 

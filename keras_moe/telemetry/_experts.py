@@ -92,11 +92,12 @@ def similarity_of(outputs: np.ndarray) -> np.ndarray:
 
 def _cosines(parts: list[np.ndarray]) -> np.ndarray:
     """Cosines of e vectors in parts (e, m), as (e, e); 0 for a vector of zeros."""
-    # Not of unit vectors: large kernels would be copied twice.
-    products = np.sum([part @ part.T for part in parts], axis=0, dtype="float64")
-    lengths = np.sqrt(np.diag(products))
-    lengths = np.where(lengths > 0, lengths, 1.0)
-    return np.clip(products / np.outer(lengths, lengths), -1.0, 1.0)
+    # The products are normalized, not the vectors: that copies large kernels twice.
+    with np.errstate(over="ignore", invalid="ignore"):  # NaN, of a diverged expert.
+        products = np.sum([part @ part.T for part in parts], axis=0, dtype="float64")
+        lengths = np.sqrt(np.diag(products))
+        lengths = np.where(lengths > 0, lengths, 1.0)
+        return np.clip(products / np.outer(lengths, lengths), -1.0, 1.0)
 
 
 def array(tensor: Any) -> np.ndarray:

@@ -98,14 +98,25 @@ def test_events_of_tensorboard(fitted):
     } <= {tag for _, tag in events(folder / "board")}
 
 
+class Interrupt(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 2:
+            raise InterruptedError
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="written there")
-def test_pictures_take_a_share_of_the_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("share", "steps"), [(0.0, [6, 18]), (1.0, [6, 12, 18])])
+def test_pictures_take_a_share_of_the_time(share, steps, tmp_path, monkeypatch):
     """With a share of 0: those of the first and of the last observation."""
-    monkeypatch.setattr("keras_moe.callbacks._tensorboard._SHARE", 0.0)
+    monkeypatch.setattr("keras_moe.callbacks._tensorboard._SHARE", share)
     monitor = ExpertMonitor(X[:40], log_dir=tmp_path)
-    two_tasks().fit(X, Y, batch_size=16, epochs=3, callbacks=[monitor], verbose=0)
+    model = two_tasks()
+    with pytest.raises(InterruptedError):
+        model.fit(X, Y, 16, epochs=4, callbacks=[monitor, Interrupt()], verbose=0)
+    monitor.on_train_begin()  # Of the next `fit`.
+    monitor.on_train_end()
     found = list(events(tmp_path))
-    assert [step for step, tag in found if tag == "moe/gates"] == [6, 18]
+    assert [step for step, tag in found if tag == "moe/gates"] == steps
     assert [step for step, tag in found if tag == "moe/load/expert_0"] == [6, 12, 18]
 
 
@@ -153,13 +164,13 @@ def test_under_a_mirrored_strategy():
     import tensorflow as tf
 
     with tf.distribute.MirroredStrategy().scope():
-        inputs = keras.Input((6,))
-        hidden = layers.MoE(4, (8, 6), name="moe")(inputs)
-        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
-        model.compile("adam", "mse")
-    monitor = ExpertMonitor(X)
-    history = model.fit(X, Y["stars"], callbacks=[monitor], verbose=0).history
+        model = two_tasks()
+    monitor = ExpertMonitor(X, Y)
+    history = model.fit(X, Y, callbacks=[monitor], verbose=0).history
     assert len(history["moe_load_cv"]) == 1
+    expected = telemetry.gradient_conflict(model, X, Y)
+    found = monitor.observations[-1]["gradient_cosines"]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_what_is_wrong_is_named(tmp_path, monkeypatch):

@@ -114,7 +114,6 @@ class TestReport:
         assert "faiss is not installed" in lines[3]
 
 
-@pytest.mark.long
 class TestCommand:
     def arguments(self, data_dir, out, *sizes):
         return [
@@ -122,6 +121,7 @@ class TestCommand:
             *("latency", "--threads", "1", "--seconds", "0", "--catalogue", *sizes),
         ]
 
+    @pytest.mark.long
     @pytest.mark.usefixtures("eager_training")
     def test_files(self, data_dir, tmp_path, command):
         status, output, err = command(*self.arguments(data_dir, tmp_path, 60, 90))

@@ -117,9 +117,10 @@ def test_conflict_by_numpy():
     np.testing.assert_allclose(found[0, 1], cosine, atol=1e-5)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_conflict_is_the_same_when_fit_is_not_compiled(frozen):
-    """With a table, whose gradients have rows of their own on TensorFlow."""
+@pytest.mark.parametrize("change", ["weights", "all but the table is frozen"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_conflict_after_a_change(change, weighted):
+    """Compiled or not; with a table, of whose gradients TensorFlow has some rows."""
     ids = keras.Input((3,), dtype="int32")
     table = keras.layers.Embedding(7, 4)
     shared = keras.layers.Dense(5, name="shared")(keras.layers.Flatten()(table(ids)))
@@ -127,18 +128,26 @@ def test_conflict_is_the_same_when_fit_is_not_compiled(frozen):
     model = multitask.MultiTaskModel(ids, outputs)
     x = np.random.default_rng(0).integers(0, 7, (8, 3))
     y = {"a": X[:8, :1], "b": X[:8, 1:2]}
-    found = []
+    sample_weight = np.arange(8.0) if weighted else None
+    weights, found = model.get_weights(), []
     for run_eagerly in (True, False):
         # JAX compiles its training steps in any case.
         model.compile("sgd", "mse", run_eagerly=run_eagerly and BACKEND != "jax")
+        model.set_weights(weights)
         conflict = GradientConflict(model)
-        found.append(conflict(x, y))
-        if frozen:
-            model.get_layer("shared").trainable = False
-            found[-1] = conflict(x, y)
-            model.get_layer("shared").trainable = True
+        found.append([conflict(x, y, sample_weight)])
+        if change == "weights":
+            model.set_weights([w + 0.1 for w in weights])
+        else:
+            for layer in model.layers:
+                layer.trainable = layer is table
+        found[-1].append(conflict(x, y, sample_weight))
+        for layer in model.layers:
+            layer.trainable = True
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)
-    assert abs(found[0][0, 1]) < 0.999
+    before, after = (cosines[0, 1] for cosines in found[0])
+    assert abs(before) < 0.999
+    assert abs(after - before) > 1e-3
 
 
 def test_conflict_in_mixtures_leaves_out_what_one_task_has():
