@@ -31,7 +31,7 @@ ALL = (
     "test_routing.py",
     "test_upcycling.py",
 )
-# Over 7 s each on JAX, for little that the tests of all layers do not find.
+# Over 7 s each on JAX: they run there with the long tests.
 SLOW_ON_JAX = (
     "layers/test_adatt.py",
     "layers/test_cross_stitch.py",

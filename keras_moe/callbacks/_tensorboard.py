@@ -15,8 +15,6 @@ from keras_moe.telemetry import Mixture
 _NEEDED = ("tensorflow", "tensorboard", "matplotlib")
 # Of the time of a `fit`. A picture takes 0.1 s or more, nearly all of it in matplotlib.
 _SHARE = 0.01
-# Step, tag, plot and its arguments.
-_Pictures = list[tuple[Any, ...]]
 
 
 class TensorBoardWriter:
@@ -40,8 +38,10 @@ class TensorBoardWriter:
 
         self._tf = tf
         self._writer = tf.summary.create_file_writer(str(log_dir))
-        self._start, self._drawing = time.perf_counter(), 0.0
-        self._waiting: _Pictures = []
+        # Step, tag, plot and its arguments, of pictures that are not drawn yet.
+        self._waiting: list[tuple[Any, ...]] = []
+        self._drawing = 0.0
+        self.begin()
 
     def begin(self) -> None:
         """Begin a `fit`: pictures may take `_SHARE` of its time."""

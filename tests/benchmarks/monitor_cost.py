@@ -1,6 +1,6 @@
 """What `ExpertMonitor` costs: the share of its observations in the time of an epoch.
 
-`python -m tests.benchmarks.monitor_cost` trains three models for some epochs of 200
+`python -m tests.benchmarks.monitor_cost` trains four models for some epochs of 200
 batches of 1,024 rows and observes 1,000 rows after each; the first epoch traces and is
 left out.
 """
@@ -73,9 +73,9 @@ class _Observed(callbacks.ExpertMonitor):
 
 
 def share(make, epochs, steps, log_dir=None):
-    """Return the shares of the observations in the epochs after the first.
+    """Return shares and seconds of observations, and the share of all in the fit.
 
-    And their seconds, and the share of all observations and pictures in the whole fit.
+    The first two are of the epochs after the first; the last is with the pictures.
     """
     keras.utils.set_random_seed(0)
     x = np.random.default_rng(0).normal(size=(ROWS * steps, WIDTH)).astype("float32")
