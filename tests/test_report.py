@@ -337,6 +337,13 @@ def test_the_command(run, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: `run` must have a file")
 
 
+@pytest.mark.parametrize("content", ["", '{"epoch": 0'])
+def test_a_run_without_an_epoch_is_named(content, tmp_path):
+    (tmp_path / "experts.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="`run` must have an observation"):
+        keras_moe.report(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -68,6 +68,11 @@ def read_run(folder: Path) -> Run:
     content = observations.read_bytes() if observations.exists() else b""
     # A process that was killed may have left a part of a line.
     lines = content[: content.rfind(b"\n") + 1].splitlines()
+    if not record.exists() and not lines:
+        raise ValueError(
+            f"`run` must have an observation, or a file {RECORD}. Received: {folder}, "
+            f"whose {EXPERTS} has no line: `fit` had no epoch yet"
+        )
     pictures = [p for p in sorted(folder.iterdir()) if p.suffix in _PICTURES]
     seen = [_observation(observations, _json(observations, line)) for line in lines]
     return Run(folder, found, tables, findings, warnings, seen, pictures)
